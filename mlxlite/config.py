@@ -1,0 +1,550 @@
+"""Decides what the operator asked for: one frozen `Config`, whose fields are the flags.
+
+A field is written once. Its metadata carries the help, the group and the limits; the parser, the
+environment variables (``MLXLITE_<FLAG>``), the validation and the README's table are derived from
+it. A flag beats the environment, which beats the default. A variable that is set but empty counts
+as unset; a flag that is given but empty (``--api-key ""``) is an answer: none.
+
+It must never import anything but the standard library, touch a file (except in `Config.api_keys`),
+or put an API key into a message or a repr. Invariants, tested: a `Config` that exists is valid,
+however it was made; a host that other machines can reach has a key; every `ConfigError` names the
+flag, variable or field at fault.
+"""
+
+import argparse
+import difflib
+import ipaddress
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, Self, TypeVar, cast
+
+from mlxlite import __version__
+
+T = TypeVar("T")
+
+ENV_PREFIX = "MLXLITE_"
+DEMO_ID = "mlxlite-demo"
+USAGE_STATUS = 2  # the exit status argparse and getopt use for a bad command line
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
+# What a client can put into a header, hmac.compare_digest can compare, and a comma can separate.
+_API_KEY = re.compile(r"[!-+\--~]+")
+_API_KEY_TEXT = "visible ASCII characters without a comma"
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work; the message says which flag, variable or field, and why.
+
+    A program that meets one prints it on stderr and exits with `USAGE_STATUS`.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flag:
+    """What a field knows about itself beyond its name, type and default."""
+
+    help: str
+    group: str
+    metavar: str
+    short: str | None = None
+    default_text: str | None = None  # how help shows a default that is not a plain value
+    env_aliases: tuple[str, ...] = ()  # read after MLXLITE_<FLAG>, in this order
+    minimum: float = 0  # no number here can be negative
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    item: re.Pattern[str] | None = None  # what every item of a list must match in full
+    item_text: str = ""  # ... in words
+    is_secret: bool = False  # never repeat the value
+
+
+def _flag(default: T, group: str, metavar: str, help: str, **more: Any) -> T:
+    flag = _Flag(group=group, metavar=metavar, help=help, **more)
+    return field(default=default, repr=not flag.is_secret, metadata={"flag": flag})
+
+
+_MODEL = "Model"
+_NETWORK = "Network"
+_SECURITY = "Security"
+_SCHEDULING = "Scheduling"
+_LIMITS = "Limits"
+_PROCESS = "Process"
+_NOT_IN_EFFECT = "Not yet in effect"  # the app that launches us passes these, so they must parse
+_BOOL = "true|false"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything an operator can decide. Raises `ConfigError` for values that cannot work."""
+
+    model: str | None = _flag(
+        None,
+        _MODEL,
+        "PATH|ID",
+        "a model directory, a file inside it, or a Hugging Face id",
+        short="-m",
+        default_text="the built-in demo model",
+    )
+    model_id: str | None = _flag(
+        None,
+        _MODEL,
+        "NAME",
+        "the model's name in /v1/models and in answers",
+        default_text="derived from --model",
+    )
+    chat_template: str | None = _flag(
+        None,
+        _MODEL,
+        "PATH|TEXT",
+        "a Jinja chat template, as a path or as the text itself",
+        default_text="the model's own",
+    )
+    ctx_size: int = _flag(
+        0,
+        _MODEL,
+        "TOKENS",
+        "most tokens in prompt and output together; 0 = the model's own maximum",
+    )
+    max_tokens: int = _flag(
+        0,
+        _MODEL,
+        "TOKENS",
+        "output limit of a request that names none; 0 = whatever context is left",
+    )
+
+    host: str = _flag(
+        "127.0.0.1",
+        _NETWORK,
+        "HOST",
+        "address to listen on; one that other machines can reach needs an API key",
+    )
+    port: int = _flag(8080, _NETWORK, "PORT", "port to listen on; 0 = any free one", maximum=65535)
+    uds: str | None = _flag(
+        None, _NETWORK, "PATH", "listen on this Unix socket instead of host and port"
+    )
+
+    api_key: tuple[str, ...] = _flag(
+        (),
+        _SECURITY,
+        "KEY,...",
+        "accept this key (repeatable, or several separated by commas)",
+        env_aliases=("MLX_API_KEY",),
+        item=_API_KEY,
+        item_text=_API_KEY_TEXT,
+        is_secret=True,
+    )
+    api_key_file: str | None = _flag(
+        None, _SECURITY, "PATH", "accept the keys in this file too, one per line"
+    )
+    cors_origins: tuple[str, ...] = _flag(
+        ("http://localhost", "http://127.0.0.1", "tauri://localhost"),
+        _SECURITY,
+        "ORIGIN,...",
+        "web pages that may call, compared by scheme and host, whatever the port",
+        item=_ORIGIN,
+        item_text="an origin such as http://localhost",
+    )
+
+    max_batch_size: int = _flag(
+        8, _SCHEDULING, "ROWS", "sequences decoded together; 0 = one sequence at a time"
+    )
+    enable_continuous_batching: bool = _flag(
+        True,
+        _SCHEDULING,
+        _BOOL,
+        "sequences join and leave a running batch; off, a batch is gathered and run to its end",
+    )
+    batch_timeout_ms: int = _flag(
+        100, _SCHEDULING, "MS", "how long a batch is gathered when continuous batching is off"
+    )
+    prefill_chunk_size: int = _flag(
+        2048,
+        _SCHEDULING,
+        "TOKENS",
+        "prompt tokens computed at a time while nobody decodes",
+        minimum=1,
+    )
+
+    prefill_budget_ms: int = _flag(
+        100,
+        _SCHEDULING,
+        "MS",
+        "longest time a step that decodes may spend on prompts: what a running stream may wait",
+        minimum=1,
+    )
+
+    max_queue: int = _flag(
+        256, _LIMITS, "N", "sequences that may wait; beyond that the answer is 429", minimum=1
+    )
+    max_body_mb: int = _flag(
+        64, _LIMITS, "MB", "largest request body; beyond that the answer is 413", minimum=1
+    )
+    max_connections: int = _flag(1024, _LIMITS, "N", "connections open at a time", minimum=1)
+
+    shutdown_grace_s: float = _flag(
+        1.5, _PROCESS, "S", "how long running requests may go on after SIGTERM"
+    )
+    log_level: str = _flag(
+        "info",
+        _PROCESS,
+        "LEVEL",
+        "debug, info, warning or error",
+        choices=("debug", "info", "warning", "error"),
+    )
+
+    embedding: bool = _flag(
+        False,
+        _NOT_IN_EFFECT,
+        _BOOL,
+        "accepted; takes effect in a later release (serve /v1/embeddings)",
+    )
+    kv_block_size: int = _flag(
+        16,
+        _NOT_IN_EFFECT,
+        "TOKENS",
+        "accepted; takes effect in a later release (tokens in a prefix-cache block)",
+        minimum=1,
+    )
+    enable_prefix_caching: bool = _flag(
+        False,
+        _NOT_IN_EFFECT,
+        _BOOL,
+        "accepted; takes effect in a later release (reuse of computed prefixes)",
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            complaint = _complaint(f, getattr(self, f.name))
+            if complaint is not None:
+                raise ConfigError(f"{f.name}: {complaint}")
+        if not self.is_loopback and not (self.api_key or self.api_key_file):
+            raise ConfigError(
+                f"--host {self.host} can be reached from other machines and there is no API key: "
+                "give --api-key or --api-key-file, or listen on 127.0.0.1"
+            )
+
+    @classmethod
+    def from_args(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
+        """What a command line (without the program's name) and an environment ask for.
+
+        Raises `ConfigError` for anything it cannot take, an unknown flag included, and
+        `SystemExit(0)` after ``--help`` or ``--version``.
+        """
+        values: dict[str, Any] = {}
+        given = _read_argv(argv)
+        for f in fields(cls):
+            found = _flag_text(f, given) or _env_text(f, environ)
+            if found is not None:
+                source, raw = found
+                values[f.name] = _convert(f, source, raw)
+        return cls(**values)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach `host`; any name but localhost is taken as public."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
+
+    @property
+    def served_id(self) -> str:
+        """The model's name: as given, or that of its directory or repository."""
+        if self.model_id is not None:
+            return self.model_id
+        if self.model is None:
+            return DEMO_ID
+        path = Path(self.model).expanduser()
+        if not path.exists():
+            return self.model  # a Hugging Face id
+        path = path.resolve()
+        return path.name if path.is_dir() else path.parent.name
+
+    def api_keys(self) -> tuple[str, ...]:
+        """Every accepted key, those of flag or environment first, then the file's; each one once.
+
+        Reads the file at each call. Raises `ConfigError` if it cannot be read or holds no key: a
+        server that was told to ask for keys must not run without any.
+        """
+        if self.api_key_file is None:
+            return tuple(dict.fromkeys(self.api_key))
+        try:
+            text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ConfigError(f"--api-key-file {self.api_key_file}: {reason}") from None
+        keys = {n: line.strip() for n, line in enumerate(text.splitlines(), 1) if line.strip()}
+        for n, key in keys.items():
+            if not _API_KEY.fullmatch(key):
+                raise ConfigError(
+                    f"--api-key-file {self.api_key_file}: line {n} must be {_API_KEY_TEXT}"
+                )
+        if not keys:
+            raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key")
+        return tuple(dict.fromkeys((*self.api_key, *keys.values())))
+
+    def not_in_effect(self) -> tuple[str, ...]:
+        """The flags that were set away from their default and do nothing yet: warn of them."""
+        return tuple(
+            _name(f)
+            for f in fields(self)
+            if _meta(f).group == _NOT_IN_EFFECT and getattr(self, f.name) != f.default
+        )
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """`Config.from_args` for a program: a `ConfigError` is a line on stderr and exit status 2."""
+    try:
+        return Config.from_args(argv, environ)
+    except ConfigError as error:
+        print(f"mlxlite: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_STATUS) from None
+
+
+def flag_table() -> str:
+    """The README's table of flags, in Markdown: one row a flag, the groups as rows in bold."""
+    rows = ["| Flag | Default | Environment | Meaning |", "|---|---|---|---|"]
+    group = None
+    for f in fields(Config):
+        flag = _meta(f)
+        if flag.group != group:
+            group = flag.group
+            rows.append(f"| **{group}** | | | |")
+        names = ", ".join(f"`{name}`" for name in _option_strings(f))
+        env = ", ".join(f"`{name}`" for name in _env_names(f))
+        is_literal = flag.default_text is None and f.default not in (None, ())
+        default = f"`{_default_text(f)}`" if is_literal else _default_text(f)
+        cells = [cell.replace("|", r"\|") for cell in (names, default, env, flag.help)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+# --- a field's names ---
+
+
+def _meta(f: Field[Any]) -> _Flag:
+    flag = f.metadata["flag"]
+    assert isinstance(flag, _Flag)
+    return flag
+
+
+def _name(f: Field[Any]) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
+def _option_strings(f: Field[Any]) -> tuple[str, ...]:
+    short = _meta(f).short
+    return (_name(f),) if short is None else (short, _name(f))
+
+
+def _env_names(f: Field[Any]) -> tuple[str, ...]:
+    return (ENV_PREFIX + f.name.upper(), *_meta(f).env_aliases)
+
+
+def _negation(f: Field[Any]) -> str:
+    return "--no-" + _name(f).removeprefix("--")
+
+
+def _default_text(f: Field[Any]) -> str:
+    flag = _meta(f)
+    if flag.default_text is not None:
+        return flag.default_text
+    match f.default:
+        case None | ():
+            return "none"
+        case bool():
+            return str(f.default).lower()
+        case tuple():
+            return ",".join(f.default)
+        case _:
+            return str(f.default)
+
+
+# --- text → values ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One type a field may have. `parse` raises `ValueError` for text that is no such value."""
+
+    wants: str
+    parse: Callable[[str], object]
+    accepts: Callable[[object], bool]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, tuple) and all(_is_text(item) for item in value)
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(cast("float", value))
+
+
+def _parse_bool(raw: str) -> bool:
+    value = _BOOLEANS.get(raw.strip().lower())
+    if value is None:
+        raise ValueError(raw)
+    return value
+
+
+def _parse_list(raw: str) -> tuple[str, ...]:
+    return tuple(item for item in (part.strip() for part in raw.split(",")) if item)
+
+
+# A field's annotation picks its row; a field of another type is our bug, a KeyError in any test.
+_KINDS: dict[Any, _Kind] = {
+    bool: _Kind("true or false", _parse_bool, lambda value: type(value) is bool),
+    int: _Kind("a whole number", int, lambda value: type(value) is int),  # True is no number
+    float: _Kind("a finite number", float, _is_finite),
+    str: _Kind("text, not empty", str, _is_text),
+    str | None: _Kind(
+        "text, not empty, or None",
+        lambda raw: raw or None,
+        lambda value: value is None or _is_text(value),
+    ),
+    tuple[str, ...]: _Kind("a tuple of strings", _parse_list, _is_text_list),
+}
+
+
+def _convert(f: Field[Any], source: str, raw: str) -> object:
+    """The value of a field from text found at `source`; raises `ConfigError` naming the source."""
+    kind = _KINDS[f.type]
+    try:
+        value = kind.parse(raw)
+    except ValueError:
+        raise ConfigError(f"{source}: must be {kind.wants}{_shown(f, raw)}") from None
+    complaint = _complaint(f, value)
+    if complaint is not None:
+        raise ConfigError(f"{source}: {complaint}")
+    return value
+
+
+def _complaint(f: Field[Any], value: Any) -> str | None:
+    """What is wrong with a field's value, or None."""
+    flag, kind = _meta(f), _KINDS[f.type]
+    if not kind.accepts(value):
+        return f"must be {kind.wants}{_shown(f, value)}"
+    if flag.choices and value not in flag.choices:
+        return f"must be one of {', '.join(flag.choices)}{_shown(f, value)}"
+    if f.type in (int, float) and not flag.minimum <= value <= flag.maximum:
+        limits = f"at least {flag.minimum}"
+        if flag.maximum != math.inf:
+            limits = f"between {flag.minimum} and {flag.maximum}"
+        return f"must be {limits}{_shown(f, value)}"
+    if flag.item is not None:
+        bad = next((item for item in value if not flag.item.fullmatch(item)), None)
+        return None if bad is None else f"must be {flag.item_text}{_shown(f, bad)}"
+    return None
+
+
+def _shown(f: Field[Any], value: object) -> str:
+    return "" if _meta(f).is_secret else f", not {value!r}"
+
+
+# --- the command line and the environment ---
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    """The parser the fields spell out. It yields text only, and only for flags that were given."""
+    parser = _Parser(
+        prog="mlxlite",
+        usage="mlxlite [--model PATH|ID] [--port PORT] [flag ...]",
+        description="Serve an MLX language model over HTTP.",
+        epilog="A flag beats its environment variable. A true|false flag may stand alone (true), "
+        "take a value, or be negated: --no-enable-continuous-batching.",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=8),
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(Config):
+        flag = _meta(f)
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        _add_flag(groups[flag.group], f)
+    about = parser.add_argument_group("About")
+    about.add_argument("-h", "--help", action="help", help="show this and exit")
+    about.add_argument(
+        "--version", action="version", version=f"mlxlite {__version__}", help="show it and exit"
+    )
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, f: Field[Any]) -> None:
+    flag = _meta(f)
+    text = f"{flag.help} (default: {_default_text(f)}; env: {', '.join(_env_names(f))})"
+    options: dict[str, Any] = {"dest": f.name, "metavar": flag.metavar}
+    if f.type is bool:
+        options |= {"nargs": "?", "const": "true"}
+        group.add_argument(
+            _negation(f), dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
+        )
+    if f.type == tuple[str, ...]:
+        options |= {"action": "append"}
+    group.add_argument(*_option_strings(f), help=text.replace("%", "%%"), **options)
+
+
+def _read_argv(argv: Sequence[str]) -> dict[str, Any]:
+    """The text given for each field on the command line: a string, or a list of them."""
+    given, rest = _parser().parse_known_args(_attach_values(argv))
+    if rest:
+        # Only the name: what follows an equals sign may be a key.
+        unknown = next((arg.partition("=")[0] for arg in rest if arg.startswith("-")), None)
+        if unknown is None:
+            raise ConfigError(f"unexpected argument {rest[0]!r}")
+        near = difflib.get_close_matches(unknown, _all_option_strings(), n=1)
+        raise ConfigError(
+            f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return vars(given)
+
+
+def _attach_values(argv: Sequence[str]) -> list[str]:
+    """`argv` with each value that begins with a dash, as a random key may, tied to its flag."""
+    takes_value = {o for f in fields(Config) if f.type is not bool for o in _option_strings(f)}
+    known = _all_option_strings()
+    attached: list[str] = []
+    for arg in argv:
+        is_odd_value = re.match(r"-[^-]", arg) is not None and arg not in known
+        if is_odd_value and attached and attached[-1] in takes_value:
+            attached[-1] += "=" + arg
+        else:
+            attached.append(arg)
+    return attached
+
+
+def _all_option_strings() -> set[str]:
+    strings = {"-h", "--help", "--version"}
+    for f in fields(Config):
+        strings.update(_option_strings(f))
+        if f.type is bool:
+            strings.add(_negation(f))
+    return strings
+
+
+def _flag_text(f: Field[Any], given: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The flag and the text that was given with it, or None; a list's repetitions are joined."""
+    if f.name not in given:
+        return None
+    raw = given[f.name]
+    return _name(f), raw if isinstance(raw, str) else ",".join(raw)
+
+
+def _env_text(f: Field[Any], environ: Mapping[str, str]) -> tuple[str, str] | None:
+    return next(((name, environ[name]) for name in _env_names(f) if environ.get(name)), None)

@@ -1,0 +1,112 @@
+"""The design's table of modules, enforced: who may import what, how many modules, how long."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mlxlite"
+# Plus __init__ and __main__. The design says 16; with files of at most 600 lines two of its rows
+# were too long: server (848 lines) gave `connection`, api (746) gave `request`.
+MAX_MODULES = 18
+MAX_LINES = 600
+
+# layer → module → what it may import beside the standard library: our modules | other packages
+LAYERS: dict[int, dict[str, str]] = {
+    0: {
+        "config": "|",
+        "sequence": "|",
+    },
+    1: {
+        "http1": "| h11",
+        "api": "sequence | orjson",
+        "request": "sequence api | orjson",
+        "dialects": "sequence api |",
+        "text": "sequence |",
+        "grammar": "sequence | llguidance",
+        "prefix": "sequence | numpy",
+    },
+    2: {
+        "scheduler": "sequence prefix |",
+    },
+    3: {
+        "sampling": "sequence | mlx numpy",
+        "model": "config sequence | mlx mlx_lm mlx_vlm numpy huggingface_hub transformers jinja2",
+        "vision": "sequence | mlx mlx_vlm numpy",
+        "runner": "sequence sampling model vision | mlx mlx_lm numpy",
+    },
+    4: {
+        "engine": "sequence scheduler grammar text |",
+        "connection": "sequence http1 api |",
+        "server": "config sequence http1 api request dialects scheduler engine connection metrics"
+        " |",
+        "metrics": "|",
+    },
+}
+ROWS = {module: row for layer in LAYERS.values() for module, row in layer.items()}
+ROWS |= {"__init__": "config server __main__ |", "__main__": " ".join(ROWS) + " |"}
+MAY_ASYNCIO = {*LAYERS[4], "__init__", "__main__"}
+PUBLIC = {"Config": "config", "Server": "__main__"}  # what `mlxlite` itself hands out, from where
+
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The dotted name of everything a file imports, at any depth and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ("mlxlite" if node.level else None, node.module)))
+            if base == "mlxlite":  # each name is a module, or the package's own
+                yield from (f"mlxlite.{PUBLIC.get(alias.name, alias.name)}" for alias in node.names)
+            else:
+                yield base
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
+    assert module in ROWS, f"{module} has no row in the design's table"
+    ours, others = (set(half.split()) for half in ROWS[module].split("|"))
+    allowed = {f"mlxlite.{name}" for name in ours} | {"mlxlite.__version__"}
+    for name in imports(FILES[module]):
+        package = name.partition(".")[0]
+        if package == "mlxlite":
+            assert name in allowed, f"{module} must not import {name}"
+        elif package == "asyncio":
+            assert module in MAY_ASYNCIO, f"{module} must not import asyncio: it is below layer 4"
+        elif package not in sys.stdlib_module_names:
+            assert package in others, f"{module} must not import {package}"
+
+
+def test_the_table_itself_keeps_mlx_in_layer_3_and_points_downwards() -> None:
+    level = {module: layer for layer, modules in LAYERS.items() for module in modules}
+    for module, layer in level.items():
+        ours, others = (half.split() for half in ROWS[module].split("|"))
+        assert layer == 3 or not [package for package in others if package.startswith("mlx")]
+        assert all(level[name] <= layer for name in ours)
+
+
+def test_there_are_no_more_modules_than_the_cap() -> None:
+    assert len(ROWS) <= MAX_MODULES + 2
+    assert len(set(FILES) - {"__init__", "__main__"}) <= MAX_MODULES
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_can_be_read_in_one_sitting(module: str) -> None:
+    num_lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES
+
+
+def test_the_scheduler_does_not_load_mlx() -> None:
+    if "scheduler" not in FILES:
+        pytest.skip("there is no scheduler yet")
+    code = "import sys, mlxlite.scheduler; sys.exit('mlx' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60)
+    assert result.returncode == 0
