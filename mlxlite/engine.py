@@ -1,0 +1,417 @@
+"""The tick: commands in, a step out to the lane, tokens back, text to the sinks.
+
+One task on the event loop drives the scheduler; one thread, the lane, runs every line that touches
+MLX. A tick hops to the lane once: the runner dispatches the next step and then waits for the one
+before it, so the device computes while Python publishes (one step of lookahead).
+
+The engine decides nothing about who runs (that is the scheduler's) and nothing about bytes (that is
+the server's). It owns what belongs to one sequence and to neither of them: the text so far, the
+stop strings, the times. It must never block the loop, and never lose a sequence: whatever happens
+to a step, every sink gets exactly one `Done`, and nothing after it (tested).
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any, Protocol, TypeVar
+
+from mlxlite.scheduler import Scheduler
+from mlxlite.sequence import (
+    Add,
+    CloseBatch,
+    Command,
+    Delta,
+    Detokenizer,
+    Done,
+    Event,
+    Finish,
+    Finished,
+    FinishReason,
+    Launched,
+    Outcome,
+    Runner,
+    Sequence,
+    SetChunkBudget,
+    Sink,
+    Step,
+    Token,
+    Usage,
+)
+from mlxlite.text import TextStream
+
+log = logging.getLogger("mlxlite.engine")
+
+T = TypeVar("T")
+
+
+class Lane:
+    """One thread that does one thing at a time: the home of every MLX object.
+
+    MLX's streams belong to a thread, so what is built here must be evaluated and dropped here. The
+    thread is a daemon: a device that never answers cannot keep the process from exiting.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="mlxlite-lane", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # or the last call's arguments live until the next one
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function(*args)` on the lane; its result or exception comes back to the loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            deliver: Callable[[], None]
+            try:
+                result = function(*args)
+            except BaseException as error:  # carried to the awaiting task, whatever it is
+                deliver = _Failure(future, error)
+            else:
+                deliver = _Success(future, result)
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(deliver)
+
+        self._calls.put(call)
+        return await future
+
+    async def close(self, timeout_s: float) -> bool:
+        """Let the thread end after its present call; False if it did not within the time."""
+        self._calls.put(None)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._thread.join, timeout_s)
+        return not self._thread.is_alive()
+
+
+@dataclass(slots=True)
+class _Success:
+    future: asyncio.Future[Any]
+    result: Any
+
+    def __call__(self) -> None:
+        if not self.future.done():
+            self.future.set_result(self.result)
+
+
+@dataclass(slots=True)
+class _Failure:
+    future: asyncio.Future[Any]
+    error: BaseException
+
+    def __call__(self) -> None:
+        if not self.future.done():
+            self.future.set_exception(self.error)
+
+
+class Observer(Protocol):
+    """What the engine reports of itself; `metrics.Metrics` is one. Times are in seconds."""
+
+    def queued(self, n: int) -> None: ...
+    def running(self, n: int) -> None: ...
+    def prompt_done(self, num_tokens: int, queue_s: float, num_cached: int = 0) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def tokens(self, num: int) -> None: ...
+    def token_gap(self, seconds: float) -> None: ...
+    def step(
+        self,
+        num_rows: int,
+        num_prefill_tokens: int,
+        schedule_s: float,
+        lane_s: float,
+        deliver_s: float,
+    ) -> None: ...
+    def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None: ...
+
+
+class QueueFull(Exception):
+    """The waiting line has no place; try again later."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A sequence that has not had its `Done`: its text, its sink, its times."""
+
+    sequence: Sequence
+    sink: Sink
+    text: TextStream
+    added_at: float
+    admitted_at: float | None = None
+    first_at: float | None = None
+    last_at: float | None = None
+    num_output: int = 0
+
+    def usage(self, now: float) -> Usage:
+        admitted_at = self.admitted_at if self.admitted_at is not None else now
+        first_at = self.first_at if self.first_at is not None else now
+        last_at = self.last_at if self.last_at is not None else first_at
+        return Usage(
+            num_prompt=len(self.sequence.prompt.tokens),
+            num_output=self.num_output,
+            queue_s=admitted_at - self.added_at,
+            prefill_s=max(0.0, first_at - admitted_at),
+            decode_s=last_at - first_at,
+        )
+
+
+class ChunkTuner:
+    """Sizes the prefill of a step that also decodes, from what steps have taken.
+
+    Keeps a moving average of the seconds per prefill token, with the time of a step that only
+    decodes taken off, and says how many tokens fit in `budget_s`. Says nothing while the answer
+    would change by less than an eighth, so that the command log stays short.
+    """
+
+    _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
+    _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
+
+    def __init__(self, budget_s: float) -> None:
+        self._budget_s = budget_s
+        self._decode_s = 0.0
+        self._token_s = 0.0
+        self._said = 0
+
+    def measure(self, step: Step, device_s: float) -> int | None:
+        """Take one step's time; a new chunk budget in tokens, or None for no change."""
+        if device_s <= 0.0:
+            return None
+        if not step.num_prefill_tokens:
+            if step.rows:
+                self._decode_s = self._average(self._decode_s, device_s)
+            return None
+        prefill_s = device_s - (self._decode_s if step.rows else 0.0)
+        token_s = max(prefill_s, device_s / 10) / step.num_prefill_tokens
+        self._token_s = self._average(self._token_s, token_s)
+        num_tokens = max(self._MIN_CHUNK, int(self._budget_s / self._token_s))
+        if abs(num_tokens - self._said) * 8 < self._said:
+            return None
+        self._said = num_tokens
+        return num_tokens
+
+    def _average(self, old: float, new: float) -> float:
+        return new if old == 0.0 else old + self._WEIGHT * (new - old)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """`max_queue` sequences may wait; `gather_s` is static batching's gathering time."""
+
+    max_queue: int = 256
+    gather_s: float = 0.1
+    prefill_budget_s: float = 0.1
+
+
+class Engine:
+    """Drives one runner. Every method but `run` is synchronous and belongs to the loop thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        detokenize: Detokenizer,
+        *,
+        lane: Lane,
+        observer: Observer,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._detokenize = detokenize
+        self._lane = lane
+        self._observer = observer
+        self._options = options or EngineOptions()
+        self._commands: deque[Command] = deque()
+        self._live: dict[int, _Live] = {}
+        self._wake = asyncio.Event()
+        self._tuner = ChunkTuner(self._options.prefill_budget_s)
+        self._gather_since: float | None = None
+        self.failure: str | None = None  # why the engine has stopped for good
+
+    def __repr__(self) -> str:
+        return f"<Engine live={len(self._live)} failure={self.failure!r} {self._scheduler!r}>"
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    # --- from the server --------------------------------------------------------------------
+
+    def add(self, sequence: Sequence, stop: tuple[str, ...], sink: Sink) -> None:
+        """Queue a sequence; `sink` is called from now on until its `Done`.
+
+        Raises QueueFull when `max_queue` sequences wait already.
+        """
+        num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
+        if num_waiting >= self._options.max_queue:
+            raise QueueFull
+        text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
+        self._live[sequence.id] = _Live(sequence, sink, text, perf_counter())
+        self._command(Add(sequence))
+
+    def cancel(self, id: int) -> None:
+        """End a sequence at the next step; its sink still gets a `Done`. Unknown ids are void."""
+        if id in self._live:
+            self._command(Finish(id, FinishReason.CANCELLED))
+
+    def abort(self, error: str) -> None:
+        """End every sequence now, without waiting for the device: the process is going away."""
+        for id in list(self._live):
+            self._command(Finish(id, FinishReason.ERROR, error))
+            self._done(Finished(id, FinishReason.ERROR, error), perf_counter())
+
+    def _command(self, command: Command) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    # --- the tick ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Tick until cancelled. Each line's place is part of the design:
+
+        1. commands before the step, so that a cancel or an arrival is in the very next one;
+        2. the step before the wait for the one in flight, so that the device never idles;
+        3. tokens to the sinks last: their bytes leave while the device computes.
+        """
+        in_flight: Launched | None = None
+        while True:
+            started_at = perf_counter()
+            self._apply_commands(started_at)
+            step = self._scheduler.schedule()
+            if step is None and in_flight is None:
+                await self._idle()
+                continue
+            self._note_admitted(step, started_at)
+            scheduled_at = perf_counter()
+            try:
+                launched, outcome = await self._lane.run(self._runner.advance, step, in_flight)
+            except Exception as error:
+                in_flight = None
+                await self._lose_step(error)
+                continue
+            waited_at = perf_counter()
+            if in_flight is not None and outcome is not None:
+                self._publish(self._complete(in_flight.step, outcome), waited_at)
+                self._observe(in_flight.step, started_at, scheduled_at, waited_at)
+            in_flight = launched
+
+    def _apply_commands(self, now: float) -> None:
+        while self._commands:
+            self._publish(self._scheduler.apply(self._commands.popleft()), now)
+
+    async def _idle(self) -> None:
+        """Nothing to launch: sleep until a command comes or static batching's time is over."""
+        self._observer.queued(self._scheduler.num_waiting)
+        self._observer.running(self._scheduler.num_running)
+        self._wake.clear()
+        if not self._scheduler.is_gathering:
+            self._gather_since = None
+            await self._wake.wait()
+            return
+        self._gather_since = self._gather_since or perf_counter()
+        left_s = self._gather_since + self._options.gather_s - perf_counter()
+        try:
+            await asyncio.wait_for(self._wake.wait(), max(0.0, left_s))
+        except TimeoutError:
+            self._gather_since = None
+            self._command(CloseBatch())
+
+    def _complete(self, step: Step, outcome: Outcome) -> list[Event]:
+        num_tokens = self._tuner.measure(step, outcome.device_s)
+        if num_tokens is not None:
+            self._command(SetChunkBudget(num_tokens))
+        return self._scheduler.complete(step, outcome)
+
+    async def _lose_step(self, error: Exception) -> None:
+        """A whole step is lost: end what ran, keep what waits, go on with a clean runner."""
+        log.exception("a step failed; its sequences end with an error", exc_info=error)
+        for id in self._scheduler.running():
+            self._command(Finish(id, FinishReason.ERROR, f"the model failed: {_summary(error)}"))
+        try:
+            await self._lane.run(self._runner.reset)
+        except Exception as reset_error:  # the runner cannot be trusted any more
+            self.failure = f"the model failed and could not be reset: {_summary(reset_error)}"
+            log.exception("%s", self.failure, exc_info=reset_error)
+            self.abort(self.failure)
+            raise
+
+    # --- events to outputs ------------------------------------------------------------------
+
+    def _note_admitted(self, step: Step | None, now: float) -> None:
+        for sequence in step.admitted if step else ():
+            self._gather_since = None
+            if live := self._live.get(sequence.id):
+                live.admitted_at = now
+
+    def _publish(self, events: list[Event], now: float) -> None:
+        num_tokens = 0
+        for event in events:
+            match event:
+                case Token(id, token, is_eos):
+                    num_tokens += 1
+                    if live := self._live.get(id):
+                        self._token(live, token, is_eos, now)
+                case Finished():
+                    self._done(event, now)
+        if num_tokens:
+            self._observer.tokens(num_tokens)
+
+    def _token(self, live: _Live, token: int, is_eos: bool, now: float) -> None:
+        live.num_output += 1
+        if live.last_at is None:
+            live.first_at = now
+            self._observer.first_token(now - live.added_at)
+            queue_s = (live.admitted_at or now) - live.added_at
+            self._observer.prompt_done(len(live.sequence.prompt.tokens), queue_s)
+        else:
+            self._observer.token_gap(now - live.last_at)
+        live.last_at = now
+        if is_eos or live.text.stopped is not None:
+            return
+        if text := live.text.push(token):
+            live.sink(Delta(text, live.num_output))
+        if live.text.stopped is not None:
+            self._command(Finish(live.sequence.id, FinishReason.STOP))
+
+    def _done(self, event: Finished, now: float) -> None:
+        """The one place where a sequence leaves: its last text, then its `Done`."""
+        live = self._live.pop(event.id, None)
+        if live is None:
+            return
+        if event.reason in (FinishReason.STOP, FinishReason.LENGTH) and (text := live.text.flush()):
+            live.sink(Delta(text, live.num_output))
+        reason = event.reason
+        if reason is FinishReason.LENGTH and live.text.stopped is not None:
+            reason = FinishReason.STOP  # the stop string was met in the very last token
+        usage = live.usage(now)
+        live.sink(Done(reason, usage, event.error, live.text.stopped))
+        self._observer.finished(
+            reason.value, now - live.added_at, usage.num_prompt, usage.num_output
+        )
+
+    def _observe(
+        self, step: Step, started_at: float, scheduled_at: float, waited_at: float
+    ) -> None:
+        self._observer.queued(self._scheduler.num_waiting)
+        self._observer.running(self._scheduler.num_running)
+        self._observer.step(
+            len(step.rows),
+            step.num_prefill_tokens,
+            scheduled_at - started_at,
+            waited_at - scheduled_at,
+            perf_counter() - waited_at,
+        )
+
+
+def _summary(error: Exception) -> str:
+    """One line for a client: what it was, never where."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,307 @@
+"""The nouns: what the modules say to one another, and nothing that does anything.
+
+A request (an HTTP call) becomes one or more sequences. A sequence enters the scheduler as a
+command, leaves it in steps, and comes back as tokens and events:
+
+    command ─▶ Scheduler ─▶ Step ─▶ Runner ─▶ Outcome ─▶ Scheduler ─▶ event
+
+Everything here is immutable and free of MLX, sockets and clocks, so a log of commands and
+outcomes replays a run exactly. Ranges are `[start, stop)`; counts are `num_*`.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+
+class FinishReason(Enum):
+    """Why a sequence ended. The values are OpenAI's, where OpenAI has one."""
+
+    STOP = "stop"  # end-of-sequence token, or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"  # the client left, or asked for it
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence's tokens are drawn.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. A draw is a function of
+    (`seed`, number of tokens drawn before) alone, whatever else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0  # [0, 2**64)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model reads: at least one token id."""
+
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.tokens, "a prompt has at least one token"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """The scheduler's unit: one prompt and its one answer.
+
+    `max_tokens` is at least 1 and already within the context: prompt + output never exceed it.
+    `eos_tokens` end the sequence and are no part of its text; an empty set never ends.
+    Lower `priority` goes first, as in vLLM.
+    """
+
+    id: int
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int
+    eos_tokens: frozenset[int] = frozenset()
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.max_tokens >= 1
+
+
+class Status(Enum):
+    """Where a sequence is. The only way is down the list, and FINISHED from anywhere."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+# --- commands: everything that reaches the scheduler from outside, in one order ---------------
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """A new sequence. Its id has never been used before."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """End a sequence from outside: a lost client, a cancel, a stop string, a failure."""
+
+    id: int
+    reason: FinishReason
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SetChunkBudget:
+    """The measured prefill rate allows this many prompt tokens in a step that also decodes."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseBatch:
+    """Static batching: the gathering time is over, run what is there."""
+
+
+Command = Add | Finish | SetChunkBudget | CloseBatch
+
+
+# --- steps: what one tick launches ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill the prompt tokens `[start, stop)` of one sequence.
+
+    A prompt of n tokens is prefilled up to n - 1: its last token is the input of the first decode
+    row, so that sampling happens in one place and the output layer never runs over a whole prompt.
+    """
+
+    id: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tick's work, in this order: release, admit, chunks, rows.
+
+    `rows` are the sequences that decode one token each, oldest first; a sequence's first row may
+    be in the step of its last chunk.
+    """
+
+    number: int
+    released: tuple[int, ...] = ()
+    admitted: tuple[Sequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brought: a token for each of its rows, in their order.
+
+    A failed sequence has no meaningful token. `device_s` is how long the device had this step to
+    itself, in seconds: 0 if not known.
+    """
+
+    tokens: tuple[int, ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()  # (id, reason)
+    device_s: float = 0.0
+
+
+class Launched(Protocol):
+    """A step that the device is working on; made and read by the runner alone."""
+
+    @property
+    def step(self) -> Step: ...
+
+
+class Runner(Protocol):
+    """The model, as the engine sees it. Every call is made on the lane, one at a time."""
+
+    def advance(
+        self, step: Step | None, in_flight: Launched | None
+    ) -> tuple[Launched | None, Outcome | None]:
+        """Dispatch `step`, then wait for `in_flight`, the step launched before it.
+
+        A sequence that fails alone is reported in the outcome of its step. Raises when a whole
+        step is lost; the caller then ends every sequence and calls `reset`.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget every sequence and free what they held."""
+        ...
+
+
+# --- events: what the scheduler tells the outside ---------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One more output token. An end-of-sequence token is counted but carries no text."""
+
+    id: int
+    token: int
+    is_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a sequence; `error` is set for FinishReason.ERROR."""
+
+    id: int
+    reason: FinishReason
+    error: str | None = None
+
+
+Event = Token | Finished
+
+
+# --- what leaves the engine towards a request -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts and times of one sequence, in tokens and seconds."""
+
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0  # from leaving the queue to the first token
+    decode_s: float = 0.0  # from the first token to the last
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More text of a sequence. `num_output` counts its tokens so far."""
+
+    text: str
+    num_output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a sequence's answer: nothing follows."""
+
+    reason: FinishReason
+    usage: Usage = field(default_factory=Usage)
+    error: str | None = None
+    stop: str | None = None  # the stop string that was met
+
+
+Output = Delta | Done
+
+
+class Sink(Protocol):
+    """Where a sequence's outputs go: called on the loop thread, must not block or raise."""
+
+    def __call__(self, output: Output) -> None: ...
+
+
+class Detokenizer(Protocol):
+    """Token ids to text, special tokens left out; ids that no text belongs to give ""."""
+
+    def __call__(self, tokens: SequenceOf[int]) -> str: ...
+
+
+# --- the model, as everything above MLX sees it -----------------------------------------------
+
+
+class LoadError(Exception):
+    """The model cannot be served; the message is for the operator and says what to do."""
+
+
+class PromptError(ValueError):
+    """The request's messages cannot become a prompt; the message is for the client."""
+
+
+class ServedModel(Protocol):
+    """What is known of the loaded model, and its tokenizer. Safe to use from any thread."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights or the configuration do: 16 hexadecimal digits."""
+        ...
+
+    @property
+    def context_size(self) -> int:
+        """Most tokens in prompt and output together."""
+        ...
+
+    @property
+    def eos_tokens(self) -> frozenset[int]: ...
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """The publisher's sampling settings, for requests that are silent."""
+        ...
+
+    @property
+    def detokenize(self) -> Detokenizer: ...
+
+    def render(
+        self,
+        messages: SequenceOf[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        *,
+        is_continuation: bool,
+    ) -> Prompt:
+        """Chat messages through the template and the tokenizer. Raises PromptError."""
+        ...
