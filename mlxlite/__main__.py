@@ -1,0 +1,146 @@
+"""The command line, and the composition root: the only file that knows both runner and server.
+
+    python -m mlxlite [--model PATH|ID] [--port PORT] …
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 when the server cannot start (the reason is on stderr), 2
+for a bad command line. Imports are inside the functions, each as late as it can be: `--help` waits
+for none of them, and the listening socket for none of the model's.
+"""
+
+import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING
+
+from mlxlite.config import Config, ConfigError, parse_args
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from mlxlite.sequence import Runner, ServedModel
+    from mlxlite.server import Server
+
+_EXIT_FAILED = 1
+
+
+def load(config: Config) -> "tuple[ServedModel, Runner]":
+    """A model and the runner that drives it, warmed up. Runs on the lane; raises LoadError."""
+    from mlxlite.model import load as load_model
+    from mlxlite.runner import ModelRunner
+
+    model = load_model(config)
+    runner = ModelRunner(model.network)
+    runner.warm_up()
+    return model, runner
+
+
+@cache
+def server_class() -> "Callable[[Config], Server]":
+    """`mlxlite.Server`: the server with this file's `load` already given."""
+    from mlxlite.server import Server as Base
+
+    class Server(Base):
+        __doc__ = Base.__doc__
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config, load)
+
+    return Server
+
+
+def main() -> None:
+    """The console script."""
+    config = parse_args(sys.argv[1:], os.environ)
+
+    import asyncio
+    import logging
+
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    if flags := ", ".join(config.not_in_effect()):
+        logging.getLogger("mlxlite").warning("no effect in this version: %s", flags)
+    try:
+        code = asyncio.run(_serve(config))
+    except KeyboardInterrupt:  # before the signal handlers are in place
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The lane may be inside a kernel that cannot be interrupted: do not wait for it.
+    os._exit(code)
+
+
+async def _serve(config: Config) -> int:
+    """Run until a signal; the exit code."""
+    import asyncio
+
+    from mlxlite.sequence import LoadError
+
+    stopping = _stop_signals()
+    try:
+        server = server_class()(config)
+        await server.start()
+    except ConfigError as error:
+        return _fail(str(error))
+    except OSError as error:
+        address = config.uds or f"{config.host}:{config.port}"
+        return _fail(f"cannot listen on {address}: {error.strerror or error}")
+    ready = asyncio.ensure_future(server.ready())
+    stopped = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
+    code = 0
+    if ready.done():
+        try:
+            ready.result()
+        except LoadError as error:
+            code = _fail(str(error))
+        else:
+            _announce(server)
+            await stopped
+    ready.cancel()
+    stopped.cancel()
+    await server.stop()
+    return code
+
+
+def _stop_signals() -> "asyncio.Event":
+    """Set by the first SIGTERM or SIGINT; the second one exits at once."""
+    import asyncio
+    import signal
+
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if stopping.is_set():
+            os._exit(130)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    return stopping
+
+
+def _announce(server: "Server") -> None:
+    """The two lines by which the app that launches us knows that it may send requests."""
+    if server.config.model is None:
+        print(
+            "mlxlite: no --model given, serving the built-in demo: a toy with 1.8M parameters "
+            "to try the API with, not a useful model",
+            file=sys.stderr,
+        )
+    print(f"[mlx] http server listening on {server.url}")
+    print(f"[mlx] server is listening on {server.url.removeprefix('http://')}", flush=True)
+
+
+def _fail(message: str) -> int:
+    print(f"mlxlite: error: {message}", file=sys.stderr, flush=True)
+    return _EXIT_FAILED
+
+
+if __name__ == "__main__":
+    main()

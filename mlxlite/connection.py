@@ -1,0 +1,331 @@
+"""One socket, one request at a time: bytes to http1, its events to the server, answers back.
+
+This module decides how long a peer may take, how far it may lag, and what happens when it goes
+away; what an answer says is the server's. It must never wait, and never hold more than its bounds:
+a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows
+nobody.
+
+Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After the client is lost its
+answer goes nowhere and the server is told at once, whatever the request was doing (tested).
+
+Reading order: `Client` (one connection), `Exchange` (one request and its answer), `ChatSink` (a
+sequence's outputs into an exchange).
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from email.utils import formatdate
+from time import perf_counter
+from typing import Protocol
+
+from mlxlite import api, http1
+from mlxlite.sequence import Delta, Done, FinishReason, Output
+
+log = logging.getLogger("mlxlite.connection")
+
+HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head
+BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
+WRITE_TIMEOUT_S = 30.0  # a reader that takes nothing for so long is cut
+LINGER_S = 2.0  # after an answer that came before the body: let the peer read it
+HEARTBEAT_S = 15.0  # of silence in a stream
+MAX_UNSENT_BYTES = 4 << 20  # a slow reader's backlog
+MAX_PIPELINED_BYTES = 64 << 10  # beyond it reading stops until the present answer is out
+_NEVER = float("inf")
+
+Fields = tuple[tuple[str, str], ...]
+JSON: Fields = (("content-type", "application/json"),)
+EVENTS: Fields = (
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),  # nginx would hold frames back
+)
+
+
+def _nothing() -> None:
+    pass
+
+
+class App(Protocol):
+    """What a connection needs of the server. `admit` and `handle` may raise APIError."""
+
+    limits: http1.Limits
+
+    def joined(self, client: "Client") -> bool:
+        """A connection came; False: there are too many."""
+        ...
+
+    def left(self, client: "Client") -> None: ...
+
+    def admit(self, exchange: "Exchange") -> None:
+        """A request's head is there."""
+        ...
+
+    def handle(self, exchange: "Exchange", body: bytes) -> None:
+        """An admitted request's body is there."""
+        ...
+
+    def answering(self, exchange: "Exchange", status: int) -> Fields:
+        """An answer begins; the header fields that it must carry."""
+        ...
+
+    def lost(self, exchange: "Exchange") -> None:
+        """The client went away before its answer was complete."""
+        ...
+
+
+class Client(asyncio.Protocol):
+    """One connection: feeds bytes to http1 and its events to the server, one request at a time."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.http = http1.Connection(app.limits)
+        self._exchange: Exchange | None = None
+        self._is_pumping = False
+        self._is_lingering = False
+        self._is_leaving = False
+        self._deadline = perf_counter() + HEADER_TIMEOUT_S
+
+    def __repr__(self) -> str:
+        return f"<Client {self.http!r} {self._exchange!r}>"
+
+    @property
+    def is_busy(self) -> bool:
+        """A request is being answered."""
+        return self._exchange is not None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if not self.app.joined(self):
+            error = api.later(api.Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
+            self.write(self.http.respond(503, [*JSON, *error.headers], error.body()))
+            self._linger()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_lingering:
+            return
+        if self._exchange is None and self.http.num_buffered == 0:
+            self._deadline = perf_counter() + HEADER_TIMEOUT_S
+        elif self._exchange is not None and not self._exchange.has_body:
+            self._deadline = perf_counter() + BODY_TIMEOUT_S
+        self.http.receive_data(data)
+        self._pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.app.left(self)
+        if self._exchange is not None:
+            self._exchange.is_lost = True
+            self.app.lost(self._exchange)
+
+    def pause_writing(self) -> None:
+        self._deadline = perf_counter() + WRITE_TIMEOUT_S
+
+    def resume_writing(self) -> None:
+        self._deadline = _NEVER
+
+    def _pump(self) -> None:
+        """Hand on every event there is; ends when bytes are missing or an answer is under way."""
+        self._is_pumping = True
+        while not self._is_lingering and not self._transport.is_closing():
+            match self.http.next_event():
+                case http1.Head() as head:
+                    self._deadline = perf_counter() + BODY_TIMEOUT_S
+                    self._exchange = Exchange(self, head)
+                    self._guard(self._exchange, self.app.admit)
+                    if not self._is_lingering:
+                        self.write(self.http.continue_100())
+                case http1.Body(data):
+                    assert self._exchange is not None
+                    self._deadline = _NEVER
+                    self._exchange.has_body = True
+                    self._guard(self._exchange, self.app.handle, data)
+                case http1.Malformed(status, message):
+                    error = api.APIError(api.Cause.MALFORMED, message, status=status)
+                    self.write(self.http.respond(status, JSON, error.body()))
+                    self._exchange = None
+                    self._linger()
+                case _:
+                    break
+        self._is_pumping = False
+        if self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
+            self._transport.pause_reading()
+
+    def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
+        try:
+            call(exchange, *args)
+        except api.APIError as error:
+            exchange.fail(error)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes; a peer whose backlog has grown past the bound is cut."""
+        if not data or self._transport.is_closing():
+            return
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._transport.abort()
+
+    def finished(self) -> None:
+        """The answer is complete: read the next request, or close."""
+        is_read = self._exchange is not None and self._exchange.has_body
+        self._exchange = None
+        if self._is_leaving or not self.http.start_next_cycle():
+            self._transport.close() if is_read else self._linger()
+        else:
+            self._deadline = perf_counter() + KEEP_ALIVE_S
+            self._transport.resume_reading()
+            if not self._is_pumping:
+                self._pump()
+
+    def _linger(self) -> None:
+        """Close, but not before the peer has had time to read: unread input would reset it away."""
+        self._is_lingering = True
+        self._deadline = perf_counter() + LINGER_S
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def leave(self) -> None:
+        """The server goes: close now, or as soon as the present answer is complete."""
+        self._is_leaving = True
+        if not self.is_busy:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def tick(self, now: float) -> None:
+        """Look at the deadline; keep a silent stream alive."""
+        if self._exchange is not None:
+            self._exchange.beat(now)
+        if now <= self._deadline:
+            return
+        if self._exchange is not None and not self._exchange.has_body:
+            self._exchange.fail(api.APIError(api.Cause.SLOW_BODY, "the body did not come in time"))
+        else:
+            self._transport.abort()
+
+
+class Exchange:
+    """One request and its answer, which is one `respond`, or a stream, or one `fail`."""
+
+    def __init__(self, client: Client, head: http1.Head) -> None:
+        self._client = client
+        self.head = head
+        given = head.headers.get("x-request-id")
+        is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+        self.request_id = given if is_usable else f"req_{secrets.token_hex(12)}"
+        self.label = "other"  # the route, for the metrics
+        self.sequence_id: int | None = None
+        self.extra_headers: list[tuple[str, str]] = []
+        self.has_body = False  # the request has been read to its end
+        self.is_lost = False  # the client went away
+        self.on_end: Callable[[], object] = _nothing  # the sequence has had its Done
+        self._written_at: float | None = None  # of a stream: when it last said anything
+
+    def __repr__(self) -> str:
+        return f"<Exchange {self.head.method} {self.head.path!r} {self.request_id}>"
+
+    def _headers(self, status: int, extra: Fields) -> Fields:
+        own = (("date", formatdate(usegmt=True)), ("x-request-id", self.request_id))
+        return (*own, *self._client.app.answering(self, status), *self.extra_headers, *extra)
+
+    def respond(self, status: int, body: bytes, headers: Fields = JSON) -> None:
+        """The whole answer at once."""
+        if not self.is_lost:
+            fields = self._headers(status, headers)
+            self._client.write(self._client.http.respond(status, fields, body))
+            self._client.finished()
+
+    def fail(self, error: api.APIError) -> None:
+        """The answer is an error."""
+        if error.status >= 500:
+            log.warning("%r: %d %s", self, error.status, error.message)
+        self.respond(error.status, error.body(), (*JSON, *error.headers))
+
+    def start_stream(self) -> None:
+        if not self.is_lost:
+            self._written_at = perf_counter()
+            self._client.write(self._client.http.start_stream(200, self._headers(200, EVENTS)))
+
+    def write(self, frame: bytes) -> None:
+        """One frame of the stream, in one write."""
+        if not self.is_lost:
+            self._written_at = perf_counter()
+            self._client.write(self._client.http.stream_data(frame))
+
+    def end_stream(self) -> None:
+        if not self.is_lost:
+            self._client.write(self._client.http.end_stream())
+            self._client.finished()
+
+    def beat(self, now: float) -> None:
+        """A comment in a stream that has long been silent: proxies cut what looks dead."""
+        if self._written_at is not None and now - self._written_at > HEARTBEAT_S:
+            self.write(http1.sse_comment())
+
+
+class ChatSink:
+    """The sink of one chat: outputs to chunks as they come, or all of them to one body."""
+
+    def __init__(
+        self, exchange: Exchange, envelope: api.Envelope, chunks: api.ChatChunks | None
+    ) -> None:
+        self._exchange = exchange
+        self._envelope = envelope
+        self._chunks = chunks  # None: not a stream
+        self._texts: list[str] = []
+
+    def start(self) -> None:
+        """A stream's head and role leave at once: the client knows that it is in the queue."""
+        if self._chunks is not None:
+            self._exchange.start_stream()
+            self._exchange.write(http1.sse_data(self._chunks.role()))
+
+    def __call__(self, output: Output) -> None:
+        match output:
+            case Delta():
+                if self._chunks is None:
+                    self._texts.append(output.text)
+                else:
+                    self._exchange.write(http1.sse_data(self._chunks.text(output)))
+            case Done():
+                self._exchange.on_end()
+                self._log(output)
+                self._end(output)
+
+    def _end(self, done: Done) -> None:
+        if self._chunks is None:
+            try:
+                body = api.chat_completion(self._envelope, "".join(self._texts), done)
+            except api.APIError as error:
+                self._exchange.fail(error)
+            else:
+                self._exchange.respond(200, body)
+            return
+        if done.reason is FinishReason.ERROR:
+            # Both forms: OpenAI's clients read the data line, the launching app the other.
+            failure = api.failure(done)
+            self._exchange.write(http1.sse_data(failure.body()))
+            self._exchange.write(http1.sse_field("error", failure.line()))
+        else:
+            for payload in self._chunks.end(done):
+                self._exchange.write(http1.sse_data(payload))
+        self._exchange.write(http1.SSE_DONE)
+        self._exchange.end_stream()
+
+    def _log(self, done: Done) -> None:
+        usage = done.usage
+        itl_ms = usage.decode_s * 1000 / max(1, usage.num_output - 1)
+        log.info(
+            "%s in %d (+%d cached) queue %.2fs ttft %.2fs out %d itl %.0fms %s",
+            self._exchange.request_id,
+            usage.num_prompt - usage.num_cached,
+            usage.num_cached,
+            usage.queue_s,
+            usage.queue_s + usage.prefill_s,
+            usage.num_output,
+            itl_ms,
+            done.reason.value,
+        )
