@@ -260,10 +260,10 @@ class Config:
             return self.model_id
         if self.model is None:
             return DEMO_ID
-        path = Path(self.model).expanduser()
-        if not path.exists():
-            return self.model  # a Hugging Face id
-        path = path.resolve()
+        try:
+            path = Path(self.model).expanduser().resolve(strict=True)
+        except (OSError, RuntimeError):
+            return self.model  # no path, so a Hugging Face id; the loader says if it is neither
         return path.name if path.is_dir() else path.parent.name
 
     def api_keys(self) -> tuple[str, ...]:

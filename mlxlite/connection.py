@@ -2,7 +2,7 @@
 
 This module decides how long a peer may take, how far it may lag, and what happens when it goes
 away; what an answer says is the server's. It must never wait, and never hold more than its bounds:
-a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows
+a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without draining, and slows
 nobody.
 
 Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After the client is lost its
@@ -48,6 +48,10 @@ def _nothing() -> None:
     pass
 
 
+def _new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
 class App(Protocol):
     """What a connection needs of the server. `admit` and `handle` may raise APIError."""
 
@@ -86,7 +90,8 @@ class Client(asyncio.Protocol):
         self._is_pumping = False
         self._is_lingering = False
         self._is_leaving = False
-        self._deadline = perf_counter() + HEADER_TIMEOUT_S
+        self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
+        self._write_deadline = _NEVER  # for the peer to take what is sent
 
     def __repr__(self) -> str:
         return f"<Client {self.http!r} {self._exchange!r}>"
@@ -121,10 +126,10 @@ class Client(asyncio.Protocol):
             self.app.lost(self._exchange)
 
     def pause_writing(self) -> None:
-        self._deadline = perf_counter() + WRITE_TIMEOUT_S
+        self._write_deadline = perf_counter() + WRITE_TIMEOUT_S
 
     def resume_writing(self) -> None:
-        self._deadline = _NEVER
+        self._write_deadline = _NEVER
 
     def _pump(self) -> None:
         """Hand on every event there is; ends when bytes are missing or an answer is under way."""
@@ -144,7 +149,8 @@ class Client(asyncio.Protocol):
                     self._guard(self._exchange, self.app.handle, data)
                 case http1.Malformed(status, message):
                     error = api.APIError(api.Cause.MALFORMED, message, status=status)
-                    self.write(self.http.respond(status, JSON, error.body()))
+                    fields = [*JSON, ("x-request-id", _new_request_id())]
+                    self.write(self.http.respond(status, fields, error.body()))
                     self._exchange = None
                     self._linger()
                 case _:
@@ -199,12 +205,14 @@ class Client(asyncio.Protocol):
         """Look at the deadline; keep a silent stream alive."""
         if self._exchange is not None:
             self._exchange.beat(now)
-        if now <= self._deadline:
-            return
-        if self._exchange is not None and not self._exchange.has_body:
-            self._exchange.fail(api.APIError(api.Cause.SLOW_BODY, "the body did not come in time"))
-        else:
+        if now > self._write_deadline:
             self._transport.abort()
+        elif now > self._deadline:
+            if self._exchange is not None and not self._exchange.has_body:
+                message = "the body did not come in time"
+                self._exchange.fail(api.APIError(api.Cause.SLOW_BODY, message))
+            else:
+                self._transport.abort()
 
 
 class Exchange:
@@ -215,7 +223,7 @@ class Exchange:
         self.head = head
         given = head.headers.get("x-request-id")
         is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-        self.request_id = given if is_usable else f"req_{secrets.token_hex(12)}"
+        self.request_id = given if is_usable else _new_request_id()
         self.label = "other"  # the route, for the metrics
         self.sequence_id: int | None = None
         self.extra_headers: list[tuple[str, str]] = []

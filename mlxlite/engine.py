@@ -76,6 +76,8 @@ class Lane:
             deliver: Callable[[], None]
             try:
                 result = function(*args)
+            except StopIteration as error:  # which a future refuses
+                deliver = _Failure(future, RuntimeError(f"StopIteration: {error.value}"))
             except BaseException as error:  # carried to the awaiting task, whatever it is
                 deliver = _Failure(future, error)
             else:
@@ -249,8 +251,12 @@ class Engine:
     def add(self, sequence: Sequence, stop: tuple[str, ...], sink: Sink) -> None:
         """Queue a sequence; `sink` is called from now on until its `Done`.
 
-        Raises QueueFull when `max_queue` sequences wait already.
+        Raises QueueFull when `max_queue` sequences wait already. After a failure the `Done` comes
+        at once.
         """
+        if self.failure is not None:
+            sink(Done(FinishReason.ERROR, error=self.failure))
+            return
         num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
         if num_waiting >= self._options.max_queue:
             raise QueueFull

@@ -7,9 +7,9 @@ pickle; chat templates go through transformers' sandboxed Jinja.
 """
 
 import hashlib
+import inspect
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -19,8 +19,11 @@ from typing import Any
 
 import jinja2
 import mlx.core as mx
+import mlx_lm
 from mlx import nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer, maybe_set_recommended_wired_limit
+from transformers import PreTrainedTokenizerBase
 
 from mlxlite.config import Config
 from mlxlite.sequence import LoadError, Prompt, PromptError, SamplingParams
@@ -29,7 +32,16 @@ log = logging.getLogger("mlxlite.model")
 
 DEMO_PATH = Path(__file__).parent / "demo"
 # Everything mlx-lm reads, and nothing that would be code.
-_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_PATTERNS = [
+    "*.json",
+    "model*.safetensors",
+    "tokenizer.model",
+    "tiktoken.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 # The names under which configurations keep their longest sequence, by how often they are seen.
 _CONTEXT_KEYS = (
@@ -42,6 +54,19 @@ _CONTEXT_KEYS = (
     "model_max_length",
 )
 _UNKNOWN_CONTEXT = 32_768  # recurrent models name none; bounded all the same
+# What a template can run into on messages that it was not written for; RecursionError and the
+# arithmetic are a hostile one's.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +104,24 @@ class Model:
         """Chat messages through the template and the tokenizer.
 
         `is_continuation` leaves the last message open, for the answer to go on from it. Raises
-        PromptError when there is no template or it refuses the messages.
+        PromptError when there is no template, when it refuses the messages, and for a template
+        argument that would steer the renderer instead.
         """
         if not self.has_chat_template:
             raise PromptError(
                 "this model has no chat template; start the server with --chat-template"
             )
+        if template_kwargs and (reserved := _renderer_arguments().intersection(template_kwargs)):
+            raise PromptError(f"a request may not set the template argument {min(reserved)!r}")
         try:
             text = self._apply_template(list(messages), dict(template_kwargs), is_continuation)
-        except (jinja2.TemplateError, LookupError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise PromptError(f"the chat template refused the messages: {reason[0]}") from error
-        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        except _TEMPLATE_ERRORS as error:
+            reason = _reason(error)
+            raise PromptError(f"the chat template refused the messages: {reason}") from error
+        try:
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeError) as error:
+            raise PromptError("the messages hold half a character (a lone surrogate)") from error
         if not tokens:
             raise PromptError("the chat template made an empty prompt of the messages")
         return Prompt(tuple(tokens))
@@ -101,7 +132,11 @@ class Model:
         apply = self.tokenizer.apply_chat_template
         if self.chat_template is not None:
             kwargs["chat_template"] = self.chat_template
-        if self.chat_template is not None or self.tokenizer.chat_template is not None:
+        is_jinja = (
+            self.tokenizer.chat_template is not None
+            and "chat_template_type" not in self.tokenizer.init_kwargs  # a renderer of mlx-lm's
+        )
+        if self.chat_template is not None or is_jinja:
             # transformers' own method, reached through a bound one that the wrapper passes on: the
             # wrapper would set enable_thinking where the request is silent, templates know better.
             apply = self.tokenizer.get_chat_template.__self__.apply_chat_template
@@ -125,29 +160,51 @@ def load(config: Config) -> Model:
     """
     _disable_compile_without_compiler()
     maybe_set_recommended_wired_limit()
+    template = _read_template(config.chat_template)
     path = locate(config.model)
     settings = _read_settings(path)
-    try:
-        network, settings = load_model(path)
-        tokenizer = load_tokenizer(path, eos_token_ids=settings.get("eos_token_id"))
-    except MemoryError as error:
-        raise LoadError(f"insufficient memory for the model at {path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise LoadError(f"cannot load the model at {path}: {_first_line(error)}") from error
+    generation = _read_json(path / "generation_config.json") or {}
+    network, tokenizer = _load_parts(path, generation)
     model = Model(
         id=config.served_id,
         path=path,
         network=network,
         tokenizer=tokenizer,
-        chat_template=_read_template(config.chat_template),
-        fingerprint=_fingerprint(path),
+        chat_template=template,
+        fingerprint=_fingerprint(path, network),
         context_size=_context_size(settings, config.ctx_size),
         eos_tokens=frozenset(tokenizer.eos_token_ids),
-        defaults=_sampling_defaults(path),
+        defaults=_sampling_defaults(generation),
     )
-    if not model.has_chat_template:
+    if template is not None:
+        _check_template(model)
+    elif not model.has_chat_template:
         log.warning("the model has no chat template: chat needs --chat-template")
     return model
+
+
+def _load_parts(path: Path, generation: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """The network and mlx-lm's tokenizer. Raises LoadError, whatever mlx-lm raises."""
+    try:
+        network, settings = load_model(path)
+        eos = generation.get("eos_token_id")
+        tokenizer = load_tokenizer(
+            path,
+            {"trust_remote_code": False},  # else transformers may ask the terminal, and wait
+            eos_token_ids=settings.get("eos_token_id") if eos is None else eos,
+        )
+    except Exception as error:  # a foreign file is wrong in any way; tokenizers raises bare ones
+        reason = _reason(error)
+        if isinstance(error, MemoryError) or "allocate" in reason:
+            raise LoadError(
+                f"insufficient memory for the model at {path} ({reason}): "
+                "choose a smaller one, or one with fewer bits"
+            ) from error
+        raise LoadError(
+            f"cannot load the model at {path}: {reason.rstrip('.')}; check that the download is "
+            f"complete and that mlx-lm {mlx_lm.__version__} supports the model"
+        ) from error
+    return network, tokenizer
 
 
 def locate(name: str | None) -> Path:
@@ -157,21 +214,32 @@ def locate(name: str | None) -> Path:
     """
     if name is None:
         return DEMO_PATH
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        return path.parent
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_file():
+            return path.parent
+        is_in_directory = path.parent.exists()
+    except (OSError, RuntimeError) as error:  # too long, no permission, ~ of an unknown user
+        raise LoadError(f"--model {name[:300]} cannot be read: {_reason(error)}") from error
     is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.suffix
-    if is_hub_id or (name.count("/") == 1 and not path.parent.exists()):
+    if is_hub_id or (name.count("/") == 1 and not is_in_directory):
         return _download(name)
-    raise LoadError(f"there is no model at {name}: no such file or directory")
+    raise LoadError(
+        f"there is no model at {name}: no such file or directory; give a model's directory, "
+        "a file in it, or a Hugging Face id (owner/name)"
+    )
 
 
 def _download(repo: str) -> Path:
-    """A snapshot from the Hugging Face hub, resumed where it was left; obeys HF_HUB_OFFLINE."""
+    """A snapshot from the Hugging Face hub; obeys HF_HUB_OFFLINE.
+
+    A connection that breaks is resumed while we run; what a run leaves is its complete files.
+    """
     from huggingface_hub import constants, errors, snapshot_download
 
+    log.info("looking for %s on the Hugging Face hub, if it is not in the cache", repo)
     try:
         return Path(snapshot_download(repo, allow_patterns=_PATTERNS))
     except errors.GatedRepoError:
@@ -180,28 +248,39 @@ def _download(repo: str) -> Path:
         why = "there is no such path and no such repository (a private one needs HF_TOKEN)"
     except errors.HFValidationError:
         why = "it is neither a path that exists nor a Hugging Face id (owner/name)"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        offline = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "no network"
-        why = f"it is not in the local cache, and the hub cannot be reached ({offline})"
-    except (errors.HfHubHTTPError, OSError) as error:
-        why = f"the download failed ({_first_line(error)}); it resumes when you try again"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        reason = f"{_reason(error.__cause__ or error)}: check the network"
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set: unset it"
+        why = f"it is not, or not all of it, in the local cache, and the hub is no help ({reason})"
+    except (errors.HfHubHTTPError, _http_error(), OSError, RuntimeError, ValueError) as error:
+        advice = "check HF_TOKEN if the hub says 401, else try again: complete files are kept"
+        why = f"the download failed ({_reason(error)}); {advice}"
     raise LoadError(f"cannot get the model {repo}: {why}")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """config.json, after the checks that deserve a better message than the loader's."""
+
+    def unlike_mlx(what: str) -> LoadError:
+        needs = "a directory with config.json, model*.safetensors and a tokenizer"
+        return LoadError(f"{path} is not an MLX model: {what}; give {needs} (see mlx_lm.convert)")
+
     settings = _read_json(path / "config.json")
     if settings is None:
         hint = " (GGUF files are not MLX models)" if any(path.glob("*.gguf")) else ""
-        raise LoadError(f"{path} is not an MLX model: it has no config.json{hint}")
-    if "model_type" not in settings:
-        raise LoadError(f"{path} is not an MLX model: its config.json names no model_type")
+        raise unlike_mlx(f"it has no config.json{hint}")
+    if not isinstance(settings.get("model_type"), str):
+        raise unlike_mlx("its config.json names no model_type")
     if settings.get("model_file") is not None:
-        raise LoadError(f"{path} wants to run code of its own (model_file), which is never done")
+        raise LoadError(
+            f"{path} wants to run code of its own (model_file), which is never done: "
+            "choose a model whose architecture mlx-lm has"
+        )
     if not any(path.glob("model*.safetensors")):
-        raise LoadError(f"{path} is not an MLX model: it has no model*.safetensors")
+        raise unlike_mlx("it has no model*.safetensors")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise LoadError(f"{path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+        raise unlike_mlx(f"it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     return settings
 
 
@@ -212,9 +291,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {_first_line(error)}") from error
+        reason = _reason(error)
+        raise LoadError(f"{path} cannot be read ({reason}): download or repair it") from error
     if not isinstance(value, dict):
-        raise LoadError(f"{path} does not hold a JSON object")
+        raise LoadError(f"{path} does not hold a JSON object: download or repair it")
     return value
 
 
@@ -225,29 +305,40 @@ def _read_template(given: str | None) -> str | None:
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"--chat-template {given}: {_first_line(error)}") from error
+        raise LoadError(
+            f"--chat-template {given[:300]}: {_reason(error)}; give a path or a template's text"
+        ) from error
+
+
+def _check_template(model: Model) -> None:
+    """Find a template that can never work at the start, not in each request. Raises LoadError."""
+    try:
+        model.render([{"role": "user", "content": "Hello"}], {}, is_continuation=False)
+    except PromptError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            line, why = error.__cause__.lineno, error.__cause__.message
+            raise LoadError(f"--chat-template is broken: line {line}: {why}") from error
 
 
 def _context_size(settings: Mapping[str, Any], wanted: int) -> int:
     """The model's own maximum, or what --ctx-size asks for."""
-    text = settings.get("text_config") or {}
-    sizes = [part[key] for part in (settings, text) for key in _CONTEXT_KEYS if key in part]
+    parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, Mapping)]
+    sizes = [part[key] for part in parts for key in _CONTEXT_KEYS if key in part]
     own = next((size for size in sizes if isinstance(size, int) and size > 0), _UNKNOWN_CONTEXT)
     if wanted > own:
         log.warning("--ctx-size %d is more than the model was made for (%d)", wanted, own)
     return wanted or own
 
 
-def _sampling_defaults(path: Path) -> SamplingParams:
+def _sampling_defaults(settings: Mapping[str, Any]) -> SamplingParams:
     """generation_config.json's settings, where they are in range; OpenAI's defaults otherwise."""
-    settings = _read_json(path / "generation_config.json") or {}
 
     def read(name: str, low: float, high: float, default: float) -> float:
         value = settings.get(name)
         if value is None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-            log.warning("generation_config.json: %s %r is out of range, ignored", name, value)
+        if type(value) not in (int, float) or not low <= value <= high:
+            log.warning("generation_config.json: %s %.40r is out of range, ignored", name, value)
             return default
         return float(value)
 
@@ -260,14 +351,29 @@ def _sampling_defaults(path: Path) -> SamplingParams:
     )
 
 
-def _fingerprint(path: Path) -> str:
-    """A hash of the settings and of each weight file's size and head, which lists its tensors."""
-    digest = hashlib.blake2b(digest_size=8)
-    for file in sorted([*path.glob("*.json"), *path.glob("model*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
+def _fingerprint(path: Path, network: nn.Module) -> str:
+    """A hash of config.json and of every weight, which are read once, where they are.
+
+    A weight's part is the exact sum of its words, each row's counted by its place.
+    """
+    digest = hashlib.blake2b((path / "config.json").read_bytes(), digest_size=8)
+    weights: dict[str, mx.array] = {}
+    tree_flatten(network.parameters(), destination=weights)
+    sums = [_sum_of_words(array) for array in weights.values()]
+    mx.eval(sums)
+    for (name, array), total in zip(weights.items(), sums, strict=True):
+        digest.update(f"{name} {array.dtype} {array.shape} {total.item()}\n".encode())
     return digest.hexdigest()
+
+
+def _sum_of_words(array: mx.array) -> mx.array:
+    """An exact sum, modulo 2**32, of an array's bits."""
+    if not array.size:
+        return mx.array(0, mx.uint32)
+    num_rows = array.shape[0] if array.ndim > 1 else 1
+    word = {1: mx.uint8, 2: mx.uint16}.get(array.dtype.size, mx.uint32)
+    rows = mx.sum(array.reshape(num_rows, -1).view(word), axis=1).astype(mx.uint32)
+    return mx.sum(rows * (2 * mx.arange(num_rows, dtype=mx.uint32) + 1))
 
 
 def _disable_compile_without_compiler() -> None:
@@ -277,6 +383,21 @@ def _disable_compile_without_compiler() -> None:
         mx.disable_compile()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _http_error() -> type[Exception]:
+    """What huggingface_hub lets through when a connection fails: its HTTP library's own error."""
+    from huggingface_hub import errors
+
+    return next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def _renderer_arguments() -> frozenset[str]:
+    """What transformers' method takes for itself (the template among it), and not as data."""
+    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset({"messages", *names}) - {"tools", "documents", "kwargs"}
+
+
+def _reason(error: BaseException) -> str:
+    """The reason in one line of bounded length, with its kind where the text alone says little."""
+    text = " ".join(str(error).split())[:300]
+    is_bare = not text or isinstance(error, KeyError | AssertionError | ZeroDivisionError)
+    return f"{type(error).__name__}: {text}".removesuffix(": ") if is_bare else text

@@ -180,7 +180,8 @@ Reader = Callable[[Any, str], Any]
 
 def _kind(value: Any) -> str:
     names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
-    return names.get(type(value), "an object" if isinstance(value, dict) else "an array")
+    names |= {dict: "an object", list: "an array"}
+    return names.get(type(value), "null")
 
 
 def _wrong(param: str, expected: str, value: Any) -> APIError:
@@ -278,8 +279,25 @@ def _stream_options(value: Any, param: str) -> bool:
     return wanted is not None and _flag(wanted, f"{param}.include_usage")
 
 
+# What steers the renderer and not the template: transformers' own arguments.
 _RESERVED_KWARGS: Final = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    [
+        "conversation",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "padding",
+        "continue_final_message",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "tokenizer_kwargs",
+        "return_assistant_tokens_mask",
+    ]
 )
 
 
@@ -379,7 +397,8 @@ def _tool_call(value: Any, param: str) -> ToolCall:
     arguments = function.get("arguments", "")
     if isinstance(arguments, str):
         with suppress(orjson.JSONDecodeError):  # a model's own broken call stays text
-            arguments = orjson.loads(arguments or "{}")
+            value = orjson.loads(arguments or "{}")
+            arguments = value if isinstance(value, dict) else arguments
     name = _text(function.get("name"), f"{param}.function.name")
     return ToolCall(_text(call.get("id", ""), f"{param}.id"), name, arguments)
 

@@ -69,7 +69,8 @@ class Sampler:
             scores = mx.where(scores >= self._top_threshold(scores), scores, -mx.inf)
         if self._has_min_p:
             floor = mx.max(scores, axis=-1, keepdims=True) + self._log_min_p
-            scores = mx.where(scores >= floor, scores, -mx.inf)
+            is_cut = (scores < floor) & (self._log_min_p > -mx.inf)
+            scores = mx.where(is_cut, -mx.inf, scores)
         ids = mx.arange(logits.shape[-1], dtype=mx.uint32)[None]
         drawn = mx.argmax(scores + _gumbel(ids, self._key, self._position), axis=-1)
         self._position = self._position + 1
@@ -98,8 +99,8 @@ class Sampler:
 def _gumbel(ids: mx.array, key: mx.array, position: mx.array) -> mx.array:
     """Gumbel noise `[B, V]` of token ids `[1, V]`, row keys `[B, 1]`, row positions `[B, 1]`."""
     bits = _hash(_hash(_hash(position) ^ key) + ids)
-    # The upper 24 bits, at the middle of their interval: never 0 and never 1.
-    uniform = (bits >> 8).astype(mx.float32) * 2.0**-24 + 2.0**-25
+    # The upper 23 bits, at the middle of their interval, which float32 has: never 0 and never 1.
+    uniform = (bits >> 9).astype(mx.float32) * 2.0**-23 + 2.0**-24
     return -mx.log(-mx.log(uniform))
 
 

@@ -136,8 +136,8 @@ class Server:
         # Two threads: a long prompt's tokenizing must not hold up a short one's.
         self._executor = ThreadPoolExecutor(2, thread_name_prefix="mlxlite-render")
         self._loaded = loop.create_future()
-        self._spawn(self._live())
-        self._spawn(self._sweep())
+        self._spawn(self._live(), self._died)
+        self._spawn(self._sweep(), self._died)
 
     async def _live(self) -> None:
         """Load the model, then drive it until the server stops."""
@@ -237,19 +237,29 @@ class Server:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{self.port}"
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(
+        self, coroutine: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
+    ) -> None:
+        """Run a task whose unexpected end is not lost: logged, and told to `on_error`."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a task died", exc_info=error)
+                on_error(error)
+
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        task.add_done_callback(done)
 
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            # Only a bug or a lost lane comes here: /health says so from now on.
-            log.error("a server task died", exc_info=error)
-            self.phase = Phase.FAILED if self.phase is not Phase.DRAINING else self.phase
-            if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_exception(LoadError(f"loading failed: {error!r}"))
+    def _died(self, error: BaseException) -> None:
+        """The engine cannot go on: nobody is left waiting, and /health says so from now on."""
+        if self.phase is not Phase.DRAINING:
+            self.phase = Phase.FAILED
+        if self._ready is not None:
+            self._ready.engine.abort("the engine has stopped")
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_exception(LoadError(f"loading failed: {error!r}"))
 
     async def _sweep(self) -> None:
         """Deadlines, heartbeats, and how late the loop itself is."""
@@ -409,7 +419,8 @@ class Server:
 
     def _chat(self, exchange: Exchange, body: bytes) -> None:
         ready = self._need_model()
-        self._spawn(self._chat_task(ready, exchange, body))
+        internal = api.APIError(Cause.INTERNAL, "internal error")
+        self._spawn(self._chat_task(ready, exchange, body), lambda _: exchange.fail(internal))
 
     async def _chat_task(self, ready: _Ready, exchange: Exchange, body: bytes) -> None:
         """Parse and render off the loop, then hand the sequence over; the sink does the rest."""
