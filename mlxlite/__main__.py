@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mlxlite.config import Config, ConfigError, parse_args
+from mlxlite.config import USAGE_STATUS, Config, ConfigError, parse_args
 
 if TYPE_CHECKING:
     import asyncio
@@ -85,7 +85,7 @@ async def _serve(config: Config) -> int:
         server = server_class()(config)
         await server.start()
     except ConfigError as error:
-        return _fail(str(error))
+        return _fail(str(error), USAGE_STATUS)
     except OSError as error:
         address = config.uds or f"{config.host}:{config.port}"
         return _fail(f"cannot listen on {address}: {error.strerror or error}")
@@ -137,9 +137,9 @@ def _announce(server: "Server") -> None:
     print(f"[mlx] server is listening on {server.url.removeprefix('http://')}", flush=True)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = _EXIT_FAILED) -> int:
     print(f"mlxlite: error: {message}", file=sys.stderr, flush=True)
-    return _EXIT_FAILED
+    return code
 
 
 if __name__ == "__main__":

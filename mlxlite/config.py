@@ -188,7 +188,7 @@ class Config:
     max_connections: int = _flag(1024, _LIMITS, "N", "connections open at a time", minimum=1)
 
     shutdown_grace_s: float = _flag(
-        1.5, _PROCESS, "S", "how long running requests may go on after SIGTERM"
+        1.2, _PROCESS, "S", "how long running requests may go on after SIGTERM"
     )
     log_level: str = _flag(
         "info",

@@ -2,8 +2,8 @@
 
 This module decides how long a peer may take, how far it may lag, and what happens when it goes
 away; what an answer says is the server's. It must never wait, and never hold more than its bounds:
-a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without draining, and slows
-nobody.
+a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows
+nobody. A peer that sends its EOF is taken as gone, as nginx and uvicorn take it.
 
 Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After the client is lost its
 answer goes nowhere and the server is told at once, whatever the request was doing (tested).
@@ -57,8 +57,8 @@ class App(Protocol):
 
     limits: http1.Limits
 
-    def joined(self, client: "Client") -> bool:
-        """A connection came; False: there are too many."""
+    def joined(self, client: "Client") -> api.APIError | None:
+        """A connection came; an error is all that it will be told."""
         ...
 
     def left(self, client: "Client") -> None: ...
@@ -90,6 +90,9 @@ class Client(asyncio.Protocol):
         self._is_pumping = False
         self._is_lingering = False
         self._is_leaving = False
+        self._has_begun = False  # something of the next request has come
+        self._num_written = 0  # bytes, and how many of them the peer has taken
+        self._num_taken = 0
         self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
         self._write_deadline = _NEVER  # for the peer to take what is sent
 
@@ -104,18 +107,18 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if not self.app.joined(self):
-            error = api.later(api.Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
-            self.write(self.http.respond(503, [*JSON, *error.headers], error.body()))
-            self._linger()
+        if (error := self.app.joined(self)) is not None:
+            self._refuse(error)
 
     def data_received(self, data: bytes) -> None:
         if self._is_lingering:
             return
-        if self._exchange is None and self.http.num_buffered == 0:
+        if self._exchange is not None:
+            if not self._exchange.has_body:
+                self._deadline = perf_counter() + BODY_TIMEOUT_S
+        elif not self._has_begun:  # at the first byte only: empty lines buy no time
+            self._has_begun = True
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
-        elif self._exchange is not None and not self._exchange.has_body:
-            self._deadline = perf_counter() + BODY_TIMEOUT_S
         self.http.receive_data(data)
         self._pump()
 
@@ -149,15 +152,20 @@ class Client(asyncio.Protocol):
                     self._guard(self._exchange, self.app.handle, data)
                 case http1.Malformed(status, message):
                     error = api.APIError(api.Cause.MALFORMED, message, status=status)
-                    fields = [*JSON, ("x-request-id", _new_request_id())]
-                    self.write(self.http.respond(status, fields, error.body()))
-                    self._exchange = None
-                    self._linger()
+                    self._refuse(error)
                 case _:
                     break
         self._is_pumping = False
         if self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
             self._transport.pause_reading()
+
+    def _refuse(self, error: api.APIError) -> None:
+        """Answer what is no request, and close."""
+        own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
+        fields = (*own, *JSON, *error.headers)
+        self.write(self.http.respond(error.status, fields, error.body()))
+        self._exchange = None
+        self._linger()
 
     def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
         try:
@@ -169,6 +177,7 @@ class Client(asyncio.Protocol):
         """Send bytes; a peer whose backlog has grown past the bound is cut."""
         if not data or self._transport.is_closing():
             return
+        self._num_written += len(data)
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._transport.abort()
@@ -177,6 +186,7 @@ class Client(asyncio.Protocol):
         """The answer is complete: read the next request, or close."""
         is_read = self._exchange is not None and self._exchange.has_body
         self._exchange = None
+        self._has_begun = self.http.num_buffered > 0
         if self._is_leaving or not self.http.start_next_cycle():
             self._transport.close() if is_read else self._linger()
         else:
@@ -198,6 +208,11 @@ class Client(asyncio.Protocol):
         if not self.is_busy:
             self._transport.close()
 
+    def refuse(self, error: api.APIError) -> None:
+        """Answer a request that has had no answer yet with an error."""
+        if self._exchange is not None:
+            self._exchange.fail(error)
+
     def abort(self) -> None:
         self._transport.abort()
 
@@ -205,6 +220,10 @@ class Client(asyncio.Protocol):
         """Look at the deadline; keep a silent stream alive."""
         if self._exchange is not None:
             self._exchange.beat(now)
+        num_taken = self._num_written - self._transport.get_write_buffer_size()
+        if num_taken > self._num_taken and self._write_deadline < _NEVER:
+            self._write_deadline = now + WRITE_TIMEOUT_S
+        self._num_taken = num_taken
         if now > self._write_deadline:
             self._transport.abort()
         elif now > self._deadline:
@@ -229,6 +248,7 @@ class Exchange:
         self.extra_headers: list[tuple[str, str]] = []
         self.has_body = False  # the request has been read to its end
         self.is_lost = False  # the client went away
+        self.is_answered = False  # the answer has begun
         self.on_end: Callable[[], object] = _nothing  # the sequence has had its Done
         self._written_at: float | None = None  # of a stream: when it last said anything
 
@@ -240,20 +260,22 @@ class Exchange:
         return (*own, *self._client.app.answering(self, status), *self.extra_headers, *extra)
 
     def respond(self, status: int, body: bytes, headers: Fields = JSON) -> None:
-        """The whole answer at once."""
-        if not self.is_lost:
+        """The whole answer at once; void after another one."""
+        if not self.is_lost and not self.is_answered:
+            self.is_answered = True
             fields = self._headers(status, headers)
             self._client.write(self._client.http.respond(status, fields, body))
             self._client.finished()
 
     def fail(self, error: api.APIError) -> None:
-        """The answer is an error."""
-        if error.status >= 500:
+        """The answer is an error; void after another answer."""
+        if error.status >= 500 and not self.is_answered:
             log.warning("%r: %d %s", self, error.status, error.message)
         self.respond(error.status, error.body(), (*JSON, *error.headers))
 
     def start_stream(self) -> None:
         if not self.is_lost:
+            self.is_answered = True
             self._written_at = perf_counter()
             self._client.write(self._client.http.start_stream(200, self._headers(200, EVENTS)))
 

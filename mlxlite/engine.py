@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from mlxlite.sequence import (
     FinishReason,
     Launched,
     Outcome,
+    Output,
     Runner,
     Sequence,
     SetChunkBudget,
@@ -76,9 +78,11 @@ class Lane:
             deliver: Callable[[], None]
             try:
                 result = function(*args)
-            except StopIteration as error:  # which a future refuses
-                deliver = _Failure(future, RuntimeError(f"StopIteration: {error.value}"))
             except BaseException as error:  # carried to the awaiting task, whatever it is
+                # Its frames hold the arrays of what failed, which must be dropped here, and now.
+                traceback.clear_frames(error.__traceback__)
+                if isinstance(error, StopIteration):  # which a future refuses
+                    error = RuntimeError(f"StopIteration: {error.value}")
                 deliver = _Failure(future, error)
             else:
                 deliver = _Success(future, result)
@@ -136,6 +140,10 @@ class Observer(Protocol):
     def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None: ...
 
 
+class EngineFailed(Exception):
+    """The model is lost; the message says why."""
+
+
 class QueueFull(Exception):
     """The waiting line has no place; try again later."""
 
@@ -152,6 +160,7 @@ class _Live:
     first_at: float | None = None
     last_at: float | None = None
     num_output: int = 0
+    is_deaf: bool = False  # its sink has raised
 
     def usage(self, now: float) -> Usage:
         admitted_at = self.admitted_at if self.admitted_at is not None else now
@@ -251,12 +260,11 @@ class Engine:
     def add(self, sequence: Sequence, stop: tuple[str, ...], sink: Sink) -> None:
         """Queue a sequence; `sink` is called from now on until its `Done`.
 
-        Raises QueueFull when `max_queue` sequences wait already. After a failure the `Done` comes
-        at once.
+        Raises QueueFull when `max_queue` sequences wait already, and EngineFailed when the engine
+        has stopped for good.
         """
         if self.failure is not None:
-            sink(Done(FinishReason.ERROR, error=self.failure))
-            return
+            raise EngineFailed(self.failure)
         num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
         if num_waiting >= self._options.max_queue:
             raise QueueFull
@@ -384,9 +392,20 @@ class Engine:
         if is_eos or live.text.stopped is not None:
             return
         if text := live.text.push(token):
-            live.sink(Delta(text, live.num_output))
+            self._emit(live, Delta(text, live.num_output))
         if live.text.stopped is not None:
             self._command(Finish(live.sequence.id, FinishReason.STOP))
+
+    def _emit(self, live: _Live, output: Output) -> None:
+        """Call a sink, which must not raise; one that does costs its own sequence only."""
+        if live.is_deaf:
+            return
+        try:
+            live.sink(output)
+        except Exception:
+            log.exception("the sink of sequence %d raised", live.sequence.id)
+            live.is_deaf = True
+            self.cancel(live.sequence.id)
 
     def _done(self, event: Finished, now: float) -> None:
         """The one place where a sequence leaves: its last text, then its `Done`."""
@@ -394,12 +413,12 @@ class Engine:
         if live is None:
             return
         if event.reason in (FinishReason.STOP, FinishReason.LENGTH) and (text := live.text.flush()):
-            live.sink(Delta(text, live.num_output))
+            self._emit(live, Delta(text, live.num_output))
         reason = event.reason
         if reason is FinishReason.LENGTH and live.text.stopped is not None:
             reason = FinishReason.STOP  # the stop string was met in the very last token
         usage = live.usage(now)
-        live.sink(Done(reason, usage, event.error, live.text.stopped))
+        self._emit(live, Done(reason, usage, event.error, live.text.stopped))
         self._observer.finished(
             reason.value, now - live.added_at, usage.num_prompt, usage.num_output
         )

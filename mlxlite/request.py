@@ -136,7 +136,12 @@ def parse_chat(body: bytes) -> ChatRequest:
     read: dict[str, Any] = {}
     for name, item in given.items():
         if entry := FIELDS.get(name):
-            read[entry.alias_of or name] = entry.read(item, name)
+            key, new = entry.alias_of or name, entry.read(item, name)
+            old = read.setdefault(key, new)
+            if old is None:
+                read[key] = new
+            elif new is not None and new != old:
+                raise bad(f"'{name}' and its other name '{key}' disagree.", name)
     if "messages" not in read:
         raise bad("'messages' is required.", "messages")
     options = read.get("stream_options")
@@ -345,6 +350,9 @@ def _message(value: Any, param: str) -> Message:
         raise bad(f"'{param}.role' must be one of {roles}.", f"{param}.role") from None
     content = _content(fields.get("content"), f"{param}.content")
     tool_calls = _tool_calls(fields.get("tool_calls", []), f"{param}.tool_calls")
+    if "function_call" in fields:  # what tool_calls were before
+        old_call = {"function": fields["function_call"]}
+        tool_calls += (_tool_call(old_call, f"{param}.function_call"),)
     if role is not Role.ASSISTANT:
         if tool_calls:
             raise bad(f"only an assistant's message has '{param}.tool_calls'.", param)
@@ -394,13 +402,15 @@ def _tool_calls(value: Any, param: str) -> tuple[ToolCall, ...]:
 def _tool_call(value: Any, param: str) -> ToolCall:
     call = _object(value, param)
     function = _object(call.get("function"), f"{param}.function")
-    arguments = function.get("arguments", "")
+    arguments = function.get("arguments") or {}
+    if not isinstance(arguments, str | dict):
+        raise _wrong(f"{param}.function.arguments", "a string or an object", arguments)
     if isinstance(arguments, str):
         with suppress(orjson.JSONDecodeError):  # a model's own broken call stays text
-            value = orjson.loads(arguments or "{}")
+            value = orjson.loads(arguments)
             arguments = value if isinstance(value, dict) else arguments
     name = _text(function.get("name"), f"{param}.function.name")
-    return ToolCall(_text(call.get("id", ""), f"{param}.id"), name, arguments)
+    return ToolCall(_text(call.get("id") or "", f"{param}.id"), name, arguments)
 
 
 # --- the table --------------------------------------------------------------------------------

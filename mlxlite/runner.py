@@ -45,6 +45,7 @@ class _Prefill:
     sequence: Sequence
     tokens: npt.NDArray[np.uint32]
     cache: Cache
+    num_computed: int = 0
 
 
 @dataclass(slots=True)
@@ -128,6 +129,8 @@ class ModelRunner:
     def _prefill(self, chunk: Chunk) -> list[Any]:
         """Run the prompt's tokens through the layers; the logits are never asked for."""
         prefill = self._prefills[chunk.id]
+        assert chunk.start == prefill.num_computed
+        prefill.num_computed = chunk.stop
         self._model(mx.array(prefill.tokens[None, chunk.start : chunk.stop]), cache=prefill.cache)
         return [layer.state for layer in prefill.cache]
 
@@ -147,6 +150,7 @@ class ModelRunner:
         wanted = set(ids)
         keep = [i for i, id in enumerate(present) if id in wanted]
         joining = [self._prefills.pop(id) for id in ids if id in self._prefills]
+        assert all(prefill.num_computed == len(prefill.tokens) - 1 for prefill in joining)
         self._batch.keep(keep, len(present))
         self._batch.join([prefill.cache for prefill in joining])
         self._rows = [self._rows[i] for i in keep]

@@ -8,8 +8,9 @@ and all paths give the same token for the same row:
     nobody truncates      argmax(logits / temperature + noise)          the Gumbel trick
     somebody truncates    the same over the tokens at or above the row's threshold
 
-The order is vLLM's: temperature, then top_k, then top_p over what top_k left, then min_p. Tokens
-tied with the last one kept are kept too, so that the choice of path can never decide a tie.
+Temperature comes first, as in vLLM, then the cuts in llama.cpp's order: top_k, top_p over what
+top_k left, min_p. Tokens tied with the last one kept are kept too, so that the choice of path can
+never decide a tie.
 
 The noise of a token is a hash of (seed, number of tokens drawn before, token id). A seeded request
 therefore draws the same alone or in any company (tested), and needs no state that could be lost.
@@ -93,7 +94,10 @@ class Sampler:
         before = mx.cumsum(probabilities, axis=-1) - probabilities
         is_kept = (before < self._top_p) & (ranked > -mx.inf)
         last = mx.maximum(mx.sum(is_kept, axis=-1, keepdims=True) - 1, 0)
-        return mx.take_along_axis(ranked, last, axis=-1)
+        threshold = mx.take_along_axis(ranked, last, axis=-1)
+        # The probabilities add up to 1 only nearly: what is off must not lose its tail to that.
+        is_off = (self._top_p >= 1.0) & (self._top_k >= _MASK_32 >> 1)
+        return mx.where(is_off, -mx.inf, threshold)
 
 
 def _gumbel(ids: mx.array, key: mx.array, position: mx.array) -> mx.array:

@@ -11,11 +11,12 @@ Reading order: `Server`: its life, who may ask, its routes.
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import logging
 import os
 import secrets
-import stat
+import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from mlxlite import __version__, api, http1
 from mlxlite.api import Cause
 from mlxlite.config import Config
 from mlxlite.connection import JSON, ChatSink, Client, Exchange, Fields
-from mlxlite.engine import Engine, EngineOptions, Lane, QueueFull
+from mlxlite.engine import Engine, EngineFailed, EngineOptions, Lane, QueueFull
 from mlxlite.metrics import Metrics
 from mlxlite.request import ChatRequest, parse_cancel, parse_chat
 from mlxlite.scheduler import Policy, Scheduler
@@ -46,6 +47,8 @@ log = logging.getLogger("mlxlite.server")
 SWEEP_S = 0.25  # how often deadlines are looked at
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
 _MAX_IGNORED_NAMES = 256  # logged once each; bounds the table
+_MAX_SHOWN_NAMES = 32  # in one answer, each of at most so many characters
+_MAX_IGNORED_NAME = 64
 _PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8"),)
 
 Load = Callable[[Config], tuple[ServedModel, Runner]]
@@ -110,6 +113,8 @@ class Server:
         self._ready: _Ready | None = None
         self._loaded: asyncio.Future[None] | None = None
         self._listener: asyncio.Server | None = None
+        self._lane: Lane | None = None
+        self._executor: ThreadPoolExecutor | None = None
         self._routes = self._make_routes()
         self.metrics = Metrics(
             model_name=config.served_id,
@@ -124,9 +129,9 @@ class Server:
         """Listen, then begin to load. Raises OSError when the address cannot be had."""
         loop = asyncio.get_running_loop()
         if self.config.uds is not None:
-            _remove_socket(self.config.uds)  # left by a process that was killed
-            self._listener = await loop.create_unix_server(lambda: Client(self), self.config.uds)
-            os.chmod(self.config.uds, 0o600)
+            self._listener = await loop.create_unix_server(
+                lambda: Client(self), sock=_bind_unix(self.config.uds)
+            )
         else:
             self._listener = await loop.create_server(
                 lambda: Client(self), self.config.host, self.config.port, backlog=1024
@@ -142,6 +147,7 @@ class Server:
     async def _live(self) -> None:
         """Load the model, then drive it until the server stops."""
         assert self._loaded is not None
+        assert self._lane is not None
         try:
             model, runner = await self._lane.run(self._load, self.config)
         except LoadError as error:
@@ -187,6 +193,9 @@ class Server:
         for client in list(self._clients):
             client.leave()
         await self._until_alone(self.config.shutdown_grace_s)
+        leaving = api.later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+        for client in list(self._clients):
+            client.refuse(leaving)
         if self._ready is not None:
             self._ready.engine.abort("the server is shutting down")
         await self._until_alone(_FAREWELL_S)
@@ -195,10 +204,12 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        await self._lane.close(timeout_s=_FAREWELL_S)
-        if self.config.uds is not None:
-            _remove_socket(self.config.uds)
+        if self._lane is not None and self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            await self._lane.close(timeout_s=_FAREWELL_S)
+            if self.config.uds is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.config.uds)
         if self._loaded is not None and self._loaded.done():
             self._loaded.exception()  # seen: asyncio need not warn of it
         self._ready = None  # and with it the weights
@@ -310,7 +321,10 @@ class Server:
 
     def _is_origin_allowed(self, origin: str) -> bool:
         """Whether a page may read answers: its scheme and host count, its port does not."""
-        wanted = urlsplit(origin)
+        try:
+            wanted = urlsplit(origin)
+        except ValueError:
+            return False
         allowed = (urlsplit(item) for item in self.config.cors_origins)
         return any(
             (wanted.scheme, wanted.hostname) == (item.scheme, item.hostname) for item in allowed
@@ -356,7 +370,7 @@ class Server:
     def route(self, path: str) -> Route | None:
         """The route of a path, with or without /v1; a model's id may contain slashes."""
         path = path.removeprefix("/v1")
-        if path.startswith("/models/"):
+        if path.startswith("/models/") and path != "/models/":
             return self._routes["/models/"]
         return self._routes.get(path.rstrip("/") or "/")
 
@@ -429,7 +443,7 @@ class Server:
             request, prompt = await loop.run_in_executor(
                 self._executor, _prepare, ready.model, body
             )
-            if not exchange.is_lost:
+            if not exchange.is_lost and not exchange.is_answered:
                 self._generate(ready, exchange, request, prompt)
         except api.APIError as error:
             exchange.fail(error)
@@ -463,6 +477,8 @@ class Server:
         except QueueFull:
             message = "the request queue is full; try again later"
             raise api.later(Cause.QUEUE_FULL, message, retry_after_s=1) from None
+        except EngineFailed as error:
+            raise api.later(Cause.UNAVAILABLE, str(error), retry_after_s=30) from None
         exchange.sequence_id = sequence.id
         self._exchanges[envelope.id] = exchange
         exchange.on_end = lambda: self._exchanges.pop(envelope.id)
@@ -473,7 +489,8 @@ class Server:
         if not names:
             return
         self.metrics.ignored_fields(len(names))
-        shown = [quote(api.clip(name)) for name in names[:32]]
+        # Quoted, then cut: clients bound a response's head (Node: 16 KiB).
+        shown = [quote(name)[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
         exchange.extra_headers.append(("x-mlxlite-ignored", ",".join(shown)))
         for name in shown:
             if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:
@@ -487,11 +504,15 @@ class Server:
 
     # --- clients ----------------------------------------------------------------------------
 
-    def joined(self, client: Client) -> bool:
-        """Count a connection in; False when there are too many, and it must close."""
+    def joined(self, client: Client) -> api.APIError | None:
+        """Count a connection in; an error when it cannot be served."""
         self.metrics.connection_opened()
         self._clients.add(client)
-        return len(self._clients) <= self.config.max_connections
+        if self.phase is Phase.DRAINING:
+            return api.later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+        if len(self._clients) > self.config.max_connections:
+            return api.later(Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
+        return None
 
     def left(self, client: Client) -> None:
         self._clients.discard(client)
@@ -502,18 +523,33 @@ class Server:
 def _is_json(headers: http1.Headers) -> bool:
     """Whether a body may be taken for JSON.
 
-    curl's -d says x-www-form-urlencoded; so may a form on any web page, but that names its origin.
+    curl's -d says x-www-form-urlencoded, and some clients say nothing; so may any web page, without
+    asking first, but a page names its origin.
     """
     media_type = headers.get("content-type").partition(";")[0].strip().lower()
-    if media_type == "application/x-www-form-urlencoded":
+    if media_type in ("", "application/x-www-form-urlencoded"):
         return "origin" not in headers
-    return media_type in ("", "application/json") or media_type.endswith("+json")
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _remove_socket(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
+def _bind_unix(path: str) -> socket.socket:
+    """A Unix socket that only its owner may use. Raises OSError, as when a server answers there."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except FileNotFoundError:
+        pass
+    except ConnectionRefusedError:  # left by a process that was killed
+        os.unlink(path)
+    else:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    return listener
 
 
 def _prepare(model: ServedModel, body: bytes) -> tuple[ChatRequest, Prompt]:

@@ -1,0 +1,346 @@
+"""Stand-ins for the two ends of the core: a runner without MLX, and a sink that remembers.
+
+`FakeRunner` is verified: `test_runner.py` runs the same scenarios against it and the real one. Its
+tokens are a function of (prompt, seed, number drawn) alone, as the real one's are, so the text of a
+sequence does not depend on batching, chunks or company. It asserts the caller's side of the
+contract, so every test that uses it also tests the scheduler and the engine.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Container, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from mlxlite.scheduler import Scheduler
+from mlxlite.sequence import (
+    Command,
+    Delta,
+    Done,
+    Event,
+    Finished,
+    Launched,
+    Outcome,
+    Output,
+    Prompt,
+    Runner,
+    SamplingParams,
+    Sequence,
+    Step,
+    Token,
+)
+
+NUM_LETTERS = 26
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def make_sequence(
+    id: int,
+    num_prompt: int = 3,
+    max_tokens: int = 4,
+    *,
+    prompt: SequenceOf[int] = (),
+    sampling: SamplingParams = GREEDY,
+    eos_tokens: frozenset[int] = frozenset(),
+    priority: int = 0,
+) -> Sequence:
+    """A sequence whose prompt, if none is given, is like no other id's."""
+    tokens = tuple(prompt) or tuple((7 * id + 3 * i) % NUM_LETTERS for i in range(num_prompt))
+    return Sequence(id, Prompt(tokens), sampling, max_tokens, eos_tokens, priority)
+
+
+def draw(sequence: Sequence, num_drawn: int) -> int:
+    """The fake model: token `num_drawn` of a sequence."""
+    text = repr((sequence.prompt.tokens, sequence.sampling.seed, num_drawn))
+    return hashlib.sha256(text.encode()).digest()[0] % NUM_LETTERS
+
+
+def answer(sequence: Sequence, num_tokens: int | None = None) -> list[int]:
+    """The first `num_tokens` (default: all) tokens of a sequence, whatever its end tokens."""
+    return [draw(sequence, i) for i in range(num_tokens or sequence.max_tokens)]
+
+
+def spell(tokens: SequenceOf[int]) -> str:
+    """A `Detokenizer`: one letter a token, ids from 26 on are special and have no text."""
+    return "".join(chr(ord("a") + token) for token in tokens if token < NUM_LETTERS)
+
+
+@dataclass(slots=True)
+class FakeLaunched:
+    """A launched step; its tokens were drawn at the launch and are handed out once."""
+
+    step: Step
+    tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Known:
+    """A sequence the runner has been given and not been told to release."""
+
+    sequence: Sequence
+    num_computed: int = 0
+    num_drawn: int = 0
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.sequence.prompt.tokens) - 1
+
+
+class FakeRunner:
+    """Implements `sequence.Runner`. Faults are keyed by the number of the step they happen in.
+
+    `answers` replaces the tokens of some ids. `lost_in_launch` and `lost_in_wait` are steps that
+    raise; `failing` are sequences that fail alone, in a step that they have a part in. `before` is
+    called in each `advance`, on its thread, ahead of the work: it may block or raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        answers: Mapping[int, SequenceOf[int]] | None = None,
+        lost_in_launch: Container[int] = (),
+        lost_in_wait: Container[int] = (),
+        failing: Mapping[int, tuple[tuple[int, str], ...]] | None = None,
+        can_reset: bool = True,
+        before: Callable[[Step | None], None] | None = None,
+        device_s: Callable[[Step], float] | None = None,
+    ) -> None:
+        self._answers = answers or {}
+        self._lost_in_launch = lost_in_launch
+        self._lost_in_wait = lost_in_wait
+        self._failing = failing or {}
+        self._can_reset = can_reset
+        self._before = before
+        self._device_s = device_s
+        self._known: dict[int, _Known] = {}
+        self._forgotten: set[int] = set()  # lost to a reset, so a release of them is to come
+        self._gone: set[int] = set()  # released: never to be heard of again
+        self._rows: tuple[int, ...] = ()
+        self._in_flight: FakeLaunched | None = None
+        self._is_lost = False
+        self._last_number = 0
+        self.steps: list[Step] = []  # every step it got, in order
+        self.num_resets = 0
+
+    def __repr__(self) -> str:
+        return f"<FakeRunner known={list(self._known)} rows={self._rows} steps={len(self.steps)}>"
+
+    @property
+    def num_held(self) -> int:
+        """How many sequences it keeps anything of."""
+        return len(self._known)
+
+    def reset(self) -> None:
+        self.num_resets += 1
+        if not self._can_reset:
+            raise RuntimeError("the device is gone")
+        self._forgotten |= set(self._known)
+        self._known.clear()
+        self._rows = ()
+        self._in_flight = None
+        self._is_lost = False
+
+    def advance(
+        self, step: Step | None, in_flight: Launched | None
+    ) -> tuple[Launched | None, Outcome | None]:
+        assert step or in_flight, "a call that does nothing"
+        assert in_flight is self._in_flight, "a step is waited for once, in the next call"
+        assert not self._is_lost, "after a lost step comes a reset"
+        self._is_lost = True
+        if step is not None:
+            self._come_and_go(step)
+        if self._before is not None:
+            self._before(step)
+        launched = self._launch(step) if step else None
+        self._in_flight = launched
+        outcome = self._wait(in_flight) if isinstance(in_flight, FakeLaunched) else None
+        self._is_lost = False
+        return launched, outcome
+
+    # --- the caller's side of the contract --------------------------------------------------
+
+    def _come_and_go(self, step: Step) -> None:
+        self.steps.append(step)
+        assert step.number > self._last_number, "step numbers rise"
+        self._last_number = step.number
+        assert step.released or step.chunks or step.rows, "an empty step is not launched"
+        for id in step.released:
+            assert id in self._known or id in self._forgotten, f"{id} was never admitted"
+            self._known.pop(id, None)
+            self._forgotten.discard(id)
+            self._gone.add(id)
+        for sequence in step.admitted:
+            ids = self._known.keys() | self._forgotten | self._gone
+            assert sequence.id not in ids, f"{sequence.id} was admitted twice"
+            self._known[sequence.id] = _Known(sequence)
+
+    def _launch(self, step: Step) -> FakeLaunched:
+        if step.number in self._lost_in_launch:
+            raise RuntimeError(f"step {step.number} could not be launched")
+        self._take_chunks(step)
+        return FakeLaunched(step, self._take_rows(step))
+
+    def _take_chunks(self, step: Step) -> None:
+        assert len({chunk.id for chunk in step.chunks}) == len(step.chunks), "one chunk a prompt"
+        for chunk in step.chunks:
+            known = self._known[chunk.id]
+            assert chunk.id not in self._rows, "its prompt is through"
+            assert chunk.start == known.num_computed, "chunks are contiguous"
+            assert chunk.start < chunk.stop <= known.num_to_compute
+            known.num_computed = chunk.stop
+
+    def _take_rows(self, step: Step) -> tuple[int, ...]:
+        assert len(set(step.rows)) == len(step.rows), "one row a sequence"
+        survivors = tuple(id for id in self._rows if id in step.rows)
+        assert step.rows[: len(survivors)] == survivors, "rows keep their order, newcomers follow"
+        tokens: list[int] = []
+        for id in step.rows:
+            known = self._known[id]
+            assert known.num_computed == known.num_to_compute, "its prompt is not through"
+            assert known.num_drawn == 0 or id in survivors, "a row does not pause"
+            assert known.num_drawn < known.sequence.max_tokens
+            tokens.append(self._draw(known))
+            known.num_drawn += 1
+        self._rows = step.rows
+        return tuple(tokens)
+
+    def _draw(self, known: _Known) -> int:
+        replaced = self._answers.get(known.sequence.id, ())
+        if known.num_drawn < len(replaced):
+            return replaced[known.num_drawn]
+        return draw(known.sequence, known.num_drawn)
+
+    def _wait(self, in_flight: FakeLaunched) -> Outcome:
+        step = in_flight.step
+        if step.number in self._lost_in_wait:
+            raise RuntimeError(f"step {step.number} was lost")
+        failed = self._failing.get(step.number, ())
+        device_s = self._device_s(step) if self._device_s else 0.0
+        return Outcome(in_flight.tokens, failed, device_s)
+
+
+# --- sinks ------------------------------------------------------------------------------------
+
+
+class RecordingSink:
+    """Keeps every output and asserts that nothing follows `Done`; `wait` for the end.
+
+    `react`, if any, is called with each output: a client that cancels in the middle, say.
+    """
+
+    def __init__(self, react: Callable[[Output], None] | None = None) -> None:
+        self.outputs: list[Output] = []
+        self._react = react
+        self._is_done = asyncio.Event()
+
+    def __call__(self, output: Output) -> None:
+        assert not self.is_done, f"{output} after {self.outputs[-1]}"
+        self.outputs.append(output)
+        if isinstance(output, Done):
+            self._is_done.set()
+        if self._react is not None:
+            self._react(output)
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_done.is_set()
+
+    @property
+    def text(self) -> str:
+        return "".join(output.text for output in self.outputs if isinstance(output, Delta))
+
+    @property
+    def done(self) -> Done:
+        assert self.outputs
+        assert isinstance(self.outputs[-1], Done)
+        return self.outputs[-1]
+
+    async def wait(self) -> Done:
+        await asyncio.wait_for(self._is_done.wait(), 30)  # far above what any test needs
+        return self.done
+
+
+class SilentObserver:
+    """An `engine.Observer` that counts what was finished and drops the rest."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.reasons: list[str] = []
+
+    def queued(self, n: int) -> None: ...
+    def running(self, n: int) -> None: ...
+    def prompt_done(self, num_tokens: int, queue_s: float, num_cached: int = 0) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def token_gap(self, seconds: float) -> None: ...
+    def tokens(self, num: int) -> None:
+        self.num_tokens += num
+
+    def step(
+        self,
+        num_rows: int,
+        num_prefill_tokens: int,
+        schedule_s: float,
+        lane_s: float,
+        deliver_s: float,
+    ) -> None: ...
+
+    def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None:
+        self.reasons.append(reason)
+
+
+# --- a run without asyncio ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of a drive: the steps that were launched and the events they brought."""
+
+    steps: list[Step] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def tokens(self, id: int) -> list[int]:
+        return [e.token for e in self.events if isinstance(e, Token) and e.id == id]
+
+    def ends(self, id: int) -> list[Finished]:
+        return [e for e in self.events if isinstance(e, Finished) and e.id == id]
+
+    def num_rows(self, id: int) -> int:
+        """Rows launched for a sequence, overshoot counted."""
+        return sum(id in step.rows for step in self.steps)
+
+
+def drive(
+    scheduler: Scheduler,
+    runner: Runner,
+    commands_at: Mapping[int, SequenceOf[Command]],
+    check: Callable[[], None] | None = None,
+) -> Run:
+    """`Engine.run` without lane and sinks: the same order, the same step of lookahead.
+
+    `commands_at` gives the commands that arrive before each tick; it ends when there is nothing to
+    launch, nothing in flight and no command to come. `check` runs after each operation of the
+    scheduler, by default the scheduler's own.
+    """
+    check = check or scheduler.check
+    run = Run()
+    in_flight: Launched | None = None
+    last_tick = max(commands_at, default=0)
+    tick = 0
+    while True:
+        for command in commands_at.get(tick, ()):
+            run.events += scheduler.apply(command)
+            check()
+        tick += 1
+        step = scheduler.schedule()
+        check()
+        if step is None and in_flight is None:
+            if tick > last_tick:
+                return run
+            continue
+        if step is not None:
+            run.steps.append(step)
+        launched, outcome = runner.advance(step, in_flight)
+        if in_flight is not None and outcome is not None:
+            run.events += scheduler.complete(in_flight.step, outcome)
+            check()
+        in_flight = launched

@@ -1,0 +1,297 @@
+"""What clients are told: the shapes of answers, chunks and errors, held against OpenAI's own types.
+
+Pure: outputs in, JSON out.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from openai.types import CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from mlxlite import api
+from mlxlite.api import Cause, ChatChunks, Envelope, ModelCard
+from mlxlite.sequence import Delta, Done, FinishReason, Usage
+
+ENVELOPE = Envelope("chatcmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
+USAGE = Usage(num_prompt=10, num_cached=4, num_output=5, queue_s=1.0, prefill_s=0.5, decode_s=2.0)
+DONE = Done(FinishReason.STOP, USAGE)
+AWKWARD = [
+    "plain",
+    "",
+    'a "quoted" \\ backslash',
+    "line\nbreak\r\nand\ttab",
+    "\0",
+    '"\0"',
+    "\x01\x1f\x7f\x85",
+    "\u2028 and \u2029",
+    "🙂👩‍👩‍👧 日本語 äöü",
+    "\ufeff\ufffd\uffff\U0010ffff",
+    "data: [DONE]\n\n",
+    "</script>",
+]
+
+
+def chunks_of(text: str, done: Done = DONE, *, include_usage: bool = False) -> list[Any]:
+    chunks = ChatChunks(ENVELOPE, include_usage=include_usage)
+    payloads = [chunks.role(), chunks.text(Delta(text, 1)), *chunks.end(done)]
+    assert not any(b"\n" in payload or b"\r" in payload for payload in payloads)
+    return [json.loads(payload) for payload in payloads]
+
+
+def whole(text: str = "hello", done: Done = DONE) -> Any:
+    return json.loads(api.chat_completion(ENVELOPE, text, done))
+
+
+# --- the whole answer ---------------------------------------------------------------------------
+
+
+def test_a_whole_answer_has_every_key_that_openais_document_requires() -> None:
+    assert whole() == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1_700_000_000,
+        "model": "org/model",
+        "system_fingerprint": "fp_0123456789abcdef",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "hello", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 5,
+            "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        },
+        "timings": {
+            "cache_n": 4,
+            "prompt_n": 6,
+            "prompt_ms": 500.0,
+            "prompt_per_second": 12.0,
+            "predicted_n": 5,
+            "predicted_ms": 2000.0,
+            "predicted_per_second": 2.0,
+        },
+    }
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_whole_answer_is_what_openais_own_types_take(text: str) -> None:
+    answer = ChatCompletion.model_validate_json(
+        api.chat_completion(ENVELOPE, text, DONE), strict=True
+    )
+    assert answer.choices[0].message.content == text
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (FinishReason.STOP, "stop"),
+        (FinishReason.LENGTH, "length"),
+        (FinishReason.CANCELLED, "abort"),
+    ],
+)
+def test_every_end_has_its_word_streamed_or_not(reason: FinishReason, said: str) -> None:
+    done = replace(DONE, reason=reason)
+    assert whole(done=done)["choices"][0]["finish_reason"] == said
+    assert chunks_of("x", done)[-1]["choices"][0]["finish_reason"] == said
+
+
+def test_a_failed_sequence_has_no_answer_but_an_error() -> None:
+    with pytest.raises(api.APIError) as caught:
+        api.chat_completion(ENVELOPE, "half", Done(FinishReason.ERROR, USAGE, "out of memory"))
+    assert caught.value.status == 500
+    assert caught.value.message == "out of memory"
+    assert api.failure(Done(FinishReason.ERROR)).message
+
+
+# --- usage and timings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        USAGE,
+        Usage(),
+        Usage(num_prompt=1, num_output=1, prefill_s=0.1),
+        Usage(num_prompt=7, num_cached=7),
+        Usage(num_prompt=100, num_cached=99, num_output=3, prefill_s=1e-9, decode_s=1e-9),
+    ],
+)
+def test_usage_and_timings_add_up(usage: Usage) -> None:
+    told, timings = api.usage_json(usage), api.timings_json(usage)
+    CompletionUsage.model_validate(told, strict=True)
+    assert told["total_tokens"] == told["prompt_tokens"] + told["completion_tokens"]
+    assert timings["prompt_n"] + timings["cache_n"] == told["prompt_tokens"]
+    assert timings["cache_n"] == told["prompt_tokens_details"]["cached_tokens"]
+    assert timings["predicted_n"] == told["completion_tokens"]
+    assert all(value >= 0 for value in timings.values())
+    assert json.loads(json.dumps(timings, allow_nan=False)) == timings
+
+
+def test_rates_are_counts_over_times() -> None:
+    timings = api.timings_json(Usage(num_prompt=30, num_output=11, prefill_s=0.25, decode_s=0.5))
+    assert timings["prompt_ms"] == 250.0
+    assert timings["prompt_per_second"] == 120.0
+    assert timings["predicted_ms"] == 500.0
+    assert timings["predicted_per_second"] == 20.0, "11 tokens have 10 gaps"
+
+
+# --- chunks -------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_role_text_and_a_finish_with_usage_and_timings() -> None:
+    role, text, finish = chunks_of("hello")
+    assert role["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    assert text["choices"] == [
+        {"index": 0, "delta": {"content": "hello"}, "logprobs": None, "finish_reason": None}
+    ]
+    assert finish["choices"] == [
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    ]
+    assert finish["usage"] == whole()["usage"]
+    assert finish["timings"] == whole()["timings"]
+    assert "usage" not in role
+    assert "usage" not in text
+
+
+def test_with_include_usage_the_usage_moves_to_a_chunk_of_its_own() -> None:
+    role, text, finish, usage = chunks_of("hello", include_usage=True)
+    assert [chunk["usage"] for chunk in (role, text, finish)] == [None, None, None]
+    assert finish["timings"] == whole()["timings"], "the timings stay"
+    assert usage["choices"] == []
+    assert usage["usage"] == whole()["usage"]
+    assert "timings" not in usage
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_every_chunk_repeats_the_envelope(include_usage: bool) -> None:
+    for chunk in chunks_of("x", include_usage=include_usage):
+        assert chunk["id"] == "chatcmpl-1"
+        assert chunk["object"] == "chat.completion.chunk"
+        assert chunk["created"] == 1_700_000_000
+        assert chunk["model"] == "org/model"
+        assert chunk["system_fingerprint"] == "fp_0123456789abcdef"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("text", AWKWARD)
+def test_any_text_survives_a_chunk(text: str, include_usage: bool) -> None:
+    chunks = [
+        ChatCompletionChunk.model_validate_json(json.dumps(chunk), strict=True)
+        for chunk in chunks_of(text, include_usage=include_usage)
+    ]
+    assert chunks[1].choices[0].delta.content == text
+
+
+@pytest.mark.parametrize("model", ['a"b', "\\", "null", '{"content":"x"}', "日本語", "\n"])
+def test_any_model_name_survives_the_frame_that_is_built_once(model: str) -> None:
+    chunks = ChatChunks(replace(ENVELOPE, model=model), include_usage=False)
+    told = json.loads(chunks.text(Delta("x", 1)))
+    assert told["model"] == model
+    assert told["choices"][0]["delta"] == {"content": "x"}
+
+
+def test_a_stream_folds_to_the_whole_answer() -> None:
+    chunks = ChatChunks(ENVELOPE, include_usage=False)
+    texts = [json.loads(chunks.text(Delta(text, 1))) for text in AWKWARD]
+    joined = "".join(chunk["choices"][0]["delta"]["content"] for chunk in texts)
+    assert joined == whole("".join(AWKWARD))["choices"][0]["message"]["content"]
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_an_error_has_all_four_keys_whatever_its_cause(cause: Cause) -> None:
+    error = api.APIError(cause, "what went wrong")
+    status, type_, code = cause.value
+    assert error.status == status
+    assert json.loads(error.body()) == {
+        "error": {"message": "what went wrong", "type": type_, "param": None, "code": code}
+    }
+    assert json.loads(error.line()) == {"message": "what went wrong"}
+    assert str(error) == "what went wrong"
+
+
+@pytest.mark.parametrize("message", [text for text in AWKWARD if text])
+def test_any_message_survives_an_error_and_stays_on_one_line(message: str) -> None:
+    error = api.bad(message, "stop")
+    assert json.loads(error.body())["error"]["message"] == message
+    assert json.loads(error.line())["message"] == message
+    assert b"\n" not in error.body()
+    assert b"\n" not in error.line()
+
+
+def test_a_status_of_its_own_replaces_the_causes() -> None:
+    assert api.APIError(Cause.MALFORMED, "too large", status=413).status == 413
+
+
+def test_an_error_that_passes_says_when_to_come_back() -> None:
+    error = api.later(Cause.QUEUE_FULL, "full", retry_after_s=3)
+    assert error.status == 429
+    assert error.headers == (("retry-after", "3"),)
+
+
+def test_too_long_a_prompt_is_told_in_the_words_that_clients_look_for() -> None:
+    error = api.context_exceeded(5000, 4096)
+    told = json.loads(error.body())["error"]
+    assert error.status == 400
+    assert "the request exceeds the available context size." in told["message"]
+    assert "maximum context length" in told["message"]
+    assert told["type"] == "exceed_context_size_error"
+    assert told["code"] == "context_length_exceeded"
+    assert told["n_prompt_tokens"] == 5000
+    assert told["n_ctx"] == 4096
+
+
+def test_an_error_repeats_at_most_200_characters() -> None:
+    assert api.clip("x" * 200) == "x" * 200
+    assert api.clip("x" * 201) == "x" * 200 + "…"
+
+
+# --- models, health, cancel ---------------------------------------------------------------------
+
+
+def test_a_model_is_what_openais_own_type_takes() -> None:
+    card = ModelCard("org/model", 1_700_000_000, 4096)
+    told = json.loads(api.model_list([card]))
+    assert told == {
+        "object": "list",
+        "data": [
+            {
+                "id": "org/model",
+                "object": "model",
+                "created": 1_700_000_000,
+                "owned_by": "mlx",
+                "max_model_len": 4096,
+            }
+        ],
+    }
+    Model.model_validate(told["data"][0], strict=True)
+    assert json.loads(api.model_card(card)) == told["data"][0]
+
+
+def test_health_and_cancel_have_the_seeds_shapes() -> None:
+    assert json.loads(api.health("loading")) == {"status": "loading"}
+    assert json.loads(api.health("ok", "disabled")) == {"status": "ok", "batching": "disabled"}
+    assert json.loads(api.health("error", reason="why")) == {"status": "error", "reason": "why"}
+    assert json.loads(api.cancelled(0)) == {"status": "no_active_generation", "cancelled_count": 0}
+    assert json.loads(api.cancelled(2)) == {"status": "cancelled", "cancelled_count": 2}

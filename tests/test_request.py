@@ -1,0 +1,699 @@
+"""What clients may ask: every field of the table, right and wrong, and every kind of broken body.
+
+The cases are tables keyed by field; a field of `FIELDS` that has no case fails.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from mlxlite.api import APIError
+from mlxlite.request import (
+    FIELDS,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+    CancelRequest,
+    ChatRequest,
+    Message,
+    Role,
+    ToolCall,
+    Use,
+    field_table,
+    parse_cancel,
+    parse_chat,
+)
+from mlxlite.sequence import SamplingParams
+
+HELLO = [{"role": "user", "content": "hello"}]
+SILENT = ChatRequest((Message(Role.USER, "hello"),))
+
+
+def parse(**fields: Any) -> ChatRequest:
+    return parse_chat(json.dumps({"messages": HELLO, **fields}).encode())
+
+
+def refusal(body: bytes | None = None, **fields: Any) -> APIError:
+    """The 400 that a body, or a chat with these fields, gets."""
+    if body is None:
+        body = json.dumps({"messages": HELLO, **fields}).encode()
+    with pytest.raises(APIError) as caught:
+        parse_chat(body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+_TOKENS_RIGHT = [(1, 1), (4096, 4096), (20.0, 20), (-1, None), (2**31 - 1, 2**31 - 1)]
+_TOKENS_WRONG = [0, -2, 1.5, "5", True, [5], {}, 2**31, 2**70, 1e300]
+_TEXT_WRONG: list[Any] = [5, 1.5, True, ["a"], {}]
+_FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
+
+
+@dataclass(frozen=True)
+class Works:
+    """A field that arrives: at which attribute, as what, and what it refuses."""
+
+    attribute: str
+    right: list[tuple[Any, Any]]
+    wrong: list[Any]
+    also: dict[str, Any] = field(default_factory=dict)  # what the request needs beside it
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A field that changes nothing by its nature."""
+
+    right: list[Any]
+    wrong: list[Any]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A field that is not supported: values that ask for nothing, and some that ask."""
+
+    neutral: list[Any]
+    asking: list[Any]
+
+
+def _tokens() -> Works:
+    return Works("max_tokens", _TOKENS_RIGHT, _TOKENS_WRONG)
+
+
+def _stop() -> Works:
+    most = [f"{n}" for n in range(MAX_STOP_STRINGS)]
+    longest = "é" * (MAX_STOP_BYTES // 2)
+    return Works(
+        "stop",
+        [
+            ("a", ("a",)),
+            (["a", "b"], ("a", "b")),
+            (["a", "a"], ("a",)),
+            ([], ()),
+            ("\n", ("\n",)),
+            (most, tuple(most)),
+            (longest, (longest,)),
+        ],
+        [5, True, {}, "", [""], ["a", ""], [5], [None], [["a"]], [*most, "x"], longest + "x"],
+    )
+
+
+def _off_number(neutral: float, *asking: Any) -> Refused:
+    return Refused([neutral, float(neutral)], [*asking, "x", [1], {"a": 1}])
+
+
+def _off_flag() -> Refused:
+    return Refused([False], [True, 0, 1, "false", [], {}])
+
+
+def _off_empty(*asking: Any) -> Refused:
+    return Refused([[], {}], [*asking, "x", 1, True, False, 0])
+
+
+def _off_at_all() -> Refused:
+    return Refused([], [{}, [], "x", 0, False, True, {"a": 1}])
+
+
+CASES: dict[str, Works | Accepted | Refused] = {
+    "model": Works("model", [("m", "m"), ("", ""), ("a/b", "a/b")], _TEXT_WRONG),
+    "messages": Works(
+        "messages",
+        [
+            (HELLO, SILENT.messages),
+            ([{"role": "assistant", "content": None}], (Message(Role.ASSISTANT, None),)),
+        ],
+        [[], {}, "hello", 5, True],
+    ),
+    "max_tokens": _tokens(),
+    "max_completion_tokens": _tokens(),
+    "max_output_tokens": _tokens(),
+    "n_predict": _tokens(),
+    "temperature": Works(
+        "temperature",
+        [(0, 0.0), (0.7, 0.7), (1, 1.0), (2.0, 2.0), (100, 100.0)],
+        [-0.1, 100.1, 1e300, 2**70, "1", True, [1], {}],
+    ),
+    "top_p": Works(
+        "top_p", [(1, 1.0), (0.8, 0.8), (1e-9, 1e-9)], [0, 0.0, -0.5, 1.1, "1", True, [], {}]
+    ),
+    "top_k": Works(
+        "top_k",
+        [(0, 0), (-1, 0), (20, 20), (20.0, 20), (2**31 - 1, 2**31 - 1)],
+        [-2, 1.5, "20", True, [], {}, 2**31],
+    ),
+    "min_p": Works("min_p", [(0, 0.0), (0.05, 0.05), (1, 1.0)], [-0.1, 1.1, "0", False, [], {}]),
+    "seed": Works(
+        "seed",
+        [(0, 0), (7, 7), (-1, None), (2**64 - 1, 2**64 - 1), (-(2**63), -(2**63)), (7.0, 7)],
+        [0.5, "7", True, [], {}],
+    ),
+    "stop": _stop(),
+    "stop_sequences": _stop(),
+    "stream": Works("is_stream", [(True, True), (False, False)], _FLAG_WRONG),
+    "stream_options": Works(
+        "include_usage",
+        [
+            ({}, False),
+            ({"include_usage": True}, True),
+            ({"include_usage": False}, False),
+            ({"include_usage": None}, False),
+            ({"include_usage": True, "continuous_usage_stats": False}, True),
+            ({"include_usage": True, "include_obfuscation": False}, True),
+        ],
+        [True, "x", [], 1],
+        also={"stream": True},
+    ),
+    "chat_template_kwargs": Works(
+        "template_kwargs",
+        [
+            ({}, {}),
+            ({"enable_thinking": False}, {"enable_thinking": False}),
+            ({"a": {"b": [1, None]}}, {"a": {"b": [1, None]}}),
+        ],
+        ["x", [], True, 1],
+    ),
+    **dict.fromkeys(
+        ("user", "service_tier", "safety_identifier", "prompt_cache_key"),
+        Accepted(["x", ""], _TEXT_WRONG),
+    ),
+    "metadata": Accepted([{}, {"a": "b"}], ["x", [], 5, True]),
+    "store": Accepted([True, False], _FLAG_WRONG),
+    "parallel_tool_calls": Accepted([True, False], _FLAG_WRONG),
+    "n": _off_number(1, 0, 2, -1, True),
+    "response_format": Refused(
+        [{"type": "text"}],
+        [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}, "text", []],
+    ),
+    "tool_choice": Refused(["none", "auto"], ["required", "", {"type": "function"}, True, []]),
+    "function_call": Refused(["none", "auto"], [{"name": "f"}, "", True, []]),
+    "modalities": Refused([["text"]], [["text", "audio"], ["audio"], [], "text"]),
+    "verbosity": Refused(["medium"], ["low", "high", "", 1]),
+    "chat_template": _off_at_all(),
+    "continue_final_message": _off_flag(),
+    "add_generation_prompt": Refused([True], [False, 0, 1, "true", []]),
+    **dict.fromkeys(("repetition_penalty", "repeat_penalty", "typical_p"), _off_number(1, 0.9, 0)),
+    **dict.fromkeys(
+        ("top_logprobs", "presence_penalty", "frequency_penalty", "priority", "min_tokens"),
+        _off_number(0, 1, -1, False),
+    ),
+    **dict.fromkeys(("xtc_probability", "mirostat", "dry_multiplier"), _off_number(0, 0.5, False)),
+    **dict.fromkeys(
+        ("logprobs", "ignore_eos", "echo", "return_progress", "timings_per_token"), _off_flag()
+    ),
+    "logit_bias": _off_empty({"5": 1}, [[5, 1]]),
+    "tools": _off_empty([{"type": "function", "function": {"name": "f"}}]),
+    "functions": _off_empty([{"name": "f"}]),
+    "stop_token_ids": _off_empty([1]),
+    **dict.fromkeys(
+        ("audio", "prediction", "web_search_options", "reasoning_effort", "structured_outputs"),
+        _off_at_all(),
+    ),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), _off_at_all()),
+    **dict.fromkeys(("guided_grammar", "json_schema", "grammar"), _off_at_all()),
+    "top_n_sigma": _off_number(-1, 1, 0),
+}
+# What each kind of field does, one parameter a value.
+WORKING = [
+    (name, case, *pair)
+    for name, case in CASES.items()
+    if isinstance(case, Works)
+    for pair in case.right
+]
+WRONG = [
+    (name, case, value)
+    for name, case in CASES.items()
+    if not isinstance(case, Refused)
+    for value in case.wrong
+]
+PASSING = [
+    (name, value)
+    for name, case in CASES.items()
+    if not isinstance(case, Works)
+    for value in (case.right if isinstance(case, Accepted) else case.neutral)
+]
+ASKING = [
+    (name, value)
+    for name, case in CASES.items()
+    if isinstance(case, Refused)
+    for value in case.asking
+]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_the_table_has_a_case_of_its_use(name: str) -> None:
+    kinds = {Use.WORKS: Works, Use.ACCEPTED: Accepted, Use.REFUSED: Refused}
+    assert name in CASES, f"a new field: give {name} its values here"
+    assert isinstance(CASES[name], kinds[FIELDS[name].use])
+
+
+def test_there_is_no_case_without_a_field() -> None:
+    assert CASES.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize(("name", "case", "value", "expected"), WORKING)
+def test_a_field_that_works_arrives(name: str, case: Works, value: Any, expected: Any) -> None:
+    request = parse(**case.also, **{name: value})
+    assert getattr(request, case.attribute) == expected
+    assert type(getattr(request, case.attribute)) is type(expected)
+    also = {CASES[key].attribute: item for key, item in case.also.items()}
+    assert request == replace(SILENT, **also, **{case.attribute: expected}), "and nothing else does"
+
+
+@pytest.mark.parametrize(("name", "case", "value"), WRONG)
+def test_a_wrong_value_is_a_400_that_names_the_field(
+    name: str, case: Works | Accepted, value: Any
+) -> None:
+    error = refusal(**(case.also if isinstance(case, Works) else {}), **{name: value})
+    assert error.param == name
+    assert f"'{name}'" in error.message
+    assert error.type == "invalid_request_error"
+    assert error.code is None
+
+
+@pytest.mark.parametrize(("name", "value"), PASSING)
+def test_a_value_that_asks_for_nothing_changes_nothing(name: str, value: Any) -> None:
+    assert parse(**{name: value}) == SILENT
+
+
+@pytest.mark.parametrize(("name", "value"), ASKING)
+def test_a_value_that_asks_for_what_is_missing_is_a_400_that_names_it(
+    name: str, value: Any
+) -> None:
+    error = refusal(**{name: value})
+    assert error.code == "unsupported_parameter"
+    assert error.param == name
+    assert f"'{name}'" in error.message
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "messages"])
+def test_null_means_not_given(name: str) -> None:
+    assert parse(**{name: None}) == SILENT
+
+
+def test_null_messages_are_missing_messages() -> None:
+    assert refusal(messages=None).param == "messages"
+    assert refusal(b"{}").param == "messages"
+    assert "required" in refusal(b"{}").message
+
+
+def test_an_alias_means_the_field_it_stands_for() -> None:
+    aliases = {name: entry.alias_of for name, entry in FIELDS.items() if entry.alias_of}
+    assert aliases == {
+        "max_completion_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "n_predict": "max_tokens",
+        "stop_sequences": "stop",
+    }
+    for name, meant in aliases.items():
+        value = "x" if meant == "stop" else 5
+        assert parse(**{name: value}) == parse(**{meant: value})
+        assert FIELDS[name].read is FIELDS[meant].read
+
+
+def test_two_names_of_one_field_must_agree_whatever_their_order() -> None:
+    assert parse(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    assert parse(max_tokens=5, n_predict=-1).max_tokens == 5  # -1 is llama-server's «no limit»
+    assert parse(n_predict=-1, max_tokens=5).max_tokens == 5
+    assert refusal(max_tokens=5, n_predict=6).param == "n_predict"
+    assert refusal(n_predict=6, max_tokens=5).param == "max_tokens"
+
+
+def test_an_old_function_call_in_the_history_is_a_tool_call() -> None:
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    message = {"role": "assistant", "content": None, "function_call": call}
+    (parsed,) = parse(messages=[message]).messages
+    assert [(c.name, c.arguments) for c in parsed.tool_calls] == [("add", {"a": 1})]
+
+
+@pytest.mark.parametrize("arguments", [5, True, [1]])
+def test_tool_arguments_are_a_string_or_an_object(arguments: Any) -> None:
+    call = {"id": None, "function": {"name": "add", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    param = refusal(messages=[message]).param
+    assert param == "messages[0].tool_calls[0].function.arguments"
+
+
+def test_unknown_fields_are_ignored_and_named() -> None:
+    request = parse(zeta=1, cache_prompt=True, alpha=None, id_slot=-1)
+    assert request == replace(SILENT, ignored=("alpha", "cache_prompt", "id_slot", "zeta"))
+
+
+def test_the_readmes_table_has_a_row_for_every_field() -> None:
+    rows = field_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(FIELDS)
+    assert all(row.count("|") == 4 for row in rows), "a pipe in a note would break the table"
+
+
+# --- options inside fields ----------------------------------------------------------------------
+
+
+def test_stream_options_need_a_stream() -> None:
+    for stream in ({}, {"stream": False}, {"stream": None}):
+        assert refusal(**stream, stream_options={"include_usage": True}).param == "stream_options"
+        assert refusal(**stream, stream_options={}).param == "stream_options"
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, [], {}])
+def test_include_usage_is_a_boolean(value: Any) -> None:
+    error = refusal(stream=True, stream_options={"include_usage": value})
+    assert error.param == "stream_options.include_usage"
+
+
+def test_running_usage_is_refused_by_its_path() -> None:
+    error = refusal(stream=True, stream_options={"continuous_usage_stats": True})
+    assert error.param == "stream_options.continuous_usage_stats"
+
+
+@pytest.mark.parametrize("value", ["false", 0, 1, [], {}])
+def test_enable_thinking_is_a_boolean(value: Any) -> None:
+    error = refusal(chat_template_kwargs={"enable_thinking": value})
+    assert error.param == "chat_template_kwargs.enable_thinking"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "not an identifier",
+        "",
+    ],
+)
+def test_template_kwargs_cannot_set_what_the_server_sets(name: str) -> None:
+    error = refusal(chat_template_kwargs={name: "x"})
+    assert error.param == f"chat_template_kwargs.{name}"
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+
+def message(**fields: Any) -> Message:
+    return parse(messages=[fields]).messages[0]
+
+
+@pytest.mark.parametrize("role", [role.value for role in Role])
+def test_every_role_may_speak(role: str) -> None:
+    assert message(role=role, content="x") == Message(Role(role), "x")
+
+
+@pytest.mark.parametrize(
+    ("role", "shown"),
+    [("developer", "system"), ("function", "tool"), ("system", "system"), ("user", "user")],
+)
+def test_templates_see_only_the_roles_they_know(role: str, shown: str) -> None:
+    assert message(role=role, content="x").as_template() == {"role": shown, "content": "x"}
+
+
+@pytest.mark.parametrize("role", ["", "User", "narrator", 5, ["user"], {}, True, None])
+def test_an_unknown_role_is_refused_by_its_path(role: Any) -> None:
+    error = refusal(messages=[*HELLO, {"role": role, "content": "x"}])
+    assert error.param == "messages[1].role"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("x", "x"),
+        ("", ""),
+        ("a\0\u2028🙂", "a\0\u2028🙂"),
+        ([], ""),
+        ([{"type": "text", "text": "a"}], "a"),
+        ([{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}], "a\nb"),
+        ([{"type": "output_text", "text": "a"}, {"type": "refusal", "refusal": "no"}], "a\nno"),
+    ],
+)
+def test_content_is_a_string_or_its_parts_joined(content: Any, expected: str) -> None:
+    assert message(role="user", content=content).content == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        (5, "content"),
+        (True, "content"),
+        ({"type": "text", "text": "x"}, "content"),
+        (["x"], "content[0]"),
+        ([{"type": "text", "text": "x"}, None], "content[1]"),
+        ([{"type": "text"}], "content[0].text"),
+        ([{"type": "text", "text": 5}], "content[0].text"),
+        ([{"type": "refusal", "text": "x"}], "content[0].refusal"),
+        ([{"text": "x"}], "content[0].type"),
+        ([{"type": 5, "text": "x"}], "content[0].type"),
+        ([{"type": "image_url", "image_url": {"url": "data:"}}], "content[0].type"),
+        ([{"type": "text", "text": "x"}, {"type": "input_audio"}], "content[1].type"),
+    ],
+)
+def test_content_of_another_kind_is_refused_by_its_path(content: Any, path: str) -> None:
+    error = refusal(messages=[*HELLO, {"role": "user", "content": content}])
+    assert error.param == f"messages[1].{path}"
+
+
+@pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])
+def test_only_an_assistant_may_say_nothing(role: str) -> None:
+    assert refusal(messages=[{"role": role}]).param == "messages[0].content"
+    assert refusal(messages=[{"role": role, "content": None}]).param == "messages[0].content"
+    assert message(role="assistant").content is None
+    assert message(role="assistant", content=None).as_template()["content"] == ""
+
+
+@pytest.mark.parametrize("item", ["x", 5, [], True, None])
+def test_a_message_is_an_object(item: Any) -> None:
+    assert refusal(messages=[*HELLO, item]).param == "messages[1]"
+
+
+def test_a_message_keeps_its_name_and_its_reasoning() -> None:
+    said = message(role="assistant", content="x", name="Bo", reasoning_content="because")
+    assert said == Message(Role.ASSISTANT, "x", name="Bo", reasoning="because")
+    assert said.as_template()["reasoning_content"] == "because"
+    assert said.as_template()["name"] == "Bo"
+    assert message(role="assistant", content="x", reasoning="because").reasoning == "because"
+
+
+@pytest.mark.parametrize("name", ["name", "reasoning_content", "reasoning", "tool_call_id"])
+def test_a_messages_texts_are_strings_or_null(name: str) -> None:
+    error = refusal(messages=[{"role": "assistant", "content": "x", name: 5}])
+    assert error.param == f"messages[0].{name}"
+    assert message(role="assistant", content="x", **{name: None}) == Message(Role.ASSISTANT, "x")
+
+
+def _call(arguments: Any = "{}", **fields: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    return {"id": "call_1", "type": "function", "function": function, **fields}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"a": [1]}', {"a": [1]}),
+        ({"a": [1]}, {"a": [1]}),
+        ("", {}),
+        ("{}", {}),
+        ('{"a": ', '{"a": '),
+        ("not JSON", "not JSON"),
+    ],
+)
+def test_tool_history_reaches_the_template(arguments: Any, expected: Any) -> None:
+    request = parse(
+        messages=[
+            *HELLO,
+            {"role": "assistant", "content": None, "tool_calls": [_call(arguments)]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+        ]
+    )
+    _, asked, answered = request.messages
+    assert asked == Message(Role.ASSISTANT, None, tool_calls=(ToolCall("call_1", "f", expected),))
+    function = {"name": "f", "arguments": expected}
+    assert asked.as_template() == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+    }
+    assert answered.as_template() == {"role": "tool", "content": "42", "tool_call_id": "call_1"}
+
+
+@pytest.mark.parametrize("arguments", ["5", '"text"', "[1]", "null", "true"])
+def test_arguments_that_are_json_but_no_object_stay_text(arguments: str) -> None:
+    """Templates iterate over the object, or print the text; a bare number is neither."""
+    said = message(role="assistant", tool_calls=[_call(arguments)])
+    assert said.tool_calls[0].arguments == arguments
+
+
+@pytest.mark.parametrize(
+    ("calls", "path"),
+    [
+        ("x", ""),
+        ({}, ""),
+        ([5], "[0]"),
+        ([_call(), []], "[1]"),
+        ([{"id": "a"}], "[0].function"),
+        ([_call(function="f")], "[0].function"),
+        ([_call(function={})], "[0].function.name"),
+        ([_call(function={"name": 5})], "[0].function.name"),
+        ([_call(id=5)], "[0].id"),
+    ],
+)
+def test_a_broken_tool_call_is_refused_by_its_path(calls: Any, path: str) -> None:
+    error = refusal(messages=[{"role": "assistant", "tool_calls": calls}])
+    assert error.param == f"messages[0].tool_calls{path}"
+
+
+def test_only_an_assistant_calls_tools() -> None:
+    error = refusal(messages=[{"role": "user", "content": "x", "tool_calls": [_call()]}])
+    assert error.param is not None
+    assert error.param.startswith("messages[0]")
+
+
+@pytest.mark.parametrize(
+    ("last", "is_continuation"),
+    [
+        ({"role": "assistant", "content": "Once upon"}, True),
+        ({"role": "assistant", "tool_calls": [_call()]}, False),
+        ({"role": "user", "content": "x"}, False),
+        ({"role": "tool", "content": "x"}, False),
+    ],
+)
+def test_a_trailing_assistant_message_is_continued(last: Any, is_continuation: bool) -> None:
+    assert parse(messages=[*HELLO, last]).is_continuation is is_continuation
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [None]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": None}]}]},
+        {"stop": [None]},
+    ],
+)
+def test_a_null_in_the_wrong_place_is_called_null(fields: dict[str, Any]) -> None:
+    assert refusal(**fields).message.endswith("not null.")
+
+
+# --- bodies -------------------------------------------------------------------------------------
+
+
+def _chat(content: bytes = b'"x"', more: bytes = b"") -> bytes:
+    return b'{"messages":[{"role":"user","content":' + content + b"}]" + more + b"}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" \r\n\t",
+        b"null",
+        b"[]",
+        b"5",
+        b'"messages"',
+        b"true",
+        b"{",
+        b'{"messages"}',
+        b"{'messages': []}",
+        _chat()[:-1],
+        _chat() + b"}",
+        _chat() + _chat(),
+        _chat(more=b","),
+        b"\xff\xfe",
+        _chat(b'"\xff"'),
+        _chat(b'"\xed\xa0\x80"'),
+        _chat(rb'"\ud800"'),
+        _chat(rb'"\udc00x"'),
+        _chat(rb'"\ud800\ud800"'),
+        _chat(b'"a\nb"'),
+        _chat(more=b',"temperature":NaN'),
+        _chat(more=b',"temperature":Infinity'),
+        _chat(more=b',"temperature":-Infinity'),
+        _chat(more=b',"temperature":1e400'),
+        _chat(more=b',"seed":' + b"9" * 5000),
+        _chat(b"[" * 10_000 + b"]" * 10_000),
+        _chat(b"[" * 10_000),
+        b"[" * 10_000,
+        b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+        _chat(more=b',"unknown":' + b'{"a":' * 10_000 + b"1" + b"}" * 10_000),
+    ],
+    ids=lambda body: repr(body[:50]),
+)
+def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
+    error = refusal(body)
+    assert error.type == "invalid_request_error"
+    assert len(error.message) < 300
+    assert json.loads(error.body())["error"]["message"] == error.message
+
+
+def test_a_deep_value_in_a_known_field_is_a_400() -> None:
+    for name in ("temperature", "stop", "tools", "response_format", "logit_bias", "model"):
+        for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+            deep = opening * 1000 + b"1" + closing * 1000
+            assert refusal(_chat(more=b',"%b":%b' % (name.encode(), deep))).param == name
+
+
+def test_an_escaped_pair_of_surrogates_is_one_character() -> None:
+    assert parse_chat(_chat(rb'"\ud83d\ude42\u0000"')).messages[0].content == "🙂\0"
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**64), 10**30, -(10**300)])
+def test_a_huge_integer_is_out_of_range_wherever_it_stands(number: int) -> None:
+    for name in ("seed", "max_tokens", "top_k", "temperature", "top_p", "min_p", "n"):
+        error = refusal(_chat(more=b',"%b":%d' % (name.encode(), number)))
+        assert error.param == name
+        assert len(error.message) < 500
+
+
+def test_an_error_repeats_little_of_what_was_sent() -> None:
+    kind = "k" * 100_000
+    content = [{"type": kind}]
+    assert len(refusal(messages=[{"role": "user", "content": content}]).message) < 400
+    assert len(refusal(chat_template_kwargs={"-" * 100_000: 1}).body()) < 1000
+
+
+def test_the_last_of_two_equal_names_counts() -> None:
+    assert parse_chat(_chat(more=b',"top_k":5,"top_k":6')).top_k == 6
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def test_a_silent_request_samples_by_the_models_defaults() -> None:
+    defaults = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.1)
+    assert SILENT.sampling(defaults, seed=5) == replace(defaults, seed=5)
+
+
+def test_zero_is_an_answer_and_not_silence() -> None:
+    defaults = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.1)
+    request = parse(temperature=0, top_p=1, top_k=-1, min_p=0, seed=0)
+    assert request.sampling(defaults, seed=5) == SamplingParams(temperature=0.0)
+
+
+def test_a_negative_seed_is_taken_modulo_two_to_the_64() -> None:
+    assert parse(seed=-2).sampling(SamplingParams(), seed=5).seed == 2**64 - 2
+    assert parse(seed=-1).sampling(SamplingParams(), seed=5).seed == 5
+
+
+# --- cancel -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "id"),
+    [
+        (b"", None),
+        (b" ", None),
+        (b"{}", None),
+        (b'{"id": null}', None),
+        (b'{"id": "chatcmpl-1"}', "chatcmpl-1"),
+        (b'{"other": 1}', None),
+    ],
+)
+def test_a_cancel_names_one_answer_or_means_all(body: bytes, id: str | None) -> None:
+    assert parse_cancel(body) == CancelRequest(id)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b"{", b'"x"', b'{"id": 5}', b'{"id": []}'])
+def test_a_broken_cancel_is_a_400(body: bytes) -> None:
+    with pytest.raises(APIError) as caught:
+        parse_cancel(body)
+    assert caught.value.status == 400

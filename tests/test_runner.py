@@ -1,0 +1,508 @@
+"""The runner: what a batch says is what each sequence says alone, to the token.
+
+The first half is the contract of `sequence.Runner`: the same scenarios against the `FakeRunner`
+that the other tests rely on and against the real one. The second half holds the real one to
+mlx-lm's `generate_step`, for each kind of cache. Equality has no tolerance: random weights make
+ties as unlikely as they are in life, and a wrong mask, offset or state changes tokens at once.
+"""
+
+import functools
+import gc
+import importlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from fakes import GREEDY, FakeRunner, Run, answer, drive, make_sequence
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxlite.runner import ModelRunner
+from mlxlite.scheduler import Policy, Scheduler
+from mlxlite.sequence import (
+    Add,
+    Chunk,
+    Command,
+    Finish,
+    FinishReason,
+    Runner,
+    SamplingParams,
+    Sequence,
+    Step,
+)
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_compilation() -> Iterator[None]:
+    """On CPU each new kernel costs seconds of a C++ compiler, and none of them is ours."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+# --- tiny models, one for each kind of cache --------------------------------------------------
+
+_ATTENTION: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+_STATE_SPACE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "state_size": 8,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": False,
+}
+WINDOW = 12
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": _ATTENTION,  # KVCache
+    "gemma3_text": _ATTENTION  # RotatingKVCache, KVCache
+    | {
+        "num_hidden_layers": 3,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+    },
+    "gpt_oss": _ATTENTION  # RotatingKVCache, KVCache, attention sinks
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "deepseek_v3": _ATTENTION  # KVCache of latents
+    | {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+    "mamba": _STATE_SPACE,  # ArraysCache
+    "mamba2": _STATE_SPACE  # ArraysCache, with masks
+    | {
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 1,
+        "layer_norm_epsilon": 1e-5,
+        "time_step_limit": (0.0, float("inf")),
+    },
+    "falcon_h1": _ATTENTION  # CacheList(ArraysCache, KVCache)
+    | {"mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_heads": 4},
+    "lfm2": _ATTENTION  # ArraysCache, KVCache
+    | {
+        "num_hidden_layers": 3,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 128,
+        "block_multiple_of": 16,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1],
+    },
+    "llama4": {  # ChunkedKVCache, which cannot merge, and KVCache
+        "text_config": _ATTENTION
+        | {
+            "model_type": "llama4_text",
+            "num_hidden_layers": 4,
+            "attention_bias": False,
+            "attention_chunk_size": WINDOW,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 128,
+            "num_experts_per_tok": 1,
+            "num_local_experts": 4,
+            "rope_scaling": None,
+            "use_qk_norm": True,
+        },
+    },
+}
+
+
+@functools.cache
+def build(kind: str) -> nn.Module:
+    """Random weights, changed so that a small model minds its whole past: see `_sharpen`."""
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": kind} | MODELS[kind]))
+    weights = [(name, _sharpen(name, array)) for name, array in tree_flatten(model.parameters())]
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def _sharpen(name: str, array: mx.array) -> mx.array:
+    """Attention that looks closely, and a state that decays slowly."""
+    if name.endswith("A_log"):
+        return array - 4
+    return array if array.ndim < 2 or "conv" in name else array * 3
+
+
+@functools.cache
+def generate(kind: str, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    """The judge: mlx-lm's own greedy answer to one prompt alone."""
+    steps = generate_step(mx.array(prompt), build(kind), max_tokens=max_tokens)
+    return [int(token) for token, _ in steps]
+
+
+def judge(kind: str, sequence: Sequence) -> list[int]:
+    return generate(kind, sequence.prompt.tokens, sequence.max_tokens)
+
+
+class Fragile(nn.Module):
+    """A model that raises in its next call once it is told to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.is_broken = False
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        layers: list[nn.Module] = self.model.layers
+        return layers
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        if self.is_broken:
+            raise RuntimeError("out of memory")
+        logits: mx.array = self.model(tokens, cache=cache)
+        return logits
+
+
+# --- the contract: the fake and the real one ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A runner under contract, how to break it for one call, and what its sequences must say."""
+
+    runner: Runner
+    expected: Callable[[Sequence], list[int]]
+    set_broken: Callable[[bool], None]
+
+
+def fake_subject() -> Subject:
+    fault = {"is_broken": False}
+
+    def before(step: Step | None) -> None:
+        if fault["is_broken"]:
+            raise RuntimeError("out of memory")
+
+    def set_broken(is_broken: bool) -> None:
+        fault["is_broken"] = is_broken
+
+    return Subject(FakeRunner(before=before), answer, set_broken)
+
+
+def real_subject() -> Subject:
+    model = Fragile(build("qwen3"))
+
+    def set_broken(is_broken: bool) -> None:
+        model.is_broken = is_broken
+
+    return Subject(ModelRunner(model), functools.partial(judge, "qwen3"), set_broken)
+
+
+@pytest.fixture(params=[fake_subject, real_subject], ids=["fake", "real"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    made: Subject = request.param()
+    return made
+
+
+def one_by_one(runner: Runner, *steps: Step) -> list[tuple[int, ...]]:
+    """Launch and wait for each step in turn, without lookahead."""
+    tokens = []
+    for step in steps:
+        launched, none = runner.advance(step, None)
+        assert none is None
+        assert launched is not None
+        assert launched.step is step
+        nothing, outcome = runner.advance(None, launched)
+        assert nothing is None
+        assert outcome is not None
+        assert outcome.failed == ()
+        assert outcome.device_s >= 0.0
+        assert all(type(token) is int for token in outcome.tokens)
+        tokens.append(outcome.tokens)
+    return tokens
+
+
+def test_an_outcome_has_a_token_for_each_row_and_none_without_rows(subject: Subject):
+    one, two = make_sequence(1, 5), make_sequence(2, 1)
+    a, b = subject.expected(one), subject.expected(two)
+    assert one_by_one(
+        subject.runner,
+        Step(1, (), (one,), (Chunk(1, 0, 3),), ()),
+        Step(2, (), (two,), (Chunk(1, 3, 4),), (2, 1)),
+        Step(3, rows=(2, 1)),
+        Step(4, rows=(1,)),
+        Step(5, released=(1, 2)),
+    ) == [(), (b[0], a[0]), (b[1], a[1]), (a[2],), ()]
+
+
+def test_a_step_is_launched_before_the_one_in_flight_is_waited_for(subject: Subject):
+    sequence = make_sequence(1, 3)
+    expected = subject.expected(sequence)
+    first, none = subject.runner.advance(Step(1, (), (sequence,), (Chunk(1, 0, 2),), (1,)), None)
+    assert none is None
+    second, outcome = subject.runner.advance(Step(2, rows=(1,)), first)
+    assert outcome is not None
+    assert outcome.tokens == (expected[0],)
+    _, outcome = subject.runner.advance(None, second)
+    assert outcome is not None
+    assert outcome.tokens == (expected[1],)
+
+
+def test_rows_keep_their_order_and_newcomers_follow(subject: Subject):
+    sequences = [make_sequence(id, 1, 8) for id in (3, 1, 2)]
+    a, b, c = map(subject.expected, sequences)
+    assert one_by_one(
+        subject.runner,
+        Step(1, (), tuple(sequences[:2]), (), (3, 1)),
+        Step(2, (), tuple(sequences[2:]), (), (3, 1, 2)),
+        Step(3, (3,), (), (), (1, 2)),
+        Step(4, (), (), (), (1, 2)),
+    ) == [(a[0], b[0]), (a[1], b[1], c[0]), (b[2], c[1]), (b[3], c[2])]
+
+
+@pytest.mark.parametrize("rows", [(2, 1), (1, 2, 3), (1, 1), (3,)])
+def test_rows_in_another_order_or_never_admitted_are_refused(
+    subject: Subject, rows: tuple[int, ...]
+):
+    admitted = (make_sequence(1, 1), make_sequence(2, 1))
+    launched, _ = subject.runner.advance(Step(1, (), admitted, (), (1, 2)), None)
+    with pytest.raises((AssertionError, KeyError)):
+        subject.runner.advance(Step(2, rows=rows), launched)
+
+
+def test_a_sequence_released_in_prefill_is_never_heard_of_again(subject: Subject):
+    one, two = make_sequence(1, 30), make_sequence(2, 2)
+    tokens = one_by_one(
+        subject.runner,
+        Step(1, (), (one,), (Chunk(1, 0, 20),), ()),
+        Step(2, (1,), (two,), (Chunk(2, 0, 1),), (2,)),
+    )
+    assert tokens == [(), (subject.expected(two)[0],)]
+    with pytest.raises((AssertionError, KeyError)):
+        subject.runner.advance(Step(3, (), (), (Chunk(1, 20, 29),), (2, 1)), None)
+
+
+def test_a_reset_forgets_everybody_and_a_late_release_is_void(subject: Subject):
+    one, two, three = (make_sequence(id, 4) for id in (1, 2, 3))
+    launched, _ = subject.runner.advance(
+        Step(1, (), (one, two), (Chunk(1, 0, 3), Chunk(2, 0, 2)), (1,)), None
+    )
+    subject.runner.reset()
+    del launched
+    assert one_by_one(subject.runner, Step(2, (1, 2), (three,), (Chunk(3, 0, 3),), (3,))) == [
+        (subject.expected(three)[0],)
+    ]
+    for rows in ((3, 1), (3, 2)):
+        subject.runner.reset()
+        with pytest.raises((AssertionError, KeyError)):
+            subject.runner.advance(Step(10 + rows[1], rows=rows), None)
+
+
+def test_after_a_lost_step_and_a_reset_the_runner_works_again(subject: Subject):
+    one, two, three = (make_sequence(id, 9) for id in (1, 2, 3))
+    scheduler = Scheduler(Policy(max_rows=2))
+    scheduler.apply(Add(one))
+    launched, _ = subject.runner.advance(scheduler.schedule(), None)
+    scheduler.apply(Add(two))
+    subject.set_broken(True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        subject.runner.advance(scheduler.schedule(), launched)
+    subject.set_broken(False)
+    subject.runner.reset()
+    failed: list[Command] = [Finish(id, FinishReason.ERROR) for id in scheduler.running()]
+    again = [Add(replace(sequence, id=10 + sequence.id)) for sequence in (one, two, three)]
+    run = drive(scheduler, subject.runner, {0: failed, 1: again})
+    assert [run.tokens(10 + s.id) for s in (one, two, three)] == [
+        subject.expected(s) for s in (one, two, three)
+    ]
+
+
+DRAWN = (
+    SamplingParams(temperature=1.0, seed=11),
+    SamplingParams(temperature=0.8, top_k=20, seed=12),
+    GREEDY,
+    SamplingParams(temperature=1.2, top_p=0.9, seed=2**63 + 5),
+    SamplingParams(temperature=1.0, top_k=30, top_p=0.8, min_p=0.01, seed=14),
+    SamplingParams(temperature=1.0, seed=11),
+)
+
+
+def test_a_seeded_sequence_draws_the_same_alone_and_in_any_company(subject: Subject):
+    sequences = [
+        make_sequence(id, 1 + 5 * id, 8, sampling=sampling) for id, sampling in enumerate(DRAWN, 1)
+    ]
+    scheduler = Scheduler(Policy(max_rows=4, chunk_size=16, first_chunk_budget=4))
+    arrivals = {2 * s.id: [Add(s)] for s in reversed(sequences)}
+    together = drive(scheduler, subject.runner, arrivals)
+    for sequence in sequences:
+        again = replace(sequence, id=100 + sequence.id)
+        alone = drive(scheduler, subject.runner, {0: [Add(again)]})
+        assert together.tokens(sequence.id) == alone.tokens(again.id), sequence
+    assert together.tokens(1) != together.tokens(6)  # same seed, other prompts
+
+
+# --- company changes nothing --------------------------------------------------------------------
+
+_SHAPES = ((33, 7), (1, 22), (5, 8), (17, 5), (2, 14), (1, 3), (26, 6), (12, 14))
+
+
+def ragged(seed: int) -> list[Sequence]:
+    """Eight sequences of which some prompts and some answers are longer than the window."""
+    tokens = random.Random(99)
+    prompts = [[tokens.randrange(VOCABULARY) for _ in range(num)] for num, _ in _SHAPES]
+    sequences = [
+        make_sequence(id, max_tokens=max_tokens, prompt=prompt)
+        for id, (prompt, (_, max_tokens)) in enumerate(zip(prompts, _SHAPES, strict=True))
+    ]
+    random.Random(seed).shuffle(sequences)
+    return sequences
+
+
+def come_and_go(seed: int, sequences: list[Sequence]) -> dict[int, list[Command]]:
+    """All arrive within 20 ticks; two are cancelled some time after."""
+    chance = random.Random(seed)
+    log: dict[int, list[Command]] = {}
+    for sequence in sequences:
+        log.setdefault(chance.randrange(20), []).append(Add(sequence))
+    for sequence in sequences[:2]:
+        tick = 20 + chance.randrange(10)
+        log.setdefault(tick, []).append(Finish(sequence.id, FinishReason.CANCELLED))
+    return log
+
+
+def assert_all_as_alone(run: Run, sequences: list[Sequence], kind: str) -> None:
+    for sequence in sequences:
+        tokens, alone = run.tokens(sequence.id), judge(kind, sequence)
+        (end,) = run.ends(sequence.id)
+        if end.reason is FinishReason.LENGTH:
+            assert len(tokens) == sequence.max_tokens
+        assert tokens == alone[: len(tokens)], sequence.id
+
+
+_ROWS = (1, 3, 8)
+_CHUNKS = (7, 64, 2048)
+_EVERY = [(rows, chunk) for rows in _ROWS for chunk in _CHUNKS] + [(3, 1)]
+_SOME = [(3, 7), (8, 64), (3, 2048)]
+CASES = [
+    *((kind, *case) for kind in ("qwen3", "gemma3_text") for case in _EVERY),
+    *((kind, *case) for kind in MODELS if kind not in ("qwen3", "gemma3_text") for case in _SOME),
+]
+
+
+@pytest.mark.parametrize(("kind", "max_rows", "chunk"), CASES)
+def test_tokens_are_those_of_each_sequence_alone(kind: str, max_rows: int, chunk: int):
+    sequences = ragged(seed=max_rows * chunk)
+    scheduler = Scheduler(Policy(max_rows, chunk_size=chunk, first_chunk_budget=chunk))
+    runner = ModelRunner(build(kind))
+    run = drive(scheduler, runner, come_and_go(max_rows + chunk, sequences))
+    assert_all_as_alone(run, sequences, kind)
+    assert max(len(step.rows) for step in run.steps) > max_rows // 2
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_caches_that_grow_past_their_first_allocation_stay_whole(kind: str):
+    """mlx-lm's caches grow by 256 tokens; rows cross that line before, in and after a merge."""
+    tokens = random.Random(5)
+    sequences = [
+        make_sequence(id, max_tokens=8, prompt=[tokens.randrange(VOCABULARY) for _ in range(num)])
+        for id, num in enumerate((252, 3, 257, 256, 1))
+    ]
+    log: dict[int, list[Command]] = {2 * s.id: [Add(s)] for s in sequences}
+    run = drive(Scheduler(Policy(max_rows=4)), ModelRunner(build(kind)), log)
+    assert_all_as_alone(run, sequences, kind)
+
+
+def test_a_runner_that_was_warmed_up_says_the_same():
+    runner = ModelRunner(build("qwen3"))
+    runner.warm_up()
+    sequences = ragged(seed=0)
+    run = drive(Scheduler(Policy()), runner, {0: [Add(sequence) for sequence in sequences]})
+    assert_all_as_alone(run, sequences, "qwen3")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_models_mind_their_whole_past(kind: str):
+    """What makes the tests above worth something: a token of the past changes the answer."""
+    prompt = tuple(range(3, 3 + WINDOW // 2))
+    answers = {tuple(generate(kind, (first, *prompt), 8)) for first in (0, 50, 90)}
+    assert len(answers) == 3
+    assert all(len(set(tokens)) > 3 for tokens in answers)
+
+
+def test_the_models_have_the_kinds_of_cache_that_they_are_here_for():
+    def names(cache: Any) -> set[str]:
+        parts = getattr(cache, "caches", ())
+        return {type(cache).__name__}.union(*map(names, parts))
+
+    kinds = set().union(*(names(c) for kind in MODELS for c in make_prompt_cache(build(kind))))
+    expected = {"KVCache", "RotatingKVCache", "ArraysCache", "CacheList", "ChunkedKVCache"}
+    assert kinds == expected
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def active_bytes() -> int:
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "falcon_h1", "llama4"])
+def test_when_everybody_has_left_nothing_is_kept(kind: str):
+    runner = ModelRunner(build(kind))
+    sequences = ragged(seed=1)
+    before = active_bytes()
+    drive(Scheduler(Policy(max_rows=3)), runner, {0: [Add(sequence) for sequence in sequences]})
+    assert active_bytes() == before
+
+
+def test_a_long_row_that_leaves_takes_its_memory_with_it():
+    runner = ModelRunner(build("qwen3"))
+    before = active_bytes()
+    long, *short = (make_sequence(1, 900), make_sequence(2, 2), make_sequence(3, 2))
+    chunks = (Chunk(1, 0, 899), Chunk(2, 0, 1), Chunk(3, 0, 1))
+    one_by_one(runner, Step(1, (), (long, *short), chunks, (1, 2, 3)))
+    with_long = active_bytes() - before
+    one_by_one(runner, Step(2, (1,), (), (), (2, 3)))
+    assert active_bytes() - before < with_long / 2
+
+
+def test_a_prompt_that_leaves_and_a_reset_free_their_memory():
+    runner = ModelRunner(build("qwen3"))
+    before = active_bytes()
+    admitted = (make_sequence(1, 900), make_sequence(2, 900))
+    one_by_one(runner, Step(1, (), admitted, (Chunk(1, 0, 800), Chunk(2, 0, 800)), ()))
+    both = active_bytes() - before
+    one_by_one(runner, Step(2, (1,), (), (Chunk(2, 800, 899),), (2,)))
+    assert active_bytes() - before < both
+    runner.reset()
+    assert active_bytes() == before
