@@ -1,0 +1,1 @@
+"""Benchmarks and the training script of the demo model."""
