@@ -17,7 +17,8 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
@@ -35,6 +36,8 @@ from mlxlite.sequence import (
     Finished,
     FinishReason,
     Launched,
+    Logprobs,
+    Lost,
     Outcome,
     Output,
     Runner,
@@ -71,6 +74,10 @@ class Lane:
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function(*args)` on the lane; its result or exception comes back to the loop."""
+        return await self.submit(function, *args)
+
+    def submit(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """The same, without waiting: the lane begins at once, or after what it is at."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -90,7 +97,7 @@ class Lane:
                 loop.call_soon_threadsafe(deliver)
 
         self._calls.put(call)
-        return await future
+        return future
 
     async def close(self, timeout_s: float) -> bool:
         """Let the thread end after its present call; False if it did not within the time."""
@@ -137,6 +144,7 @@ class Observer(Protocol):
         lane_s: float,
         deliver_s: float,
     ) -> None: ...
+    def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None: ...
     def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None: ...
 
 
@@ -160,7 +168,14 @@ class _Live:
     first_at: float | None = None
     last_at: float | None = None
     num_output: int = 0
+    logprobs: list[tuple[int, Logprobs]] = field(default_factory=list)
+    is_leaving: bool = False  # it has been told to end: what still comes is overshoot
     is_deaf: bool = False  # its sink has raised
+
+    def delta(self, text: str) -> Delta:
+        """Text, and the logprobs that have come since the last delta."""
+        logprobs, self.logprobs = tuple(self.logprobs), []
+        return Delta(text, self.num_output, logprobs)
 
     def usage(self, now: float) -> Usage:
         admitted_at = self.admitted_at if self.admitted_at is not None else now
@@ -215,11 +230,13 @@ class ChunkTuner:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`max_queue` sequences may wait; `gather_s` is static batching's gathering time."""
+    """Bounds and times; `gather_s` is static batching's gathering time."""
 
-    max_queue: int = 256
+    max_queue: int = 256  # sequences that may wait
     gather_s: float = 0.1
     prefill_budget_s: float = 0.1
+    timeout_s: float | None = None  # from a sequence's arrival to its end
+    stuck_s: float = 60.0  # a step that takes longer is reported as stuck
 
 
 class Engine:
@@ -246,6 +263,7 @@ class Engine:
         self._wake = asyncio.Event()
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
         self._gather_since: float | None = None
+        self._lane_since: float | None = None  # when the step that the lane is at was handed over
         self.failure: str | None = None  # why the engine has stopped for good
 
     def __repr__(self) -> str:
@@ -257,31 +275,60 @@ class Engine:
 
     # --- from the server --------------------------------------------------------------------
 
-    def add(self, sequence: Sequence, stop: tuple[str, ...], sink: Sink) -> None:
-        """Queue a sequence; `sink` is called from now on until its `Done`.
+    def add(
+        self, sequences: SequenceOf[Sequence], stop: tuple[str, ...], sinks: SequenceOf[Sink]
+    ) -> None:
+        """Queue one request's sequences; each one's sink is called from now on until its `Done`.
 
-        Raises QueueFull when `max_queue` sequences wait already, and EngineFailed when the engine
-        has stopped for good.
+        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded, and
+        EngineFailed when the engine has stopped for good.
         """
         if self.failure is not None:
             raise EngineFailed(self.failure)
         num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
-        if num_waiting >= self._options.max_queue:
+        if num_waiting + len(sequences) > self._options.max_queue:
             raise QueueFull
-        text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
-        self._live[sequence.id] = _Live(sequence, sink, text, perf_counter())
-        self._command(Add(sequence))
+        now = perf_counter()
+        for sequence, sink in zip(sequences, sinks, strict=True):
+            text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
+            self._live[sequence.id] = _Live(sequence, sink, text, now)
+            self._command(Add(sequence))
 
     def cancel(self, id: int) -> None:
         """End a sequence at the next step; its sink still gets a `Done`. Unknown ids are void."""
         if id in self._live:
+            self._live[id].is_leaving = True
             self._command(Finish(id, FinishReason.CANCELLED))
 
     def abort(self, error: str) -> None:
         """End every sequence now, without waiting for the device: the process is going away."""
         for id in list(self._live):
-            self._command(Finish(id, FinishReason.ERROR, error))
-            self._done(Finished(id, FinishReason.ERROR, error), perf_counter())
+            self._end(id, error, perf_counter())
+
+    def expire(self, now: float) -> None:
+        """End the sequences that have been here longer than `timeout_s`."""
+        limit_s = self._options.timeout_s
+        if limit_s is None:
+            return
+        for id, live in list(self._live.items()):
+            if now - live.added_at > limit_s:
+                self._end(id, f"the request took longer than {limit_s:g} s", now)
+
+    def _end(self, id: int, error: str, now: float) -> None:
+        """Tell the sink at once, whatever the lane is at, and the scheduler at the next tick."""
+        self._command(Finish(id, FinishReason.ERROR, error))
+        self._done(Finished(id, FinishReason.ERROR, error), now)
+
+    def trouble(self, now: float) -> str | None:
+        """Why nobody is being served, if so: the engine has failed, or the lane is stuck."""
+        if self.failure is not None or self._lane_since is None:
+            return self.failure
+        since_s = now - self._lane_since
+        return (
+            f"the model has not answered for {since_s:.0f} s"
+            if since_s > self._options.stuck_s
+            else None
+        )
 
     def _command(self, command: Command) -> None:
         self._commands.append(command)
@@ -293,34 +340,47 @@ class Engine:
         """Tick until cancelled. Each line's place is part of the design:
 
         1. commands before the step, so that a cancel or an arrival is in the very next one;
-        2. the step before the wait for the one in flight, so that the device never idles;
-        3. tokens to the sinks last: their bytes leave while the device computes.
+        2. the step to the lane before tokens to the sinks: their bytes leave while the device
+           computes, and it never waits for them. A stop string therefore overshoots by two rows,
+           an end-of-sequence token, which the scheduler sees at once, by one;
+        3. the wait last; the lane has by then dispatched the step and waits for the one before.
         """
         in_flight: Launched | None = None
+        events: list[Event] = []
         while True:
             started_at = perf_counter()
-            self._apply_commands(started_at)
+            events += self._apply_commands()
             step = self._scheduler.schedule()
             if step is None and in_flight is None:
-                await self._idle()
+                self._publish(events, started_at)
+                events = []
+                if not self._commands:
+                    await self._idle()
                 continue
             self._note_admitted(step, started_at)
-            scheduled_at = perf_counter()
+            self._lane_since = scheduled_at = perf_counter()
+            call = self._lane.submit(self._runner.advance, step, in_flight)
+            self._publish(events, started_at)
+            events = []
+            published_at = perf_counter()
             try:
-                launched, outcome = await self._lane.run(self._runner.advance, step, in_flight)
+                launched, outcome = await call
             except Exception as error:
                 in_flight = None
                 await self._lose_step(error)
                 continue
-            waited_at = perf_counter()
+            self._lane_since = None
             if in_flight is not None and outcome is not None:
-                self._publish(self._complete(in_flight.step, outcome), waited_at)
-                self._observe(in_flight.step, started_at, scheduled_at, waited_at)
+                events = self._complete(in_flight.step, outcome)
+                self._observer.lane(outcome.build_s, outcome.dispatch_s, outcome.wait_s)
+                self._observe(in_flight.step, started_at, scheduled_at, published_at)
             in_flight = launched
 
-    def _apply_commands(self, now: float) -> None:
+    def _apply_commands(self) -> list[Event]:
+        events: list[Event] = []
         while self._commands:
-            self._publish(self._scheduler.apply(self._commands.popleft()), now)
+            events += self._scheduler.apply(self._commands.popleft())
+        return events
 
     async def _idle(self) -> None:
         """Nothing to launch: sleep until a command comes or static batching's time is over."""
@@ -348,8 +408,8 @@ class Engine:
     async def _lose_step(self, error: Exception) -> None:
         """A whole step is lost: end what ran, keep what waits, go on with a clean runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
-        for id in self._scheduler.running():
-            self._command(Finish(id, FinishReason.ERROR, f"the model failed: {_summary(error)}"))
+        self._lane_since = None
+        self._command(Lost(f"the model failed: {_summary(error)}"))
         try:
             await self._lane.run(self._runner.reset)
         except Exception as reset_error:  # the runner cannot be trusted any more
@@ -361,25 +421,28 @@ class Engine:
     # --- events to outputs ------------------------------------------------------------------
 
     def _note_admitted(self, step: Step | None, now: float) -> None:
-        for sequence in step.admitted if step else ():
+        for admission in step.admitted if step else ():
             self._gather_since = None
-            if live := self._live.get(sequence.id):
+            live = self._live.get(admission.sequence.id)
+            if live is not None and live.admitted_at is None:  # not when it resumes
                 live.admitted_at = now
 
     def _publish(self, events: list[Event], now: float) -> None:
         num_tokens = 0
         for event in events:
             match event:
-                case Token(id, token, is_eos):
+                case Token():
                     num_tokens += 1
-                    if live := self._live.get(id):
-                        self._token(live, token, is_eos, now)
+                    if live := self._live.get(event.id):
+                        self._token(live, event, now)
                 case Finished():
                     self._done(event, now)
         if num_tokens:
             self._observer.tokens(num_tokens)
 
-    def _token(self, live: _Live, token: int, is_eos: bool, now: float) -> None:
+    def _token(self, live: _Live, event: Token, now: float) -> None:
+        if live.is_leaving:
+            return
         live.num_output += 1
         if live.last_at is None:
             live.first_at = now
@@ -389,11 +452,14 @@ class Engine:
         else:
             self._observer.token_gap(now - live.last_at)
         live.last_at = now
-        if is_eos or live.text.stopped is not None:
+        if event.is_eos or live.text.stopped is not None:
             return
-        if text := live.text.push(token):
-            self._emit(live, Delta(text, live.num_output))
+        if event.logprobs is not None:
+            live.logprobs.append((event.token, event.logprobs))
+        if text := live.text.push(event.token):
+            self._emit(live, live.delta(text))
         if live.text.stopped is not None:
+            live.is_leaving = True
             self._command(Finish(live.sequence.id, FinishReason.STOP))
 
     def _emit(self, live: _Live, output: Output) -> None:
@@ -406,14 +472,19 @@ class Engine:
             log.exception("the sink of sequence %d raised", live.sequence.id)
             live.is_deaf = True
             self.cancel(live.sequence.id)
+            error = "the answer could not be written"
+            with contextlib.suppress(Exception):  # whoever waits for it should not wait for ever
+                live.sink(Done(FinishReason.ERROR, live.usage(perf_counter()), error))
 
     def _done(self, event: Finished, now: float) -> None:
         """The one place where a sequence leaves: its last text, then its `Done`."""
         live = self._live.pop(event.id, None)
         if live is None:
             return
-        if event.reason in (FinishReason.STOP, FinishReason.LENGTH) and (text := live.text.flush()):
-            self._emit(live, Delta(text, live.num_output))
+        is_whole = event.reason in (FinishReason.STOP, FinishReason.LENGTH)
+        text = live.text.flush() if is_whole else ""
+        if text or live.logprobs:
+            self._emit(live, live.delta(text))
         reason = event.reason
         if reason is FinishReason.LENGTH and live.text.stopped is not None:
             reason = FinishReason.STOP  # the stop string was met in the very last token
@@ -424,7 +495,7 @@ class Engine:
         )
 
     def _observe(
-        self, step: Step, started_at: float, scheduled_at: float, waited_at: float
+        self, step: Step, started_at: float, scheduled_at: float, published_at: float
     ) -> None:
         self._observer.queued(self._scheduler.num_waiting)
         self._observer.running(self._scheduler.num_running)
@@ -432,8 +503,8 @@ class Engine:
             len(step.rows),
             step.num_prefill_tokens,
             scheduled_at - started_at,
-            waited_at - scheduled_at,
-            perf_counter() - waited_at,
+            perf_counter() - scheduled_at,
+            published_at - scheduled_at,
         )
 
 

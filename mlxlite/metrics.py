@@ -332,6 +332,8 @@ class Metrics:
         )
         self.schedule_s, self.lane_s = phases.labels("schedule"), phases.labels("lane")
         self.deliver_s = phases.labels("deliver")
+        self.build_s, self.dispatch_s = phases.labels("build"), phases.labels("dispatch")
+        self.wait_s = phases.labels("wait")
         self.batch_rows, self.lag_s = rows.labels(), lag.labels()
         self.connections, self.num_ignored_fields = connections.labels(), ignored.labels()
 
@@ -380,6 +382,12 @@ class Metrics:
             self.step_tokens.observe(num_rows + num_prefill_tokens)
         if num_rows:
             self.batch_rows.observe(num_rows)
+
+    def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
+        """What the lane spent on one step: its graph, handing it to the device, its tokens."""
+        self.build_s.observe(build_s)
+        self.dispatch_s.observe(dispatch_s)
+        self.wait_s.observe(wait_s)
 
     def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None:
         """A sequence ended: stop, length, error, or cancelled (shown as vLLM's abort)."""

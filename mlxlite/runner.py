@@ -5,10 +5,6 @@ decode together. It decides nothing: which chunks and rows run, and when memory 
 the step. It must never wait for the device except for the step in flight, and never do work per row
 on the token path: rows cost Python only when they join or leave.
 
-Caches come from mlx-lm's public classes. While one row decodes alone it keeps the plain cache it
-was prefilled with; from two rows on the caches are merged. A kind that cannot merge decodes row by
-row inside the same step, so that nothing ever drains the batch.
-
 The rows of the batch are always exactly `step.rows` of the last step launched, in that order
 (asserted).
 """
@@ -22,12 +18,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx import nn
-from mlx_lm.models.cache import CacheList, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlxlite.sampling import Draw, Sampler
+from mlxlite.caches import BatchCache, Cache, KVBits, can_pack, copy, layer_sizes, merge, quantized
+from mlxlite.sampling import Draw, LogprobArrays, Sampler
 from mlxlite.sequence import (
+    Admission,
     Chunk,
     Launched,
+    Logprobs,
+    Memory,
     Outcome,
     Prompt,
     SamplingParams,
@@ -35,25 +35,17 @@ from mlxlite.sequence import (
     Step,
 )
 
-Cache = list[Any]  # one mlx-lm cache object a layer
+MAX_PADDING = 0.25  # of the tokens of a packed prefill
 
 
 @dataclass(slots=True)
 class _Prefill:
-    """A sequence that has not joined the batch: its prompt and the cache of what is computed."""
+    """A sequence that has not joined the batch: its tokens and the cache of what is computed."""
 
-    sequence: Sequence
+    admission: Admission
     tokens: npt.NDArray[np.uint32]
     cache: Cache
     num_computed: int = 0
-
-
-@dataclass(slots=True)
-class _Row:
-    """A sequence in the batch; it drew its first token in the `born`-th decode of the runner."""
-
-    sequence: Sequence
-    born: int
 
 
 @dataclass(slots=True)
@@ -61,33 +53,67 @@ class _InFlight:
     """A launched step. `tokens` is `[B]`; `states` are the caches that its chunks wrote."""
 
     step: Step
+    ids: tuple[int, ...]  # of `tokens`: the step's rows but for sequences that were given up
     tokens: mx.array | None
+    logprobs: LogprobArrays | None
     states: list[Any]
+    failed: tuple[tuple[int, str], ...]
     launched_at: float
+    build_s: float
+    dispatch_s: float
 
 
 class ModelRunner:
-    """Implements `sequence.Runner` over an mlx-lm model."""
+    """Implements `sequence.Runner` over an mlx-lm model.
 
-    def __init__(self, model: nn.Module) -> None:
+    `memory_bytes` is what sequences may hold beside the weights; None is no limit. Raises
+    ValueError when the model cannot keep its cache in `kv_bits`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, kv_bits: KVBits | None = None, memory_bytes: int | None = None
+    ) -> None:
         self._model = model
+        self._kv_bits = kv_bits
+        self.num_vocab = int(model(mx.array([[0]])).shape[-1])
         self._prefills: dict[int, _Prefill] = {}
-        self._rows: list[_Row] = []
-        self._batch = _BatchCache()
+        self._stems: dict[int, Cache] = {}
+        self._failed: set[int] = set()  # given up, and not released yet
+        self._ids: list[int] = []
+        self._batch = BatchCache()
         self._tokens: mx.array | None = None  # [B]: each row's next input
-        self._sampler: Sampler | None = None
-        self._num_decodes = 0
+        self._sampler = Sampler(self.num_vocab)
         self._done_at = 0.0
+        self.memory = self._measure(memory_bytes)
+        self._can_pack = all(map(can_pack, self._new_cache()))
+
+    def _measure(self, budget_bytes: int | None) -> Memory:
+        """What a row holds, from the caches that a short prompt leaves behind."""
+        cache = self._new_cache()
+        self._model(mx.zeros((1, 2), mx.uint32), cache=cache)
+        mx.eval([layer.state for layer in cache])
+        sizes = [size for layer in cache for size in layer_sizes(layer)]
+        growing = [(per_token, most) for per_token, most, _ in sizes if per_token]
+        caps = dict.fromkeys(most for _, most in growing)
+        layers = tuple((sum(n for n, m in growing if m == most), most) for most in caps)
+        return Memory(budget_bytes, sum(constant for _, _, constant in sizes), layers)
+
+    def _new_cache(self) -> Cache:
+        cache: Cache = make_prompt_cache(self._model)
+        if self._kv_bits is None:
+            return cache
+        return [quantized(layer, self._kv_bits) for layer in cache]
 
     def warm_up(self) -> None:
         """Compile and touch what a first request would wait for: alone, in a batch, drawn."""
         prompt = Prompt((0,) * 5)
-        sequences = tuple(
-            Sequence(id, prompt, SamplingParams(temperature, top_p=0.9), max_tokens=2)
+        admitted = tuple(
+            Admission(Sequence(id, prompt, SamplingParams(temperature, top_p=0.9), max_tokens=2))
             for id, temperature in ((-1, 0.0), (-2, 1.0))
         )
-        chunks = tuple(Chunk(sequence.id, 0, 4) for sequence in sequences)
-        for step in (Step(0, (), sequences, chunks, (-1,)), Step(1, rows=(-1, -2))):
+        chunks = tuple(Chunk(admission.sequence.id, 0, 4) for admission in admitted)
+        first = Step(0, admitted=admitted, chunks=chunks, rows=(-1,))
+        for step in (first, Step(1, rows=(-1, -2))):
             launched, _ = self.advance(step, None)
             self.advance(None, launched)
         self.reset()
@@ -95,9 +121,12 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget every sequence and free what they held."""
         self._prefills.clear()
-        self._rows = []
-        self._batch = _BatchCache()
-        self._tokens = self._sampler = None
+        self._stems.clear()
+        self._failed.clear()
+        self._ids = []
+        self._batch = BatchCache()
+        self._tokens = None
+        self._sampler = Sampler(self.num_vocab)
         mx.clear_cache()
 
     def advance(
@@ -112,127 +141,174 @@ class ModelRunner:
     # --- launch -----------------------------------------------------------------------------
 
     def _launch(self, step: Step) -> _InFlight:
+        began_at = perf_counter()
         for id in step.released:
             self._prefills.pop(id, None)
-        for sequence in step.admitted:
-            tokens = np.array(sequence.prompt.tokens, np.uint32)
-            self._prefills[sequence.id] = _Prefill(sequence, tokens, make_prompt_cache(self._model))
-        states = [self._prefill(chunk) for chunk in step.chunks]
-        self._regroup(step.rows)
-        output = self._decode() if self._rows else None
+            self._failed.discard(id)
+        for admission in step.admitted:
+            self._admit(admission)
+        for id in step.dropped_stems:
+            self._stems.pop(id, None)
+        states, failed = self._prefill(step.chunks)
+        rows = tuple(id for id in step.rows if id not in self._failed)
+        self._regroup(rows, step.kept_stems)
+        output, logprobs = self._decode() if self._ids else (None, None)
         launched_at = perf_counter()
-        mx.async_eval(output, states)
-        if not self._rows and not self._prefills:
+        reported = [logprobs.drawn, logprobs.top_ids, logprobs.top] if logprobs else []
+        mx.async_eval(output, reported, states)
+        dispatch_s = perf_counter() - launched_at
+        if not self._ids and not self._prefills:
             mx.clear_cache()  # nobody is left: give the buffers back rather than sit on them
-        return _InFlight(step, output, states, launched_at)
+        build_s = launched_at - began_at
+        return _InFlight(
+            step, rows, output, logprobs, states, failed, launched_at, build_s, dispatch_s
+        )
 
-    def _prefill(self, chunk: Chunk) -> list[Any]:
-        """Run the prompt's tokens through the layers; the logits are never asked for."""
-        prefill = self._prefills[chunk.id]
-        assert chunk.start == prefill.num_computed
-        prefill.num_computed = chunk.stop
-        self._model(mx.array(prefill.tokens[None, chunk.start : chunk.stop]), cache=prefill.cache)
-        return [layer.state for layer in prefill.cache]
+    def _admit(self, admission: Admission) -> None:
+        sequence = admission.sequence
+        tokens = np.array(sequence.prompt.tokens + admission.outputs, np.uint32)
+        stem = None if admission.stem is None else self._stems[admission.stem]
+        cache = self._new_cache() if stem is None else [copy(layer) for layer in stem]
+        num_computed = 0 if stem is None else len(tokens) - 1
+        self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed)
 
-    def _decode(self) -> mx.array:
+    def _prefill(self, chunks: tuple[Chunk, ...]) -> tuple[list[Any], tuple[tuple[int, str], ...]]:
+        """Run the chunks' tokens through the layers; the logits are never asked for.
+
+        The states that were written, and (id, reason) of the sequences that failed: they alone.
+        """
+        states: list[Any] = []
+        failed: list[tuple[int, str]] = []
+        for group in _pack([c for c in chunks if c.id not in self._failed], self._can_pack):
+            try:
+                states += self._prefill_together(group)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                failed += [(chunk.id, f"{type(error).__name__}: {error}") for chunk in group]
+        for id, _ in failed:
+            del self._prefills[id]
+            self._failed.add(id)
+        return states, tuple(failed)
+
+    def _prefill_together(self, group: list[Chunk]) -> list[Any]:
+        """One forward pass: a chunk of one sequence, or the first chunks of several, padded."""
+        prefills = [self._prefills[chunk.id] for chunk in group]
+        for chunk, prefill in zip(group, prefills, strict=True):
+            assert chunk.start == prefill.num_computed
+        start, stop = group[0].start, max(chunk.stop for chunk in group)
+        tokens = np.zeros((len(group), stop - start), np.uint32)
+        for i, (chunk, prefill) in enumerate(zip(group, prefills, strict=True)):
+            tokens[i, : chunk.stop - start] = prefill.tokens[start : chunk.stop]
+        if len(group) == 1:
+            self._model(mx.array(tokens), cache=prefills[0].cache)
+        else:
+            lengths = [chunk.stop for chunk in group]
+            padding = [stop - length for length in lengths]
+            cache = merge([prefill.cache for prefill in prefills])
+            for layer in cache:
+                layer.prepare(lengths=lengths, right_padding=padding)
+            self._model(mx.array(tokens), cache=cache)
+            for layer in cache:
+                layer.finalize()
+            for i, prefill in enumerate(prefills):
+                prefill.cache = [layer.extract(i) for layer in cache]
+        for chunk, prefill in zip(group, prefills, strict=True):
+            prefill.num_computed = chunk.stop
+        return [layer.state for prefill in prefills for layer in prefill.cache]
+
+    def _decode(self) -> tuple[mx.array, LogprobArrays | None]:
         assert self._tokens is not None
-        assert self._sampler is not None
         logits = self._batch.forward(self._model, self._tokens)
-        self._tokens = self._sampler(logits)
-        self._num_decodes += 1
-        return self._tokens
+        self._tokens, logprobs = self._sampler(logits)
+        return self._tokens, logprobs
 
-    def _regroup(self, ids: tuple[int, ...]) -> None:
+    def _regroup(self, ids: tuple[int, ...], stems: tuple[int, ...]) -> None:
         """Make the batch's rows those of the step: drop who left, append who joins."""
-        present = [row.sequence.id for row in self._rows]
-        if present == list(ids):
+        if self._ids == list(ids):
             return
         wanted = set(ids)
-        keep = [i for i, id in enumerate(present) if id in wanted]
+        keep = [i for i, id in enumerate(self._ids) if id in wanted]
         joining = [self._prefills.pop(id) for id in ids if id in self._prefills]
-        assert all(prefill.num_computed == len(prefill.tokens) - 1 for prefill in joining)
-        self._batch.keep(keep, len(present))
+        for prefill in joining:
+            assert prefill.num_computed == len(prefill.tokens) - 1
+            id = prefill.admission.sequence.id
+            if id in stems:
+                self._stems[id] = [copy(layer) for layer in prefill.cache]
+        self._batch.keep(keep)
         self._batch.join([prefill.cache for prefill in joining])
-        self._rows = [self._rows[i] for i in keep]
-        self._rows += [_Row(prefill.sequence, self._num_decodes) for prefill in joining]
-        assert [row.sequence.id for row in self._rows] == list(ids)
+        self._sampler.regroup(keep, [_draw(prefill) for prefill in joining])
+        self._ids = [self._ids[i] for i in keep]
+        self._ids += [prefill.admission.sequence.id for prefill in joining]
+        assert self._ids == list(ids)
 
         inputs = [mx.array(prefill.tokens[-1:]) for prefill in joining]
         if keep:
             assert self._tokens is not None
             inputs.insert(0, self._tokens[mx.array(keep)])
         self._tokens = mx.concatenate(inputs) if inputs else None
-        draws = [Draw(row.sequence.sampling, self._num_decodes - row.born) for row in self._rows]
-        self._sampler = Sampler(draws) if draws else None
 
     # --- wait -------------------------------------------------------------------------------
 
     def _wait(self, in_flight: _InFlight) -> Outcome:
+        began_at = perf_counter()
         mx.eval(in_flight.tokens, in_flight.states)
         tokens = [] if in_flight.tokens is None else cast("list[int]", in_flight.tokens.tolist())
+        rows = in_flight.step.rows
+        if len(tokens) < len(rows):  # rows of sequences that were given up have none
+            drawn = iter(tokens)
+            tokens = [next(drawn) if id in in_flight.ids else 0 for id in rows]
+        logprobs = _report(in_flight.ids, in_flight.logprobs)
         # The device takes steps in turn: this one had it from its launch or the last one's end.
         device_s = -max(in_flight.launched_at, self._done_at)
         self._done_at = perf_counter()
         # The handle goes back to the loop thread; its arrays must not.
-        in_flight.tokens, in_flight.states = None, []
-        return Outcome(tuple(tokens), device_s=device_s + self._done_at)
+        in_flight.tokens, in_flight.logprobs, in_flight.states = None, None, []
+        return Outcome(
+            tuple(tokens),
+            logprobs,
+            in_flight.failed,
+            device_s=device_s + self._done_at,
+            build_s=in_flight.build_s,
+            dispatch_s=in_flight.dispatch_s,
+            wait_s=self._done_at - began_at,
+        )
 
 
-class _BatchCache:
-    """The caches of the rows that decode together, in row order.
+def _draw(prefill: _Prefill) -> Draw:
+    admission = prefill.admission
+    sequence = admission.sequence
+    return Draw(
+        sequence.sampling,
+        sequence.prompt.tokens + admission.outputs,
+        len(admission.outputs),
+        sequence.eos_tokens,
+    )
 
-    Three forms: nothing, one row's plain cache, and either one merged cache for all rows or, where
-    a layer's kind cannot merge, one plain cache for each row.
-    """
 
-    def __init__(self) -> None:
-        self._merged: Cache | None = None
-        self._plain: list[Cache] = []
+def _report(ids: tuple[int, ...], arrays: LogprobArrays | None) -> dict[int, Logprobs]:
+    """The logprobs of the rows that asked, by id: one transfer an array, whatever their number."""
+    if arrays is None:
+        return {}
+    drawn = cast("list[float]", arrays.drawn.tolist())
+    top_ids = cast("list[list[int]]", arrays.top_ids.tolist())
+    top = cast("list[list[float]]", arrays.top.tolist())
+    tops = [
+        tuple(zip(row_ids[:num], row[:num], strict=True))
+        for num, row_ids, row in zip(arrays.num_top, top_ids, top, strict=True)
+    ]
+    rows = [Logprobs(*pair) for pair in zip(drawn, tops, strict=True)]
+    return {ids[row]: logprobs for row, logprobs in zip(arrays.rows, rows, strict=True)}
 
-    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        """Last-position logits `[B, V]` for input tokens `[B]`."""
-        if self._merged is not None:
-            merged: mx.array = model(tokens[:, None], cache=self._merged)[:, -1]
-            return merged
-        logits: list[mx.array] = [
-            model(tokens[i : i + 1, None], cache=cache)[:, -1]
-            for i, cache in enumerate(self._plain)
-        ]
-        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
-    def keep(self, indices: list[int], num_rows: int) -> None:
-        """Drop every row but those at `indices`, which ascend."""
-        if len(indices) == num_rows:
-            return
-        if self._merged is None:
-            self._plain = [self._plain[i] for i in indices]
-        elif not indices:
-            self._merged = None
-        elif len(indices) == 1:
-            self._plain = [[layer.extract(indices[0]) for layer in self._merged]]
-            self._merged = None
+def _pack(chunks: SequenceOf[Chunk], can_pack: bool) -> list[list[Chunk]]:
+    """Chunks that run in one pass: first chunks of like length, with at most a quarter padding."""
+    first = [chunk for chunk in chunks if chunk.start == 0 and can_pack]
+    groups = [[chunk] for chunk in chunks if chunk not in first]
+    group: list[Chunk] = []
+    for chunk in sorted(first, key=lambda chunk: chunk.stop, reverse=True):
+        num_tokens = sum(member.stop for member in group) + chunk.stop
+        if group and num_tokens >= (1 - MAX_PADDING) * group[0].stop * (len(group) + 1):
+            group.append(chunk)
         else:
-            for layer in self._merged:
-                layer.filter(mx.array(indices))
-
-    def join(self, caches: SequenceOf[Cache]) -> None:
-        """Append rows with these plain caches, which belong to the batch from now on."""
-        if not caches:
-            return
-        if self._merged is None:
-            self._plain = [*self._plain, *caches]
-            if len(self._plain) > 1 and all(_can_merge(layer) for layer in self._plain[0]):
-                self._merged, self._plain = _merge(self._plain), []
-            return
-        for layer, other in zip(self._merged, _merge(caches), strict=True):
-            layer.extend(other)
-
-
-def _merge(caches: SequenceOf[Cache]) -> Cache:
-    return [type(layers[0]).merge(layers) for layers in zip(*caches, strict=True)]
-
-
-def _can_merge(layer: Any) -> bool:
-    if isinstance(layer, CacheList):
-        return all(map(_can_merge, layer.caches))
-    return hasattr(layer, "merge")
+            group = [chunk]
+            groups.append(group)
+    return groups

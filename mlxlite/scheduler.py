@@ -1,8 +1,8 @@
 """Who runs next: a pure function of the commands and tokens it has been given.
 
-The scheduler decides which sequences leave the queue, which prompt tokens are prefilled and which
-rows decode. It never reads a clock, a socket, MLX or anything whose order is not fixed, so the same
-commands and outcomes give the same steps (tested), and a run can be replayed from its log.
+The scheduler decides which sequences leave the queue, which prompt tokens are prefilled, which rows
+decode and who must give way. It never reads a clock, a socket, MLX or anything whose order is not
+fixed, so the same commands and outcomes give the same steps (tested), and a run can be replayed.
 
     events = scheduler.apply(command)        arrivals, cancels, stop strings, budgets
     step   = scheduler.schedule()            what to launch now; None: nothing to do
@@ -12,18 +12,24 @@ commands and outcomes give the same steps (tested), and a run can be replayed fr
 Ends that are known by count leave the next step without overshoot; an end that is only known from
 a token overshoots by one row, whose token `complete` drops.
 
+Memory is admitted before it is allocated: a step is only made if what its rows and prompts hold,
+padding counted, fits the budget. Where decoding outgrows it, the last in order gives way: it goes
+back to the queue with its tokens, and resumes without losing or repeating one.
+
 Invariants, asserted by `check()` and tested after every operation:
-- a sequence is in exactly one of waiting, prefilling, decoding, or unknown;
-- no more than `max_rows` sequences are outside the queue;
-- launched tokens never exceed `max_tokens`; computed never exceeds prompt - 1;
-- an id the runner has seen is released exactly once.
+- a sequence is in exactly one of waiting, prefilling, decoding, leaving, or unknown;
+- no more than `max_rows` sequences prefill or decode, and what they hold fits the budget;
+- launched tokens never exceed `max_tokens`; computed never exceeds what there is, less one;
+- an id the runner has seen is released once for each time it was admitted.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from mlxlite.sequence import (
     Add,
+    Admission,
     Chunk,
     CloseBatch,
     Command,
@@ -31,6 +37,9 @@ from mlxlite.sequence import (
     Finish,
     Finished,
     FinishReason,
+    Logprobs,
+    Lost,
+    Memory,
     Outcome,
     Sequence,
     SetChunkBudget,
@@ -38,6 +47,12 @@ from mlxlite.sequence import (
     Step,
     Token,
 )
+
+# A waiting sequence gains one priority level on the newcomers in so many steps, so that low levels
+# progress: about half a minute at 30 steps a second.
+STEPS_PER_LEVEL = 1000
+# The shortest prompt goes first, but none is passed over in more steps than this.
+MAX_DEFERRALS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,7 @@ class Policy:
     chunk_size: int = 2048
     # Before anything is measured: small enough that a slow machine's first stream does not stall.
     first_chunk_budget: int = 128
+    memory: Memory = field(default_factory=Memory)
 
     def __post_init__(self) -> None:
         assert self.max_rows >= 1
@@ -63,23 +79,37 @@ class Policy:
 
 @dataclass(slots=True)
 class _State:
-    """One live sequence: `num_computed` prompt tokens, `num_launched` rows are in steps so far."""
+    """One live sequence. `num_launched` rows are in steps so far, `outputs` have come back.
+
+    `num_computed` tokens of the present stay are in the runner's cache or in a step: of the prompt
+    and, after a preemption, of the outputs.
+    """
 
     sequence: Sequence
-    arrival: int
+    key: tuple[int, int]  # priority with ageing, then order of arrival: the lowest goes first
     status: Status = Status.WAITING
     num_computed: int = 0
     num_launched: int = 0
-    num_output: int = 0
+    num_deferred: int = 0
+    outputs: list[int] = field(default_factory=list)
 
     @property
-    def key(self) -> tuple[int, int]:
-        return (self.sequence.priority, self.arrival)
+    def num_tokens(self) -> int:
+        return len(self.sequence.prompt.tokens) + len(self.outputs)
 
     @property
     def num_to_prefill(self) -> int:
-        """The last prompt token is the first row's input, so it is never prefilled."""
-        return len(self.sequence.prompt.tokens) - 1 - self.num_computed
+        """The last token is the first row's input, so it is never prefilled."""
+        return self.num_tokens - 1 - self.num_computed
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache once its next row has run."""
+        return len(self.sequence.prompt.tokens) + self.num_launched
+
+    @property
+    def has_row(self) -> bool:
+        return self.num_launched < self.sequence.max_tokens
 
 
 class Scheduler:
@@ -89,10 +119,15 @@ class Scheduler:
         self._policy = policy
         self._chunk_budget = min(policy.first_chunk_budget, policy.chunk_size)
         self._states: dict[int, _State] = {}
-        self._queue: list[tuple[int, int, int]] = []  # (priority, arrival, id), sorted
+        self._queue: list[tuple[tuple[int, int], int]] = []  # (key, id), sorted
         self._prefilling: dict[int, _State] = {}  # in order of admission
         self._decoding: dict[int, _State] = {}  # in order of joining: the runner's row order
+        self._leaving: dict[int, _State] = {}
         self._released: list[int] = []
+        self._forks: dict[int, list[int]] = {}  # leader → its forks that have not left the queue
+        self._stems: dict[int, int] = {}  # leader → tokens of the prompt cache kept for its forks
+        self._kept_stems: list[int] = []
+        self._dropped_stems: list[int] = []
         self._num_arrivals = 0
         self._num_steps = 0
         self._is_batch_closed = False
@@ -105,11 +140,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._leaving)
 
     @property
     def num_running(self) -> int:
         return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the running sequences hold once their next rows and chunks have run."""
+        return self._num_bytes((*self._decoding.values(), *self._prefilling.values()))
 
     @property
     def is_gathering(self) -> bool:
@@ -123,7 +163,7 @@ class Scheduler:
 
     def running(self) -> tuple[int, ...]:
         """Ids of the sequences that have left the queue."""
-        return (*self._prefilling, *self._decoding)
+        return (*self._prefilling, *self._decoding, *self._leaving)
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -137,82 +177,231 @@ class Scheduler:
                     return [self._finish(self._states[id], reason, error)]
             case SetChunkBudget(num_tokens):
                 self._chunk_budget = max(1, min(num_tokens, self._policy.chunk_size))
+            case Lost(error):
+                return self._lose(error)
             case CloseBatch():
                 self._is_batch_closed = self.is_gathering
         return []
 
+    def _lose(self, error: str) -> list[Event]:
+        states = [self._states[id] for id in self.running()]
+        events: list[Event] = [self._finish(s, FinishReason.ERROR, error) for s in states]
+        for leader in self._stems:
+            del self._forks[leader]  # each fork prefills alone
+        self._stems.clear()
+        self._dropped_stems.clear()
+        return events
+
     def _add(self, sequence: Sequence) -> None:
         assert sequence.id not in self._states, f"sequence {sequence.id} was added twice"
-        state = _State(sequence, self._num_arrivals)
+        aged = sequence.priority * STEPS_PER_LEVEL + self._num_steps
+        state = _State(sequence, (aged, self._num_arrivals))
         self._num_arrivals += 1
         self._states[sequence.id] = state
-        insort(self._queue, (*state.key, sequence.id))
+        insort(self._queue, (state.key, sequence.id))
+        first = sequence.fork_of
+        leader = self._states.get(first) if first is not None else None
+        # After its leader's first row there may be no stem, and none will come.
+        if leader is not None and (not leader.num_launched or first in self._stems):
+            self._forks.setdefault(leader.sequence.id, []).append(sequence.id)
 
     def _finish(self, state: _State, reason: FinishReason, error: str | None = None) -> Finished:
         id = state.sequence.id
-        if state.status is Status.WAITING:
-            del self._queue[bisect_left(self._queue, (*state.key, id))]
-        else:
-            self._released.append(id)
-            self._prefilling.pop(id, None)
-            self._decoding.pop(id, None)
+        match state.status:
+            case Status.WAITING:
+                del self._queue[bisect_left(self._queue, (state.key, id))]
+                self._forked(state)
+            case Status.LEAVING:
+                del self._leaving[id]
+            case _:
+                self._released.append(id)
+                self._prefilling.pop(id, None)
+                self._decoding.pop(id, None)
         state.status = Status.FINISHED
         del self._states[id]
+        if id not in self._stems:
+            self._forks.pop(id, None)  # it never got through its prompt: each fork does it alone
         return Finished(id, reason, error)
+
+    def _forked(self, state: _State) -> None:
+        """A fork has left the queue: the last one takes the stem with it."""
+        leader = state.sequence.fork_of
+        forks = self._forks.get(leader, []) if leader is not None else []
+        if leader is None or state.sequence.id not in forks:
+            return
+        forks.remove(state.sequence.id)
+        if not forks:
+            del self._forks[leader]
+            if self._stems.pop(leader, None) is not None:
+                self._dropped_stems.append(leader)
 
     # --- steps ------------------------------------------------------------------------------
 
     def schedule(self) -> Step | None:
-        """Decide the next step and count its work as launched."""
-        released, self._released = tuple(self._released), []
+        """Decide the next step and count its work as launched.
+
+        In this order: make room for what runs, because its growth comes before newcomers; admit,
+        so that who comes now is in this step; chunks before rows, because a prompt that is through
+        decodes at once.
+        """
+        self._shrink()
         admitted = self._admit()
         chunks = self._chunk()
         rows = self._rows()
-        if not (released or chunks or rows):
+        released, self._released = tuple(self._released), []
+        kept, self._kept_stems = tuple(self._kept_stems), []
+        dropped, self._dropped_stems = tuple(self._dropped_stems), []
+        if not (released or dropped or chunks or rows):
             assert not admitted, "an admitted sequence always has a chunk or a row"
             return None
         self._num_steps += 1
-        return Step(self._num_steps, released, admitted, chunks, rows)
+        return Step(self._num_steps, released, admitted, dropped, chunks, kept, rows)
 
-    def _admit(self) -> tuple[Sequence, ...]:
-        """Move the head of the queue into the free places."""
+    # --- room -------------------------------------------------------------------------------
+
+    def _num_bytes(self, running: Iterable[_State]) -> int:
+        """What these hold, and the stems; a prompt counts as the padded row it will be."""
+        memory = self._policy.memory
+        if memory.budget_bytes is None:
+            return 0
+        rows = memory.batch(max(state.length, state.num_tokens) + 1 for state in running)
+        return rows + sum(map(memory.row, self._stems.values()))
+
+    def _fits(self, newcomer: _State, running: list[_State]) -> bool:
+        """Whether there is room for one more beside these."""
+        budget = self._policy.memory.budget_bytes
+        if budget is None or not running:
+            return True  # alone everything fits: the server has seen to it
+        return self._num_bytes([*running, newcomer]) <= budget
+
+    def _shrink(self) -> None:
+        """Decoding has grown: stems, then the last in order, give way until what is left fits."""
+        budget = self._policy.memory.budget_bytes
+        while budget is not None and self.num_bytes > budget:
+            if self._stems:
+                leader = max(self._stems)
+                del self._stems[leader], self._forks[leader]  # each fork prefills alone
+                self._dropped_stems.append(leader)
+            elif self.num_running > 1:
+                running = (*self._prefilling.values(), *self._decoding.values())
+                self._preempt(max(running, key=lambda state: state.key))
+            else:
+                return
+
+    def _preempt(self, state: _State) -> None:
+        """Back to the queue, once the row that is in flight has brought its token."""
+        id = state.sequence.id
+        self._prefilling.pop(id, None)
+        self._decoding.pop(id, None)
+        self._released.append(id)
+        state.num_computed = 0
+        state.status = Status.LEAVING
+        self._leaving[id] = state
+        self._requeue(state)
+
+    def _requeue(self, state: _State) -> None:
+        if state.status is Status.LEAVING and len(state.outputs) == state.num_launched:
+            del self._leaving[state.sequence.id]
+            state.status = Status.WAITING
+            insort(self._queue, (state.key, state.sequence.id))
+
+    # --- admission --------------------------------------------------------------------------
+
+    def _admit(self) -> tuple[Admission, ...]:
+        """Take from the head of the queue who has a place; make one for who may preempt."""
         if not self._policy.continuous and (self.num_running or self.is_gathering):
             return ()
         self._is_batch_closed = False
-        num_free = self._policy.max_rows - self.num_running
-        taken, self._queue = self._queue[:num_free], self._queue[num_free:]
-        for _, _, id in taken:
+        admitted: list[Admission] = []
+        for _, id in list(self._queue):
             state = self._states[id]
-            state.status = Status.PREFILL
-            self._prefilling[id] = state
-        return tuple(self._states[id].sequence for _, _, id in taken)
+            if self._is_waiting_for_leader(state):
+                continue
+            if not self._has_place(state):
+                break
+            admitted.append(self._enter(state))
+        return tuple(admitted)
+
+    def _is_waiting_for_leader(self, state: _State) -> bool:
+        leader = state.sequence.fork_of
+        if leader is None or state.sequence.id not in self._forks.get(leader, ()):
+            return False
+        return leader not in self._stems
+
+    def _has_place(self, state: _State) -> bool:
+        """Whether there is a place, if need be made by those who rank lower: by all or none."""
+        running = [*self._prefilling.values(), *self._decoding.values()]
+        running.sort(key=lambda running: running.key)
+        victims: list[_State] = []
+        while len(running) >= self._policy.max_rows or not self._fits(state, running):
+            victim = running.pop()
+            is_higher = state.sequence.priority < victim.sequence.priority
+            if not (self._policy.continuous and is_higher and state.key < victim.key):
+                return False
+            victims.append(victim)
+        for victim in victims:
+            self._preempt(victim)
+        return True
+
+    def _enter(self, state: _State) -> Admission:
+        id = state.sequence.id
+        del self._queue[bisect_left(self._queue, (state.key, id))]
+        state.status = Status.PREFILL
+        state.num_deferred = 0
+        self._prefilling[id] = state
+        stem = state.sequence.fork_of
+        if stem not in self._stems or state.outputs:
+            stem = None
+        else:
+            state.num_computed = state.num_tokens - 1
+        self._forked(state)
+        return Admission(state.sequence, tuple(state.outputs), stem)
+
+    # --- chunks and rows --------------------------------------------------------------------
 
     def _chunk(self) -> tuple[Chunk, ...]:
-        """Share this step's prefill tokens among the prompts, in order of admission.
+        """Share this step's prefill tokens among the prompts: shortest first, none starved.
 
         While rows decode, their next token waits for the chunks of the step, so these are held
         to the measured budget. A prompt that is through joins the rows of this same step.
         """
-        is_anybody_decoding = any(map(_has_row, self._decoding.values()))
+        is_anybody_decoding = any(state.has_row for state in self._decoding.values())
         budget = self._chunk_budget if is_anybody_decoding else self._policy.chunk_size
         chunks: list[Chunk] = []
-        for id, state in list(self._prefilling.items()):
+        for state in sorted(self._prefilling.values(), key=_prefill_order):
+            id = state.sequence.id
             num_tokens = min(budget, state.num_to_prefill)
             if num_tokens:
                 start = state.num_computed
                 state.num_computed += num_tokens
+                state.num_deferred = 0
                 budget -= num_tokens
                 chunks.append(Chunk(id, start, state.num_computed))
+            elif state.num_to_prefill:
+                state.num_deferred += 1
             if not state.num_to_prefill:
                 state.status = Status.DECODE
                 self._decoding[id] = self._prefilling.pop(id)
+                if id in self._forks and not state.outputs:
+                    self._keep_stem(id, state.num_tokens - 1)
         return tuple(chunks)
 
+    def _keep_stem(self, id: int, num_tokens: int) -> None:
+        memory = self._policy.memory
+        budget = memory.budget_bytes
+        if budget is not None and self.num_bytes + memory.row(num_tokens) > budget:
+            del self._forks[id]  # no room: each fork prefills alone
+            return
+        self._stems[id] = num_tokens
+        self._kept_stems.append(id)
+
     def _rows(self) -> tuple[int, ...]:
-        rows = tuple(id for id, state in self._decoding.items() if _has_row(state))
+        rows = tuple(id for id, state in self._decoding.items() if state.has_row)
         for id in rows:
             self._decoding[id].num_launched += 1
         return rows
+
+    # --- tokens -----------------------------------------------------------------------------
 
     def complete(self, step: Step, outcome: Outcome) -> list[Event]:
         """Take a launched step's tokens. Rows of ended sequences are overshoot: dropped."""
@@ -223,42 +412,67 @@ class Scheduler:
         assert len(outcome.tokens) == len(step.rows)
         for id, token in zip(step.rows, outcome.tokens, strict=True):
             if state := self._states.get(id):
-                events.extend(self._take(state, token))
+                events.extend(self._take(state, token, outcome.logprobs.get(id)))
         return events
 
-    def _take(self, state: _State, token: int) -> list[Event]:
-        state.num_output += 1
+    def _take(self, state: _State, token: int, logprobs: Logprobs | None) -> list[Event]:
+        state.outputs.append(token)
+        # Beside the row's own input: its output is in no cache yet.
+        state.num_computed += state.status is Status.DECODE
         sequence = state.sequence
         is_eos = token in sequence.eos_tokens
-        events: list[Event] = [Token(sequence.id, token, is_eos)]
+        events: list[Event] = [Token(sequence.id, token, is_eos, logprobs)]
         if is_eos:
             events.append(self._finish(state, FinishReason.STOP))
-        elif state.num_output == sequence.max_tokens:
+        elif len(state.outputs) == sequence.max_tokens:
             events.append(self._finish(state, FinishReason.LENGTH))
+        else:
+            self._requeue(state)
         return events
 
     # --- books ------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert the module's invariants. Tests call it after every operation."""
-        waiting = [id for _, _, id in self._queue]
+        waiting = [id for _, id in self._queue]
+        places = [*waiting, *self._prefilling, *self._decoding, *self._leaving]
         assert self._queue == sorted(self._queue)
-        assert sorted([*waiting, *self._prefilling, *self._decoding]) == sorted(self._states)
+        assert sorted(places) == sorted(self._states)
         assert len(set(self._released)) == len(self._released)
-        assert not set(self._released) & set(self._states)
         assert self.num_running <= self._policy.max_rows
+        budget = self._policy.memory.budget_bytes
+        assert budget is None or self.num_running <= 1 or self._num_launched_bytes() <= budget
         for state in self._states.values():
-            assert 0 <= state.num_computed < len(state.sequence.prompt.tokens)
-            assert state.num_output <= state.num_launched <= state.sequence.max_tokens
-        for id in waiting:
+            assert 0 <= state.num_computed < state.num_tokens
+            assert len(state.outputs) <= state.num_launched <= state.sequence.max_tokens
+        for leader, forks in self._forks.items():
+            assert forks
+            assert leader in self._states or leader in self._stems
+        assert set(self._stems) <= set(self._forks)
+        self._check_places()
+
+    def _num_launched_bytes(self) -> int:
+        memory = self._policy.memory
+        rows = memory.batch(state.length for state in self._decoding.values())
+        prompts = sum(memory.row(state.num_computed) for state in self._prefilling.values())
+        return rows + prompts
+
+    def _check_places(self) -> None:
+        for _, id in self._queue:
             assert self._states[id].status is Status.WAITING
+            assert self._states[id].num_computed == 0
         for state in self._prefilling.values():
             assert state.status is Status.PREFILL
-            assert state.num_launched == 0
+            assert state.num_launched == len(state.outputs)
         for state in self._decoding.values():
             assert state.status is Status.DECODE
             assert state.num_to_prefill == 0
+        for id, state in self._leaving.items():
+            assert state.status is Status.LEAVING
+            assert len(state.outputs) < state.num_launched
+            assert id not in self._decoding
 
 
-def _has_row(state: _State) -> bool:
-    return state.num_launched < state.sequence.max_tokens
+def _prefill_order(state: _State) -> tuple[bool, int, tuple[int, int]]:
+    """Who was passed over too often, then the shortest, then the first in order."""
+    return state.num_deferred < MAX_DEFERRALS, state.num_to_prefill, state.key

@@ -9,7 +9,8 @@ Everything here is immutable and free of MLX, sockets and clocks, so a log of co
 outcomes replays a run exactly. Ranges are `[start, stop)`; counts are `num_*`.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,8 +30,13 @@ class FinishReason(Enum):
 class SamplingParams:
     """How one sequence's tokens are drawn.
 
-    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. A draw is a function of
-    (`seed`, number of tokens drawn before) alone, whatever else is in the batch.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1 and the other
+    penalties 0 are off. A draw is a function of (`seed`, number of tokens drawn before) alone,
+    whatever else is in the batch.
+
+    Repetition looks at prompt and output, presence and frequency at the output alone (vLLM), each
+    at the last `penalty_window` tokens of them; 0 is all. `top_logprobs` None asks for no logprobs,
+    0 for the drawn token's alone.
     """
 
     temperature: float = 1.0
@@ -38,6 +44,23 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0  # [0, 2**64)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_tokens: int = 0  # no end-of-sequence token before so many
+    top_logprobs: int | None = None
+
+    @property
+    def has_penalty(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +79,8 @@ class Sequence:
 
     `max_tokens` is at least 1 and already within the context: prompt + output never exceed it.
     `eos_tokens` end the sequence and are no part of its text; an empty set never ends.
-    Lower `priority` goes first, as in vLLM.
+    Lower `priority` goes first, as in vLLM. `fork_of` names a sequence with the same prompt, added
+    before: one prefill serves them all.
     """
 
     id: int
@@ -65,18 +89,53 @@ class Sequence:
     max_tokens: int
     eos_tokens: frozenset[int] = frozenset()
     priority: int = 0
+    fork_of: int | None = None
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1
 
 
 class Status(Enum):
-    """Where a sequence is. The only way is down the list, and FINISHED from anywhere."""
+    """Where a sequence is: down the list; preempted, back to WAITING; FINISHED from anywhere."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    LEAVING = "leaving"  # preempted, its last launched token still to come
     FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What sequences hold, by length: the ledger's arithmetic. Sizes in bytes.
+
+    A row of n tokens holds `row_bytes` and, for each of `layers`, (bytes per token, most tokens
+    kept or None) what its tokens take and, as mlx-lm's caches grow by blocks, up to `block` tokens
+    more. `budget_bytes` is what there is for all of them, beside weights and reserve; None is no
+    limit.
+    """
+
+    budget_bytes: int | None = None
+    row_bytes: int = 0
+    layers: tuple[tuple[int, int | None], ...] = ()
+    block: int = 256
+
+    def row(self, num_tokens: int) -> int:
+        """The most that one row of so many tokens holds."""
+        size = num_tokens + self.block
+        held = (token_bytes * min(size, most or size) for token_bytes, most in self.layers)
+        return self.row_bytes + sum(held)
+
+    def batch(self, lengths: Iterable[int]) -> int:
+        """Rows that decode together are all padded to the longest."""
+        sizes = list(lengths)
+        return len(sizes) * self.row(max(sizes)) if sizes else 0
+
+    def max_tokens(self, wanted: int) -> int:
+        """The longest sequence that fits alone: at most `wanted`, 0 if none does."""
+        if self.budget_bytes is None:
+            return wanted
+        return max(0, bisect_right(range(wanted + 1), self.budget_bytes, key=self.row) - 1)
 
 
 # --- commands: everything that reaches the scheduler from outside, in one order ---------------
@@ -106,22 +165,47 @@ class SetChunkBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A whole step is lost, and with it all that the runner held: end what has left the queue."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class CloseBatch:
     """Static batching: the gathering time is over, run what is there."""
 
 
-Command = Add | Finish | SetChunkBudget | CloseBatch
+Command = Add | Finish | Lost | SetChunkBudget | CloseBatch
 
 
 # --- steps: what one tick launches ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Prefill the prompt tokens `[start, stop)` of one sequence.
+class Admission:
+    """A sequence leaves the queue.
 
-    A prompt of n tokens is prefilled up to n - 1: its last token is the input of the first decode
-    row, so that sampling happens in one place and the output layer never runs over a whole prompt.
+    `outputs` are the tokens it had drawn before a preemption. A fork may begin from the `stem` of
+    the sequence with this id: then its prompt is computed but for the last token.
+    """
+
+    sequence: Sequence
+    outputs: tuple[int, ...] = ()
+    stem: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and outputs: what must be in the cache, but for the last, to draw the next."""
+        return len(self.sequence.prompt.tokens) + len(self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill the tokens `[start, stop)` of one admitted sequence.
+
+    n tokens are prefilled up to n - 1: the last one is the input of the first decode row, so that
+    sampling happens in one place and the output layer never runs over a whole prompt.
     """
 
     id: int
@@ -131,16 +215,19 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tick's work, in this order: release, admit, chunks, rows.
+    """One tick's work, in the order of the fields.
 
-    `rows` are the sequences that decode one token each, oldest first; a sequence's first row may
-    be in the step of its last chunk.
+    `rows` are the sequences that decode one token each, in order of joining; a sequence's first row
+    may be in the step of its last chunk. A stem is the prompt cache of a sequence that has forks:
+    kept when it joins, dropped when its last fork has been admitted.
     """
 
     number: int
     released: tuple[int, ...] = ()
-    admitted: tuple[Sequence, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    dropped_stems: tuple[int, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+    kept_stems: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
 
     @property
@@ -149,16 +236,29 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Natural-log probabilities before any sampling setting: the drawn token's, the best ones'."""
+
+    drawn: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step brought: a token for each of its rows, in their order.
 
-    A failed sequence has no meaningful token. `device_s` is how long the device had this step to
-    itself, in seconds: 0 if not known.
+    `logprobs` is by id, for the rows that asked. A failed sequence has no meaningful token.
+    Times in seconds, 0 if not known: `device_s` is how long the device had this step to itself;
+    the lane spent `build_s` on its graph, `dispatch_s` on handing it over, `wait_s` on its tokens.
     """
 
     tokens: tuple[int, ...] = ()
+    logprobs: Mapping[int, Logprobs] = field(default_factory=dict)
     failed: tuple[tuple[int, str], ...] = ()  # (id, reason)
     device_s: float = 0.0
+    build_s: float = 0.0
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class Launched(Protocol):
@@ -170,6 +270,11 @@ class Launched(Protocol):
 
 class Runner(Protocol):
     """The model, as the engine sees it. Every call is made on the lane, one at a time."""
+
+    @property
+    def memory(self) -> Memory:
+        """What sequences hold, and how much there is for them."""
+        ...
 
     def advance(
         self, step: Step | None, in_flight: Launched | None
@@ -196,6 +301,7 @@ class Token:
     id: int
     token: int
     is_eos: bool = False
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +333,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More text of a sequence. `num_output` counts its tokens so far."""
+    """More text of a sequence. `num_output` counts its tokens so far.
+
+    `logprobs` are (token id, its logprobs) of the tokens drawn since the last delta, where the
+    sequence asked for them; what a token's text is may still be held back.
+    """
 
     text: str
     num_output: int
+    logprobs: tuple[tuple[int, Logprobs], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +397,9 @@ class ServedModel(Protocol):
         ...
 
     @property
+    def num_vocab(self) -> int: ...
+
+    @property
     def eos_tokens(self) -> frozenset[int]: ...
 
     @property
@@ -295,6 +409,10 @@ class ServedModel(Protocol):
 
     @property
     def detokenize(self) -> Detokenizer: ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token writes, which need not be whole characters."""
+        ...
 
     def render(
         self,

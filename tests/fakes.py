@@ -14,12 +14,16 @@ from dataclasses import dataclass, field
 
 from mlxlite.scheduler import Scheduler
 from mlxlite.sequence import (
+    Admission,
+    Chunk,
     Command,
     Delta,
     Done,
     Event,
     Finished,
     Launched,
+    Logprobs,
+    Memory,
     Outcome,
     Output,
     Prompt,
@@ -43,10 +47,34 @@ def make_sequence(
     sampling: SamplingParams = GREEDY,
     eos_tokens: frozenset[int] = frozenset(),
     priority: int = 0,
+    fork_of: int | None = None,
 ) -> Sequence:
-    """A sequence whose prompt, if none is given, is like no other id's."""
-    tokens = tuple(prompt) or tuple((7 * id + 3 * i) % NUM_LETTERS for i in range(num_prompt))
-    return Sequence(id, Prompt(tokens), sampling, max_tokens, eos_tokens, priority)
+    """A sequence whose prompt, if none is given, is like no other id's but its leader's."""
+    like = id if fork_of is None else fork_of
+    tokens = tuple(prompt) or tuple((7 * like + 3 * i) % NUM_LETTERS for i in range(num_prompt))
+    return Sequence(id, Prompt(tokens), sampling, max_tokens, eos_tokens, priority, fork_of)
+
+
+def make_forks(
+    num: int, num_prompt: int = 3, max_tokens: int = 4, first: int = 1
+) -> list[Sequence]:
+    """A leader and its forks: one prompt, ids from `first` on, a seed each."""
+    return [
+        make_sequence(
+            first + i,
+            num_prompt,
+            max_tokens,
+            prompt=[(7 * first + 3 * j) % NUM_LETTERS for j in range(num_prompt)],
+            sampling=SamplingParams(seed=i),
+            fork_of=first if i else None,
+        )
+        for i in range(num)
+    ]
+
+
+def admit(*sequences: Sequence, stem: int | None = None) -> tuple[Admission, ...]:
+    """First admissions, for steps that are made by hand; `stem` is where all of them begin."""
+    return tuple(Admission(sequence, (), stem) for sequence in sequences)
 
 
 def draw(sequence: Sequence, num_drawn: int) -> int:
@@ -60,6 +88,13 @@ def answer(sequence: Sequence, num_tokens: int | None = None) -> list[int]:
     return [draw(sequence, i) for i in range(num_tokens or sequence.max_tokens)]
 
 
+def fake_logprobs(sequence: Sequence, num_drawn: int, token: int) -> Logprobs:
+    """What the fake model reports for token `num_drawn`, so that each is like no other."""
+    num_top = sequence.sampling.top_logprobs or 0
+    drawn = -(1.0 + num_drawn) / 8
+    return Logprobs(drawn, tuple(((token + i) % NUM_LETTERS, drawn - i) for i in range(num_top)))
+
+
 def spell(tokens: SequenceOf[int]) -> str:
     """A `Detokenizer`: one letter a token, ids from 26 on are special and have no text."""
     return "".join(chr(ord("a") + token) for token in tokens if token < NUM_LETTERS)
@@ -71,19 +106,24 @@ class FakeLaunched:
 
     step: Step
     tokens: tuple[int, ...]
+    logprobs: dict[int, Logprobs]
 
 
 @dataclass(slots=True)
 class _Known:
     """A sequence the runner has been given and not been told to release."""
 
-    sequence: Sequence
+    admission: Admission
     num_computed: int = 0
-    num_drawn: int = 0
+    has_row: bool = False
+
+    @property
+    def sequence(self) -> Sequence:
+        return self.admission.sequence
 
     @property
     def num_to_compute(self) -> int:
-        return len(self.sequence.prompt.tokens) - 1
+        return self.admission.num_tokens - 1
 
 
 class FakeRunner:
@@ -91,7 +131,8 @@ class FakeRunner:
 
     `answers` replaces the tokens of some ids. `lost_in_launch` and `lost_in_wait` are steps that
     raise; `failing` are sequences that fail alone, in a step that they have a part in. `before` is
-    called in each `advance`, on its thread, ahead of the work: it may block or raise.
+    called in each `advance`, on its thread, ahead of the work: it may block or raise. `memory` is
+    what it says sequences hold.
     """
 
     def __init__(
@@ -104,7 +145,9 @@ class FakeRunner:
         can_reset: bool = True,
         before: Callable[[Step | None], None] | None = None,
         device_s: Callable[[Step], float] | None = None,
+        memory: Memory | None = None,
     ) -> None:
+        self.memory = memory or Memory()
         self._answers = answers or {}
         self._lost_in_launch = lost_in_launch
         self._lost_in_wait = lost_in_wait
@@ -114,7 +157,9 @@ class FakeRunner:
         self._device_s = device_s
         self._known: dict[int, _Known] = {}
         self._forgotten: set[int] = set()  # lost to a reset, so a release of them is to come
-        self._gone: set[int] = set()  # released: never to be heard of again
+        self._drawn: dict[int, list[int]] = {}  # what each id has drawn, over all its stays
+        self._stems: dict[int, tuple[int, ...]] = {}  # leader → its prompt
+        self._lost_stems: set[int] = set()  # to a reset, so a drop of them is to come
         self._rows: tuple[int, ...] = ()
         self._in_flight: FakeLaunched | None = None
         self._is_lost = False
@@ -128,7 +173,7 @@ class FakeRunner:
     @property
     def num_held(self) -> int:
         """How many sequences it keeps anything of."""
-        return len(self._known)
+        return len(self._known) + len(self._stems)
 
     def reset(self) -> None:
         self.num_resets += 1
@@ -136,6 +181,8 @@ class FakeRunner:
             raise RuntimeError("the device is gone")
         self._forgotten |= set(self._known)
         self._known.clear()
+        self._lost_stems |= set(self._stems)
+        self._stems.clear()
         self._rows = ()
         self._in_flight = None
         self._is_lost = False
@@ -163,52 +210,82 @@ class FakeRunner:
         self.steps.append(step)
         assert step.number > self._last_number, "step numbers rise"
         self._last_number = step.number
-        assert step.released or step.chunks or step.rows, "an empty step is not launched"
+        has_work = step.released or step.dropped_stems or step.chunks or step.rows
+        assert has_work, "an empty step is not launched"
         for id in step.released:
             assert id in self._known or id in self._forgotten, f"{id} was never admitted"
             self._known.pop(id, None)
             self._forgotten.discard(id)
-            self._gone.add(id)
-        for sequence in step.admitted:
-            ids = self._known.keys() | self._forgotten | self._gone
-            assert sequence.id not in ids, f"{sequence.id} was admitted twice"
-            self._known[sequence.id] = _Known(sequence)
+        for admission in step.admitted:
+            self._admit(admission)
+        for id in step.dropped_stems:
+            assert id in self._stems or id in self._lost_stems, f"{id} has no stem"
+            self._stems.pop(id, None)
+            self._lost_stems.discard(id)
+
+    def _admit(self, admission: Admission) -> None:
+        """A new sequence, or one that was preempted, with every token that it has drawn."""
+        sequence = admission.sequence
+        ids = self._known.keys() | self._forgotten
+        assert sequence.id not in ids, f"{sequence.id} was admitted twice"
+        drawn = self._drawn.setdefault(sequence.id, [])
+        assert list(admission.outputs) == drawn, "it comes with the tokens it has drawn"
+        known = self._known[sequence.id] = _Known(admission)
+        if admission.stem is not None:
+            assert not admission.outputs
+            assert admission.stem == sequence.fork_of
+            assert self._stems[admission.stem] == sequence.prompt.tokens, "forks share a prompt"
+            known.num_computed = known.num_to_compute
 
     def _launch(self, step: Step) -> FakeLaunched:
         if step.number in self._lost_in_launch:
             raise RuntimeError(f"step {step.number} could not be launched")
-        self._take_chunks(step)
-        return FakeLaunched(step, self._take_rows(step))
+        self._take_chunks(step.chunks)
+        return self._take_rows(step)
 
-    def _take_chunks(self, step: Step) -> None:
-        assert len({chunk.id for chunk in step.chunks}) == len(step.chunks), "one chunk a prompt"
-        for chunk in step.chunks:
+    def _take_chunks(self, chunks: SequenceOf[Chunk]) -> None:
+        assert len({chunk.id for chunk in chunks}) == len(chunks), "one chunk a prompt"
+        for chunk in chunks:
             known = self._known[chunk.id]
-            assert chunk.id not in self._rows, "its prompt is through"
+            assert not known.has_row, "its prompt is through"
             assert chunk.start == known.num_computed, "chunks are contiguous"
             assert chunk.start < chunk.stop <= known.num_to_compute
             known.num_computed = chunk.stop
 
-    def _take_rows(self, step: Step) -> tuple[int, ...]:
+    def _take_rows(self, step: Step) -> FakeLaunched:
         assert len(set(step.rows)) == len(step.rows), "one row a sequence"
         survivors = tuple(id for id in self._rows if id in step.rows)
         assert step.rows[: len(survivors)] == survivors, "rows keep their order, newcomers follow"
+        for id in step.kept_stems:
+            known = self._known[id]
+            assert id in step.rows, "a stem is kept when its sequence joins"
+            assert not known.has_row, "a stem is the cache of the prompt alone"
+            assert not known.admission.outputs, "a stem is the cache of the prompt alone"
+            assert id not in self._stems, "a stem is kept once"
+            self._stems[id] = known.sequence.prompt.tokens
         tokens: list[int] = []
+        logprobs: dict[int, Logprobs] = {}
         for id in step.rows:
             known = self._known[id]
+            num_drawn = len(self._drawn[id])
             assert known.num_computed == known.num_to_compute, "its prompt is not through"
-            assert known.num_drawn == 0 or id in survivors, "a row does not pause"
-            assert known.num_drawn < known.sequence.max_tokens
-            tokens.append(self._draw(known))
-            known.num_drawn += 1
+            assert known.has_row == (id in survivors), "a row does not pause"
+            assert known.has_row or num_drawn == len(known.admission.outputs)
+            assert num_drawn < known.sequence.max_tokens
+            token = self._draw(known.sequence, num_drawn)
+            if known.sequence.sampling.top_logprobs is not None:
+                logprobs[id] = fake_logprobs(known.sequence, num_drawn, token)
+            tokens.append(token)
+            self._drawn[id].append(token)
+            known.has_row = True
         self._rows = step.rows
-        return tuple(tokens)
+        return FakeLaunched(step, tuple(tokens), logprobs)
 
-    def _draw(self, known: _Known) -> int:
-        replaced = self._answers.get(known.sequence.id, ())
-        if known.num_drawn < len(replaced):
-            return replaced[known.num_drawn]
-        return draw(known.sequence, known.num_drawn)
+    def _draw(self, sequence: Sequence, num_drawn: int) -> int:
+        replaced = self._answers.get(sequence.id, ())
+        if num_drawn < len(replaced):
+            return replaced[num_drawn]
+        return draw(sequence, num_drawn)
 
     def _wait(self, in_flight: FakeLaunched) -> Outcome:
         step = in_flight.step
@@ -216,7 +293,7 @@ class FakeRunner:
             raise RuntimeError(f"step {step.number} was lost")
         failed = self._failing.get(step.number, ())
         device_s = self._device_s(step) if self._device_s else 0.0
-        return Outcome(in_flight.tokens, failed, device_s)
+        return Outcome(in_flight.tokens, in_flight.logprobs, failed, device_s)
 
 
 # --- sinks ------------------------------------------------------------------------------------
@@ -283,6 +360,9 @@ class SilentObserver:
         lane_s: float,
         deliver_s: float,
     ) -> None: ...
+
+    def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
+        assert min(build_s, dispatch_s, wait_s) >= 0.0
 
     def finished(self, reason: str, e2e_s: float, num_prompt: int, num_output: int) -> None:
         self.reasons.append(reason)

@@ -11,10 +11,20 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import pytest
-from fakes import FakeRunner, RecordingSink, SilentObserver, answer, make_sequence, spell
+from fakes import (
+    FakeRunner,
+    RecordingSink,
+    SilentObserver,
+    answer,
+    fake_logprobs,
+    make_forks,
+    make_sequence,
+    spell,
+)
 
 from mlxlite.engine import ChunkTuner, Engine, EngineOptions, Lane, QueueFull
 from mlxlite.scheduler import Policy, Scheduler
@@ -23,7 +33,9 @@ from mlxlite.sequence import (
     Delta,
     Done,
     FinishReason,
+    Logprobs,
     Output,
+    SamplingParams,
     Sequence,
     Step,
 )
@@ -49,7 +61,7 @@ class Served:
         react: Callable[[Output], None] | None = None,
     ) -> RecordingSink:
         sink = RecordingSink(react)
-        self.engine.add(sequence, stop, sink)
+        self.engine.add([sequence], stop, [sink])
         return sink
 
 
@@ -100,6 +112,13 @@ async def turns(num: int = 20) -> None:
     """Give the loop a number of turns: whatever was ready has run, and time has not passed."""
     for _ in range(num):
         await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the lane's thread brings about."""
+    async with asyncio.timeout(30):  # far above what any test needs
+        while not condition():  # noqa: ASYNC110  # a thread changes it, and no event says so
+            await asyncio.sleep(0)
 
 
 # --- text and ends ----------------------------------------------------------------------------
@@ -169,7 +188,7 @@ def test_a_stop_string_across_tokens_cuts_the_text_and_frees_the_row():
             assert done.reason is FinishReason.STOP
             assert done.stop == "cde"
             assert done.usage.num_output == 5
-        assert sum(1 in step.rows for step in served.runner.steps) == 6  # one is overshoot
+        assert sum(1 in step.rows for step in served.runner.steps) == 7  # two are overshoot
 
     play(scenario())
 
@@ -333,6 +352,264 @@ def test_a_sink_may_add_the_next_sequence():
     play(scenario())
 
 
+# --- logprobs ---------------------------------------------------------------------------------
+
+REPORTING = SamplingParams(0.0, top_logprobs=2)
+
+
+def reported(sink: RecordingSink) -> list[tuple[int, Logprobs]]:
+    return [pair for o in sink.outputs if isinstance(o, Delta) for pair in o.logprobs]
+
+
+def expected_logprobs(sequence: Sequence, tokens: list[int]) -> list[tuple[int, Logprobs]]:
+    return [(token, fake_logprobs(sequence, i, token)) for i, token in enumerate(tokens)]
+
+
+def test_logprobs_come_with_their_tokens_to_those_who_asked():
+    async def scenario() -> None:
+        async with serve() as served:
+            asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
+            sink, silent = served.add(asking), served.add(make_sequence(2))
+            await sink.wait()
+            await silent.wait()
+            assert reported(sink) == expected_logprobs(asking, answer(asking))
+            assert [len(o.logprobs) for o in sink.outputs if isinstance(o, Delta)] == [1] * 5
+            assert reported(silent) == []
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "num_shown"),
+    [
+        (("cdx",), [0, 1, 2, 3, 4], 5),  # held back, then given out
+        (("xyz",), [0, 23, 24, 3, 23], 5),  # held back to the end
+        (("bcd",), [0, 1, 2, 3, 4], 4),  # met: the token that completes it is the last
+        ((), [30, 31, 0, 30, 31], 5),  # tokens without text, at the end too
+    ],
+)
+def test_logprobs_are_in_order_and_complete_where_text_is_held_back(
+    stop: tuple[str, ...], tokens: list[int], num_shown: int
+):
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: tokens})) as served:
+            asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
+            sink = served.add(asking, stop)
+            await sink.wait()
+            assert reported(sink) == expected_logprobs(asking, tokens[:num_shown])
+
+    play(scenario())
+
+
+def test_the_logprobs_of_a_cancelled_sequence_are_those_of_its_tokens():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 1, 1]})) as served:
+            asking = make_sequence(1, max_tokens=100, sampling=REPORTING)
+
+            def cancel(output: Output) -> None:
+                served.engine.cancel(1)
+
+            sink = served.add(asking, ("bbbbx",), cancel)  # its only delta is the first
+            done = await sink.wait()
+            assert done.reason is FinishReason.CANCELLED
+            shown = reported(sink)
+            assert shown == expected_logprobs(asking, [0, 1, 1, 1][: len(shown)])
+            assert len(shown) == done.usage.num_output
+
+    play(scenario())
+
+
+# --- forks ------------------------------------------------------------------------------------
+
+
+def test_one_request_with_many_answers_is_one_prefill_and_a_done_for_each():
+    forks = make_forks(16, 50, 5)
+
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows=3, chunk_size=16)) as served:
+            sinks = [RecordingSink() for _ in forks]
+            served.engine.add(forks, (), sinks)
+            for sequence, sink in zip(forks, sinks, strict=True):
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+                assert sink.text == spell(answer(sequence))
+            assert sum(step.num_prefill_tokens for step in served.runner.steps) == 49
+
+    play(scenario())
+
+
+def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole():
+    async def scenario() -> None:
+        async with serve(options=EngineOptions(max_queue=3)) as served:
+            sinks = [RecordingSink() for _ in range(4)]
+            with pytest.raises(QueueFull):
+                served.engine.add(make_forks(4), (), sinks)
+            assert served.engine.num_live == 0
+            served.engine.add(make_forks(3), (), sinks[:3])
+            for sink in sinks[:3]:
+                await sink.wait()
+            assert sinks[3].outputs == []
+
+    play(scenario())
+
+
+def test_forks_that_wait_when_their_leaders_step_is_lost_are_served():
+    """ "End what ran, keep what waits": the runner's stems are lost with its reset."""
+    forks = make_forks(4, 9, 4)
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(lost_in_launch={2}), Policy(max_rows=1)) as served:
+            sinks = [RecordingSink() for _ in forks]
+            served.engine.add(forks, (), sinks)
+            assert (await sinks[0].wait()).reason is FinishReason.ERROR
+            for sequence, sink in zip(forks[1:], sinks[1:], strict=True):
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+                assert sink.text == spell(answer(sequence))
+            assert served.runner.num_resets == 1
+
+    play(scenario())
+
+
+# --- giving way -------------------------------------------------------------------------------
+
+
+def test_a_preempted_sequence_has_one_text_one_done_and_the_times_of_its_first_stay():
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows=1)) as served:
+            late: list[RecordingSink] = []
+
+            def hurry(output: Output) -> None:
+                if not late:
+                    late.append(served.add(make_sequence(2, priority=-1)))
+
+            sink = served.add(make_sequence(1, max_tokens=9), react=hurry)
+            done = await sink.wait()
+            assert late[0].is_done  # it went first
+            assert sink.text == spell(answer(make_sequence(1), 9))
+            counts = [o.num_output for o in sink.outputs if isinstance(o, Delta)]
+            assert counts == list(range(1, 10))
+            assert done.usage.num_output == 9
+            resumed = [a for step in served.runner.steps for a in step.admitted if a.outputs]
+            assert [a.sequence.id for a in resumed] == [1]
+            assert done.usage.queue_s < done.usage.decode_s
+
+    play(scenario())
+
+
+def test_who_was_preempted_with_a_row_in_the_step_that_is_lost_ends_with_it():
+    async def scenario() -> None:
+        gate = Gate(3)
+        runner = FakeRunner(before=gate, lost_in_wait={3})
+        async with serve(runner, Policy(max_rows=1)) as served:
+            leaving = served.add(make_sequence(1, max_tokens=50))
+            await gate.reached.wait()
+            urgent = served.add(make_sequence(2, priority=-1))
+            gate.open()
+            for sink in (leaving, urgent):
+                assert (await sink.wait()).reason is FinishReason.ERROR
+            assert served.runner.steps[3].released == (1,)
+            assert (await served.add(make_sequence(3)).wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+# --- time -------------------------------------------------------------------------------------
+
+
+def test_who_has_been_here_too_long_ends_with_an_error_once():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(timeout_s=5.0)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1), options) as served:
+            running = served.add(make_sequence(1, max_tokens=1000))
+            waiting = served.add(make_sequence(2, max_tokens=1000))
+            await gate.reached.wait()
+            now = perf_counter()
+            served.engine.expire(now + 4.0)
+            served.engine.expire(now + 6.0)
+            served.engine.expire(now + 7.0)
+            young = served.add(make_sequence(3))
+            gate.open()
+            for sink in (running, waiting):
+                done = await sink.wait()
+                assert done.reason is FinishReason.ERROR
+                assert done.error == "the request took longer than 5 s"
+            assert (await young.wait()).reason is FinishReason.LENGTH
+            assert served.observer.reasons == ["error", "error", "length"]
+
+    play(scenario())
+
+
+def test_nobody_expires_before_the_time_or_without_one():
+    async def scenario() -> None:
+        for timeout_s, after_s in ((None, HOUR_S), (HOUR_S, 0.0)):
+            async with serve(options=EngineOptions(timeout_s=timeout_s)) as served:
+                sink = served.add(make_sequence(1, max_tokens=20))
+                served.engine.expire(perf_counter() + after_s)
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+def test_a_lane_that_does_not_come_back_is_trouble_until_it_does():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(stuck_s=60.0)
+        async with serve(FakeRunner(before=gate), options=options) as served:
+            assert served.engine.trouble(perf_counter() + HOUR_S) is None  # idle is not stuck
+            sink = served.add(make_sequence(1))
+            await gate.reached.wait()
+            now = perf_counter()
+            assert served.engine.trouble(now + 30.0) is None
+            assert served.engine.trouble(now + 100.0) == "the model has not answered for 100 s"
+            gate.open()
+            await sink.wait()
+            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+
+    play(scenario())
+
+
+def test_a_lost_step_is_no_trouble_and_a_failed_engine_is():
+    async def scenario() -> None:
+        async with serve(FakeRunner(lost_in_launch={2})) as served:
+            await served.add(make_sequence(1)).wait()
+            await served.add(make_sequence(2)).wait()
+            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+        async with serve(FakeRunner(lost_in_launch={1}, can_reset=False)) as served:
+            await served.add(make_sequence(1)).wait()
+            assert served.engine.trouble(perf_counter()) == served.engine.failure is not None
+
+    play(scenario())
+
+
+# --- sinks that raise -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_", [Delta, Done])
+def test_a_sink_that_raises_costs_its_own_sequence_alone(
+    type_: type[Output], caplog: pytest.LogCaptureFixture
+):
+    async def scenario() -> None:
+        def fail(output: Output) -> None:
+            if isinstance(output, type_):
+                raise RuntimeError("a broken pipe")
+
+        async with serve() as served:
+            bad = served.add(make_sequence(1, max_tokens=50), react=fail)
+            good = served.add(make_sequence(2, max_tokens=60))
+            await good.wait()
+            assert good.text == spell(answer(make_sequence(2), 60))
+            assert served.engine.num_live == 0
+            assert len(served.observer.reasons) == 2
+            if type_ is Delta:
+                assert [type(output) for output in bad.outputs] == [Delta, Done]
+                assert bad.done.reason is FinishReason.ERROR  # whoever reads it need not wait
+                assert served.observer.reasons == ["cancelled", "length"]
+            await served.add(make_sequence(3)).wait()
+
+    play(scenario())
+    assert caplog.text.count("the sink of sequence 1 raised") == 1
+
+
 # --- the queue --------------------------------------------------------------------------------
 
 
@@ -346,7 +623,7 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
             sinks += [served.add(make_sequence(id)) for id in (2, 3)]
             refused = RecordingSink()
             with pytest.raises(QueueFull):
-                served.engine.add(make_sequence(4), (), refused)
+                served.engine.add([make_sequence(4)], (), [refused])
             assert served.engine.num_live == 3
             gate.open()
             for sink in sinks:
@@ -467,7 +744,7 @@ def test_what_is_added_after_the_engine_has_failed_is_not_left_without_an_end():
                 await served.task
             late = RecordingSink()
             try:
-                served.engine.add(make_sequence(2), (), late)
+                served.engine.add([make_sequence(2)], (), [late])
             except Exception:
                 return
             await turns()

@@ -39,6 +39,7 @@ def used_metrics() -> Metrics:
     metrics.first_token(0.3)
     metrics.first_token(0.7)
     metrics.step(0, 128, 0.001, 0.2, 0.002)
+    metrics.lane(0.003, 0.1, 0.05)
     metrics.step(2, 0, 0.001, 0.02, 0.002)
     metrics.step(1, 7, 0.001, 0.02, 0.002)
     metrics.step(0, 0, 0.001, 0.0, 0.0)
@@ -303,7 +304,7 @@ def test_buckets_are_cumulative_and_end_with_the_count() -> None:
     for number in range(200):
         metrics.token_gap(number / 2)
     seen = list(histograms(metrics.render_prometheus()))
-    assert len(seen) == 12
+    assert len(seen) == 15
     for buckets, count, _ in seen:
         assert buckets == sorted(buckets)
         assert [num for _, num in buckets] == sorted(num for _, num in buckets)
@@ -412,6 +413,9 @@ def test_each_vllm_sample_has_the_labels_its_dashboards_filter_by() -> None:
         ("mlxlite:step_seconds_count", {"phase": "schedule"}, 4),
         ("mlxlite:step_seconds_sum", {"phase": "lane"}, 0.24),
         ("mlxlite:step_seconds_sum", {"phase": "deliver"}, 0.006),
+        ("mlxlite:step_seconds_sum", {"phase": "build"}, 0.003),
+        ("mlxlite:step_seconds_sum", {"phase": "dispatch"}, 0.1),
+        ("mlxlite:step_seconds_sum", {"phase": "wait"}, 0.05),
         ("mlxlite:loop_lag_seconds_bucket", {"le": "0.00025"}, 1),
         ("mlxlite:loop_lag_seconds_bucket", {"le": "0.0001"}, 0),
         ("mlxlite:connections", {}, 1),

@@ -16,24 +16,28 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from fakes import GREEDY, FakeRunner, Run, answer, drive, make_sequence
+from fakes import GREEDY, FakeRunner, Run, admit, answer, drive, make_forks, make_sequence
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxlite.caches import KVBits
 from mlxlite.runner import ModelRunner
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import (
     Add,
+    Admission,
     Chunk,
     Command,
     Finish,
     FinishReason,
+    Memory,
     Runner,
     SamplingParams,
     Sequence,
     Step,
+    Token,
 )
 
 VOCABULARY = 97
@@ -185,7 +189,7 @@ class Fragile(nn.Module):
         layers: list[nn.Module] = self.model.layers
         return layers
 
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
         if self.is_broken:
             raise RuntimeError("out of memory")
         logits: mx.array = self.model(tokens, cache=cache)
@@ -255,8 +259,8 @@ def test_an_outcome_has_a_token_for_each_row_and_none_without_rows(subject: Subj
     a, b = subject.expected(one), subject.expected(two)
     assert one_by_one(
         subject.runner,
-        Step(1, (), (one,), (Chunk(1, 0, 3),), ()),
-        Step(2, (), (two,), (Chunk(1, 3, 4),), (2, 1)),
+        Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 3),)),
+        Step(2, admitted=admit(two), chunks=(Chunk(1, 3, 4),), rows=(2, 1)),
         Step(3, rows=(2, 1)),
         Step(4, rows=(1,)),
         Step(5, released=(1, 2)),
@@ -266,7 +270,8 @@ def test_an_outcome_has_a_token_for_each_row_and_none_without_rows(subject: Subj
 def test_a_step_is_launched_before_the_one_in_flight_is_waited_for(subject: Subject):
     sequence = make_sequence(1, 3)
     expected = subject.expected(sequence)
-    first, none = subject.runner.advance(Step(1, (), (sequence,), (Chunk(1, 0, 2),), (1,)), None)
+    step = Step(1, admitted=admit(sequence), chunks=(Chunk(1, 0, 2),), rows=(1,))
+    first, none = subject.runner.advance(step, None)
     assert none is None
     second, outcome = subject.runner.advance(Step(2, rows=(1,)), first)
     assert outcome is not None
@@ -281,10 +286,10 @@ def test_rows_keep_their_order_and_newcomers_follow(subject: Subject):
     a, b, c = map(subject.expected, sequences)
     assert one_by_one(
         subject.runner,
-        Step(1, (), tuple(sequences[:2]), (), (3, 1)),
-        Step(2, (), tuple(sequences[2:]), (), (3, 1, 2)),
-        Step(3, (3,), (), (), (1, 2)),
-        Step(4, (), (), (), (1, 2)),
+        Step(1, admitted=admit(*sequences[:2]), rows=(3, 1)),
+        Step(2, admitted=admit(*sequences[2:]), rows=(3, 1, 2)),
+        Step(3, released=(3,), rows=(1, 2)),
+        Step(4, rows=(1, 2)),
     ) == [(a[0], b[0]), (a[1], b[1], c[0]), (b[2], c[1]), (b[3], c[2])]
 
 
@@ -292,8 +297,8 @@ def test_rows_keep_their_order_and_newcomers_follow(subject: Subject):
 def test_rows_in_another_order_or_never_admitted_are_refused(
     subject: Subject, rows: tuple[int, ...]
 ):
-    admitted = (make_sequence(1, 1), make_sequence(2, 1))
-    launched, _ = subject.runner.advance(Step(1, (), admitted, (), (1, 2)), None)
+    admitted = admit(make_sequence(1, 1), make_sequence(2, 1))
+    launched, _ = subject.runner.advance(Step(1, admitted=admitted, rows=(1, 2)), None)
     with pytest.raises((AssertionError, KeyError)):
         subject.runner.advance(Step(2, rows=rows), launched)
 
@@ -302,24 +307,24 @@ def test_a_sequence_released_in_prefill_is_never_heard_of_again(subject: Subject
     one, two = make_sequence(1, 30), make_sequence(2, 2)
     tokens = one_by_one(
         subject.runner,
-        Step(1, (), (one,), (Chunk(1, 0, 20),), ()),
-        Step(2, (1,), (two,), (Chunk(2, 0, 1),), (2,)),
+        Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 20),)),
+        Step(2, (1,), admit(two), chunks=(Chunk(2, 0, 1),), rows=(2,)),
     )
     assert tokens == [(), (subject.expected(two)[0],)]
     with pytest.raises((AssertionError, KeyError)):
-        subject.runner.advance(Step(3, (), (), (Chunk(1, 20, 29),), (2, 1)), None)
+        subject.runner.advance(Step(3, chunks=(Chunk(1, 20, 29),), rows=(2, 1)), None)
 
 
 def test_a_reset_forgets_everybody_and_a_late_release_is_void(subject: Subject):
     one, two, three = (make_sequence(id, 4) for id in (1, 2, 3))
+    chunks = (Chunk(1, 0, 3), Chunk(2, 0, 2))
     launched, _ = subject.runner.advance(
-        Step(1, (), (one, two), (Chunk(1, 0, 3), Chunk(2, 0, 2)), (1,)), None
+        Step(1, admitted=admit(one, two), chunks=chunks, rows=(1,)), None
     )
     subject.runner.reset()
     del launched
-    assert one_by_one(subject.runner, Step(2, (1, 2), (three,), (Chunk(3, 0, 3),), (3,))) == [
-        (subject.expected(three)[0],)
-    ]
+    step = Step(2, (1, 2), admit(three), chunks=(Chunk(3, 0, 3),), rows=(3,))
+    assert one_by_one(subject.runner, step) == [(subject.expected(three)[0],)]
     for rows in ((3, 1), (3, 2)):
         subject.runner.reset()
         with pytest.raises((AssertionError, KeyError)):
@@ -367,6 +372,90 @@ def test_a_seeded_sequence_draws_the_same_alone_and_in_any_company(subject: Subj
         alone = drive(scheduler, subject.runner, {0: [Add(again)]})
         assert together.tokens(sequence.id) == alone.tokens(again.id), sequence
     assert together.tokens(1) != together.tokens(6)  # same seed, other prompts
+
+
+def test_forks_draw_what_separate_sequences_with_their_seeds_draw(subject: Subject):
+    forks = make_forks(6, 40, 7)
+    commands: list[Command] = [Add(sequence) for sequence in forks]
+    scheduler = Scheduler(Policy(max_rows=3, chunk_size=16))
+    together = drive(scheduler, subject.runner, {0: commands})
+    assert sum(step.num_prefill_tokens for step in together.steps) == 39
+    for sequence in forks:
+        again = replace(sequence, id=100 + sequence.id, fork_of=None)
+        alone = drive(scheduler, subject.runner, {0: [Add(again)]})
+        assert together.tokens(sequence.id) == alone.tokens(again.id), sequence.id
+
+
+def test_a_released_id_may_come_back_with_the_tokens_it_has_drawn(subject: Subject):
+    sequence = make_sequence(1, 5, 6)
+    expected = tuple(subject.expected(sequence))
+    back = Admission(sequence, expected[:2])
+    assert one_by_one(
+        subject.runner,
+        Step(1, admitted=admit(sequence), chunks=(Chunk(1, 0, 4),), rows=(1,)),
+        Step(2, rows=(1,)),
+        Step(3, released=(1,)),
+        Step(4, admitted=(back,), chunks=(Chunk(1, 0, 3),)),
+        Step(5, chunks=(Chunk(1, 3, 6),), rows=(1,)),
+        Step(6, rows=(1,)),
+    ) == [(expected[0],), (expected[1],), (), (), (expected[2],), (expected[3],)]
+
+
+def test_a_stem_serves_until_it_is_dropped_and_in_that_step_too(subject: Subject):
+    one, two, three = make_forks(3, 9, 4)
+    tokens = one_by_one(
+        subject.runner,
+        Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 8),), kept_stems=(1,), rows=(1,)),
+        Step(2, rows=(1,)),
+        Step(3, (1,), admit(two, three, stem=1), dropped_stems=(1,), rows=(2, 3)),
+    )
+    plain = [replace(s, id=10 + s.id, fork_of=None) for s in (two, three)]
+    chunks = (Chunk(12, 0, 8), Chunk(13, 0, 8))
+    step = Step(4, (2, 3), admit(*plain), chunks=chunks, rows=(12, 13))
+    assert one_by_one(subject.runner, step) == [tokens[2]]
+
+
+def test_a_sequence_that_is_no_fork_has_no_part_in_any_stem(subject: Subject):
+    """Not even in that of a leader whose id is 0."""
+    leader, other = make_sequence(0, 9), make_sequence(1, 9)
+    assert one_by_one(
+        subject.runner,
+        Step(1, admitted=admit(leader), chunks=(Chunk(0, 0, 8),), kept_stems=(0,), rows=(0,)),
+        Step(2, admitted=admit(other), chunks=(Chunk(1, 0, 8),), rows=(0, 1)),
+    )[1] == (subject.expected(leader)[1], subject.expected(other)[0])
+
+
+@pytest.mark.parametrize("chunk", [Chunk(1, 3, 8), Chunk(1, 1, 8)], ids=str)
+def test_a_chunk_that_leaves_a_gap_or_overlaps_is_refused(subject: Subject, chunk: Chunk):
+    step = Step(1, admitted=admit(make_sequence(1, 9)), chunks=(Chunk(1, 0, 2),))
+    launched, _ = subject.runner.advance(step, None)
+    with pytest.raises(AssertionError):
+        subject.runner.advance(Step(2, chunks=(chunk,)), launched)
+
+
+def test_a_row_whose_prompt_is_not_through_is_refused(subject: Subject):
+    step = Step(1, admitted=admit(make_sequence(1, 9)), chunks=(Chunk(1, 0, 7),), rows=(1,))
+    with pytest.raises(AssertionError):
+        subject.runner.advance(step, None)
+
+
+def test_logprobs_come_for_the_rows_that_asked_as_many_as_they_asked_for(subject: Subject):
+    asked = (None, 0, 3, 20)
+    sequences = [
+        make_sequence(id, 4, sampling=SamplingParams(0.0, top_logprobs=num))
+        for id, num in enumerate(asked, 1)
+    ]
+    chunks = tuple(Chunk(s.id, 0, 3) for s in sequences)
+    step = Step(1, admitted=admit(*sequences), chunks=chunks, rows=(1, 2, 3, 4))
+    launched, _ = subject.runner.advance(step, None)
+    _, outcome = subject.runner.advance(None, launched)
+    assert outcome is not None
+    assert {id: len(found.top) for id, found in outcome.logprobs.items()} == {2: 0, 3: 3, 4: 20}
+    for id, found in outcome.logprobs.items():
+        assert found.drawn <= 0.0
+        assert [p for _, p in found.top] == sorted((p for _, p in found.top), reverse=True)
+        if found.top:
+            assert found.top[0] == (outcome.tokens[id - 1], found.drawn)
 
 
 # --- company changes nothing --------------------------------------------------------------------
@@ -440,6 +529,54 @@ def test_caches_that_grow_past_their_first_allocation_stay_whole(kind: str):
     assert_all_as_alone(run, sequences, kind)
 
 
+class Counting(Fragile):
+    """A model that notes the shape of each input, and raises for prompts of a certain length."""
+
+    def __init__(self, model: nn.Module, broken_length: int = 0) -> None:
+        super().__init__(model)
+        self.shapes: list[tuple[int, ...]] = []
+        self.broken_length = broken_length
+
+    def make_cache(self) -> list[Any]:
+        cache: list[Any] = make_prompt_cache(self.model)
+        return cache
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        self.shapes.append(tuple(tokens.shape))
+        if tokens.shape[1] == self.broken_length:
+            raise RuntimeError("this prompt and no other")
+        return super().__call__(tokens, cache)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mamba2", "falcon_h1", "lfm2"])
+def test_short_prompts_of_like_length_are_prefilled_in_one_pass(kind: str):
+    model = Counting(build(kind))
+    runner = ModelRunner(model)
+    model.shapes.clear()
+    sequences = [make_sequence(i, n) for i, n in enumerate((10, 9, 8, 41, 3), start=1)]
+    run = drive(Scheduler(Policy(max_rows=8)), runner, {0: [Add(s) for s in sequences]})
+    # 9 and 8 beside 10 waste 2 of 27 tokens; 3 beside them would waste more than a quarter
+    assert model.shapes[:4] == [(1, 40), (3, 9), (1, 2), (5, 1)]
+    for sequence in sequences:
+        assert run.tokens(sequence.id) == judge(kind, sequence)
+
+
+def test_a_prompt_that_fails_alone_costs_nobody_else_anything():
+    model = Counting(build("qwen3"), broken_length=21)
+    sequences = [make_sequence(i, n) for i, n in enumerate((5, 22, 60, 7), start=1)]
+    scheduler, runner = Scheduler(Policy(max_rows=8)), ModelRunner(model)
+    run = drive(scheduler, runner, {0: [Add(s) for s in sequences]})
+    (end,) = run.ends(2)
+    assert end.reason is FinishReason.ERROR
+    assert "this prompt and no other" in (end.error or "")
+    assert run.tokens(2) == []
+    for sequence in (sequences[0], sequences[2], sequences[3]):
+        assert run.tokens(sequence.id) == judge("qwen3", sequence)
+    scheduler.check()
+    again = drive(scheduler, runner, {0: [Add(make_sequence(9, 5))]})
+    assert again.tokens(9) == judge("qwen3", make_sequence(9, 5))
+
+
 def test_a_runner_that_was_warmed_up_says_the_same():
     runner = ModelRunner(build("qwen3"))
     runner.warm_up()
@@ -467,7 +604,177 @@ def test_the_models_have_the_kinds_of_cache_that_they_are_here_for():
     assert kinds == expected
 
 
+# --- giving way ---------------------------------------------------------------------------------
+
+
+def budget_for(runner: ModelRunner, num_rows: int, num_tokens: int) -> Memory:
+    """Room for so many rows of that length."""
+    memory = runner.memory
+    return replace(memory, budget_bytes=memory.batch([num_tokens] * num_rows))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_who_is_preempted_for_memory_or_priority_says_the_same(kind: str):
+    runner = ModelRunner(build(kind))
+    memory = budget_for(runner, 2, 40)
+    sequences = [
+        replace(sequence, priority=-(i // 3)) for i, sequence in enumerate(ragged(seed=len(kind)))
+    ]
+    log: dict[int, list[Command]] = {2 * i: [Add(s)] for i, s in enumerate(sequences)}
+    policy = Policy(max_rows=3, chunk_size=16, first_chunk_budget=6, memory=memory)
+    run = drive(Scheduler(policy), runner, log)
+    resumed = [a for step in run.steps for a in step.admitted if a.outputs]
+    assert resumed
+    assert_all_as_alone(run, sequences, kind)
+    assert all(end.reason is FinishReason.LENGTH for s in sequences for end in run.ends(s.id))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_forks_say_what_each_would_say_alone_for_every_kind_of_cache(kind: str):
+    """Longer than the window, and one of them with a leader that goes on beside its forks."""
+    forks = make_forks(4, 2 * WINDOW, 9)
+    forks[0] = replace(forks[0], max_tokens=20)
+    runner = ModelRunner(build(kind))
+    commands: list[Command] = [Add(sequence) for sequence in forks]
+    scheduler = Scheduler(Policy(max_rows=3, chunk_size=10))
+    together = drive(scheduler, runner, {0: commands})
+    assert sum(step.num_prefill_tokens for step in together.steps) == 2 * WINDOW - 1
+    for sequence in forks:
+        again = replace(sequence, id=100 + sequence.id, fork_of=None)
+        alone = drive(scheduler, runner, {0: [Add(again)]})
+        assert together.tokens(sequence.id) == alone.tokens(again.id), sequence.id
+
+
+# --- quantised caches -----------------------------------------------------------------------------
+
+
+@functools.cache
+def build_wide(kind: str) -> nn.Module:
+    """Heads of 32 channels: the narrowest that a group of 32 divides."""
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    mx.random.seed(0)
+    settings = {"model_type": kind} | MODELS[kind] | {"head_dim": 32}
+    model = module.Model(module.ModelArgs.from_dict(settings))
+    weights = [(name, _sharpen(name, array)) for name, array in tree_flatten(model.parameters())]
+    model.load_weights(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
+def test_rows_with_quantised_caches_say_in_company_what_they_say_alone(kind: str, bits: int):
+    runner = ModelRunner(build_wide(kind), kv_bits=KVBits(bits, 32))
+    sequences = ragged(seed=bits)
+    scheduler = Scheduler(Policy(max_rows=4, chunk_size=16, first_chunk_budget=8))
+    together = drive(scheduler, runner, come_and_go(bits, sequences))
+    assert max(len(step.rows) for step in together.steps) == 4
+    for sequence in sequences:
+        again = replace(sequence, id=100 + sequence.id)
+        alone = drive(scheduler, runner, {0: [Add(again)]}).tokens(again.id)
+        tokens = together.tokens(sequence.id)
+        assert tokens == alone[: len(tokens)], sequence.id
+    bare = ModelRunner(build_wide(kind)).memory
+    assert runner.memory.layers < bare.layers  # fewer bytes a token
+
+
+# --- logprobs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [1, 8])
+def test_reported_logprobs_are_the_log_softmax_of_the_models_logits(max_rows: int):
+    model = build("qwen3")
+    sampling = SamplingParams(0.8, top_k=9, seed=4, repetition_penalty=1.3, top_logprobs=3)
+    sequences = [replace(s, sampling=sampling) for s in ragged(seed=3)]
+    sequences[2] = replace(sequences[2], sampling=GREEDY)
+    log: dict[int, list[Command]] = {i: [Add(s)] for i, s in enumerate(sequences)}
+    run = drive(Scheduler(Policy(max_rows)), ModelRunner(model), log)
+    for sequence in sequences:
+        events = [e for e in run.events if isinstance(e, Token) and e.id == sequence.id]
+        assert len(events) == sequence.max_tokens
+        if sequence.sampling is GREEDY:
+            assert all(event.logprobs is None for event in events)
+            continue
+        prompt = sequence.prompt.tokens
+        tokens = [*prompt, *(event.token for event in events)]
+        logits = model(mx.array([tokens[:-1]]))[0, len(prompt) - 1 :]
+        expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for event, row in zip(events, expected, strict=True):
+            assert event.logprobs is not None
+            assert event.logprobs.drawn == pytest.approx(row[event.token].item(), abs=1e-3)
+            best = mx.argsort(-row)[:3].tolist()
+            assert [id for id, _ in event.logprobs.top] == best
+            found = [value for _, value in event.logprobs.top]
+            assert found == pytest.approx(row[mx.array(best)].tolist(), abs=1e-3)
+
+
 # --- memory -------------------------------------------------------------------------------------
+
+
+def held_bytes(cache: list[Any]) -> int:
+    """What one row's cache really holds."""
+    return sum(layer.nbytes for layer in cache)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_ledger_says_what_live_caches_hold(kind: str):
+    """A row never holds more than the ledger says, and no less than a block under it."""
+    model = build(kind)
+    memory = ModelRunner(model).memory
+    assert memory.budget_bytes is None
+    exact = replace(memory, block=0)
+    for num_tokens, chunk in ((1, 1), (WINDOW, 5), (256, 2048), (400, 150)):
+        cache = make_prompt_cache(model)
+        for start in range(0, num_tokens, chunk):
+            size = min(chunk, num_tokens - start)
+            model(mx.zeros((1, size), mx.uint32), cache=cache)
+        held = held_bytes(cache)
+        model(mx.zeros((1, 1), mx.uint32), cache=cache)  # the row's own input
+        mx.eval([layer.state for layer in cache])
+        after = held_bytes(cache)
+        assert exact.row(num_tokens) <= held, (num_tokens, chunk)
+        assert after <= memory.row(num_tokens + 1), (num_tokens, chunk)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mamba2", "falcon_h1"])
+def test_a_batch_holds_no_more_than_the_ledger_says(kind: str):
+    """Measured on the device, after each of some steps; 32 KiB are for tokens and settings."""
+    runner = ModelRunner(build(kind))
+    lengths = (300, 20, 1, 255)
+    sequences = [make_sequence(id, n, 8) for id, n in enumerate(lengths, 1)]
+    chunks = tuple(Chunk(s.id, 0, len(s.prompt.tokens) - 1) for s in sequences if s.id != 3)
+    before = active_bytes()
+    one_by_one(runner, Step(1, admitted=admit(*sequences), chunks=chunks, rows=(1, 2, 3, 4)))
+    for number in range(2, 6):
+        one_by_one(runner, Step(number, rows=(1, 2, 3, 4)))
+        held = active_bytes() - before
+        assert held <= runner.memory.batch([n + number for n in lengths]) + 32768
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_warming_up_leaves_nothing_behind(kind: str):
+    runner = ModelRunner(build(kind))
+    before = active_bytes()
+    runner.warm_up()
+    assert active_bytes() == before
+    assert runner.memory == ModelRunner(build(kind)).memory
+
+
+def test_a_stem_is_gone_when_it_is_dropped():
+    runner = ModelRunner(build("qwen3"))
+    before = active_bytes()
+    one = make_sequence(1, 900)
+    chunks = (Chunk(1, 0, 899),)
+    one_by_one(
+        runner,
+        Step(1, admitted=admit(one), chunks=chunks, kept_stems=(1,), rows=(1,)),
+        Step(2, rows=(1,)),
+    )
+    with_stem = active_bytes() - before
+    one_by_one(runner, Step(3, dropped_stems=(1,), rows=(1,)))
+    assert active_bytes() - before < with_stem * 0.6
+    one_by_one(runner, Step(4, released=(1,)))
+    assert active_bytes() == before
 
 
 def active_bytes() -> int:
@@ -490,19 +797,19 @@ def test_a_long_row_that_leaves_takes_its_memory_with_it():
     before = active_bytes()
     long, *short = (make_sequence(1, 900), make_sequence(2, 2), make_sequence(3, 2))
     chunks = (Chunk(1, 0, 899), Chunk(2, 0, 1), Chunk(3, 0, 1))
-    one_by_one(runner, Step(1, (), (long, *short), chunks, (1, 2, 3)))
+    one_by_one(runner, Step(1, admitted=admit(long, *short), chunks=chunks, rows=(1, 2, 3)))
     with_long = active_bytes() - before
-    one_by_one(runner, Step(2, (1,), (), (), (2, 3)))
+    one_by_one(runner, Step(2, released=(1,), rows=(2, 3)))
     assert active_bytes() - before < with_long / 2
 
 
 def test_a_prompt_that_leaves_and_a_reset_free_their_memory():
     runner = ModelRunner(build("qwen3"))
     before = active_bytes()
-    admitted = (make_sequence(1, 900), make_sequence(2, 900))
-    one_by_one(runner, Step(1, (), admitted, (Chunk(1, 0, 800), Chunk(2, 0, 800)), ()))
+    admitted = admit(make_sequence(1, 900), make_sequence(2, 900))
+    one_by_one(runner, Step(1, admitted=admitted, chunks=(Chunk(1, 0, 800), Chunk(2, 0, 800))))
     both = active_bytes() - before
-    one_by_one(runner, Step(2, (1,), (), (Chunk(2, 800, 899),), (2,)))
+    one_by_one(runner, Step(2, released=(1,), chunks=(Chunk(2, 800, 899),), rows=(2,)))
     assert active_bytes() - before < both
     runner.reset()
     assert active_bytes() == before

@@ -1,11 +1,17 @@
-"""Sampling: the right distribution, the right truncation, and the same draw in any company."""
+"""Sampling: the right distribution, the right truncation, and the same draw in any company.
+
+The second half holds what depends on the tokens so far (penalties, `min_tokens`) and the coin of
+xtc to plain numpy, one row at a time, over several steps and changes of the batch.
+"""
+
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlxlite.sampling import Draw, Sampler
+from mlxlite.sampling import Draw, Sampler, _split_seed
 from mlxlite.sequence import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -22,18 +28,24 @@ SETTINGS = (
 Logits = npt.NDArray[np.float32]
 
 
+def sampler_of(num_vocab: int, *rows: Draw) -> Sampler:
+    sampler = Sampler(num_vocab)
+    sampler.regroup([], rows)
+    return sampler
+
+
 def draws(params: SamplingParams, logits: Logits, num: int, num_drawn: int = 0) -> list[int]:
     """`num` tokens of one row alone, one after another."""
-    sampler = Sampler([Draw(params, num_drawn)])
+    sampler = sampler_of(len(logits), Draw(params, num_drawn=num_drawn))
     row = mx.array(logits)[None]
-    return [int(sampler(row).item()) for _ in range(num)]
+    return [int(sampler(row)[0].item()) for _ in range(num)]
 
 
 def draw_among(rows: list[tuple[SamplingParams, Logits]], num: int = 1) -> list[list[int]]:
     """`num` tokens of each row, all rows in one batch."""
-    sampler = Sampler([Draw(params, 0) for params, _ in rows])
+    sampler = sampler_of(len(rows[0][1]), *(Draw(params) for params, _ in rows))
     logits = mx.array(np.stack([row for _, row in rows]))
-    return np.array([sampler(logits).tolist() for _ in range(num)]).T.tolist()
+    return np.array([sampler(logits)[0].tolist() for _ in range(num)]).T.tolist()
 
 
 def random_logits(num_rows: int, num_tokens: int, scale: float = 3.0, seed: int = 0) -> Logits:
@@ -93,8 +105,8 @@ def test_a_token_without_a_chance_is_never_drawn_however_many_there_are():
     logits[77] = 40.0
     rows = mx.broadcast_to(mx.array(logits), (4, logits.size))
     for first in range(0, 64, 4):
-        sampler = Sampler([Draw(SamplingParams(seed=first + i), 0) for i in range(4)])
-        assert sampler(rows).tolist() == [77] * 4
+        draws = [Draw(SamplingParams(seed=first + i)) for i in range(4)]
+        assert sampler_of(logits.size, *draws)(rows)[0].tolist() == [77] * 4
 
 
 def test_different_seeds_and_positions_are_uncorrelated():
@@ -325,9 +337,9 @@ def test_half_precision_logits_draw_as_their_values_in_float32(
     params: SamplingParams, dtype: mx.Dtype
 ):
     half = mx.array(random_logits(2, 700, seed=11)).astype(dtype)
-    one, two = (Sampler([Draw(params, 0), Draw(PLAIN, 0)]) for _ in range(2))
+    one, two = (sampler_of(700, Draw(params), Draw(PLAIN)) for _ in range(2))
     for _ in range(10):
-        assert one(half).tolist() == two(half.astype(mx.float32)).tolist()
+        assert one(half)[0].tolist() == two(half.astype(mx.float32))[0].tolist()
 
 
 def test_a_low_temperature_is_nearly_greedy():
@@ -339,3 +351,281 @@ def test_a_low_temperature_is_nearly_greedy():
 def test_a_vocabulary_of_one_leaves_no_choice(params: SamplingParams):
     assert draws(params, np.zeros(1, np.float32), 3) == [0, 0, 0]
     assert draw_among([(p, np.zeros(1, np.float32)) for p in (params, *SETTINGS)]) == [[0]] * 8
+
+
+# --- penalties, biases and min_tokens ---------------------------------------------------------
+
+EOS = frozenset({3, 11})
+
+
+def adjusted(params: SamplingParams, logits: Logits, tokens: list[int], num_drawn: int) -> Logits:
+    """The plain reference: what a row's scores are after its prompt and what it has drawn."""
+    scores = logits.astype(np.float32).copy()
+    window = params.penalty_window
+    output = tokens[len(tokens) - num_drawn :]
+    context, output = (part[-window:] if window else part for part in (tokens, output))
+    for id in set(context):
+        factor = np.float32(params.repetition_penalty)
+        scores[id] = scores[id] / factor if scores[id] > 0 else scores[id] * factor
+    for id in set(output):
+        scores[id] -= np.float32(params.frequency_penalty) * output.count(id)
+        scores[id] -= np.float32(params.presence_penalty)
+    for id, bias in params.logit_bias:
+        scores[id] += np.float32(bias)
+    if num_drawn < params.min_tokens:
+        scores[list(EOS)] = -np.inf
+    return scores
+
+
+@dataclass
+class Row:
+    """A row and what it has drawn, alone: the reference's side."""
+
+    params: SamplingParams
+    prompt: list[int]
+    outputs: list[int] = field(default_factory=list)
+
+    @property
+    def draw(self) -> Draw:
+        tokens = tuple(self.prompt + self.outputs)
+        return Draw(self.params, tokens, len(self.outputs), EOS)
+
+    def expected(self, logits: Logits) -> int:
+        """The next token: the reference's best, or what a sampler draws from its scores."""
+        tokens = self.prompt + self.outputs
+        scores = adjusted(self.params, logits, tokens, len(self.outputs))
+        if self.params.temperature == 0.0:
+            return int(scores.argmax())
+        plain = SamplingParams(self.params.temperature, seed=self.params.seed)
+        return draws(plain, scores, 1, len(self.outputs))[0]
+
+
+WINDOWS = (0, 1, 4, 7)
+PENALTIES = tuple(
+    SamplingParams(temperature, seed=window, penalty_window=window, **penalty)
+    for temperature in (0.0, 0.9)
+    for window in WINDOWS
+    for penalty in (
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.6},
+        {"repetition_penalty": 0.8, "presence_penalty": -0.7, "frequency_penalty": 0.3},
+    )
+)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_penalties_are_those_of_the_reference_while_rows_come_and_go(seed: int):
+    """Random companies of penalised and other rows, changed every few steps, some resumed."""
+    chance = np.random.default_rng(seed)
+    num_vocab = 23
+    rows: list[Row] = []
+    sampler = Sampler(num_vocab)
+    for _ in range(12):
+        keep = [i for i in range(len(rows)) if chance.random() < 0.6]
+        joining = []
+        for _ in range(chance.integers(0 if keep else 1, 4)):
+            is_penalised = chance.random() < 0.6
+            params = PENALTIES[chance.integers(len(PENALTIES))] if is_penalised else GREEDY
+            prompt = chance.integers(0, num_vocab, chance.integers(1, 12)).tolist()
+            outputs = chance.integers(0, num_vocab, chance.choice((0, 0, 2, 9))).tolist()
+            joining.append(Row(params, prompt, outputs))
+        sampler.regroup(keep, [row.draw for row in joining])
+        rows = [rows[i] for i in keep] + joining
+        for _ in range(chance.integers(1, 6)):
+            logits = chance.normal(0, 1.5, (len(rows), num_vocab)).astype(np.float32)
+            tokens = sampler(mx.array(logits))[0].tolist()
+            assert tokens == [row.expected(own) for row, own in zip(rows, logits, strict=True)]
+            for row, token in zip(rows, tokens, strict=True):
+                row.outputs.append(token)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rows_that_leave_take_their_counts_with_them_and_none_is_penalised_for_another(window: int):
+    penalised = SamplingParams(0.0, repetition_penalty=2.0, penalty_window=window)
+    logits = mx.array(np.array([[3.0, 2.0, 1.0]] * 2, np.float32))
+    sampler = sampler_of(3, Draw(penalised, (0,)), Draw(GREEDY, (0,)))
+    assert sampler(logits)[0].tolist() == [1, 0]
+    sampler.regroup([1], [])  # nobody is penalised now
+    assert sampler(logits[:1])[0].tolist() == [0]
+    sampler.regroup([0], [Draw(penalised, (0, 0))])
+    assert sampler(logits)[0].tolist() == [0, 1]
+
+
+def test_a_logit_bias_of_a_hundred_forces_and_forbids():
+    logits = random_logits(1, 50)[0]
+    best = int(logits.argmax())
+    for base in (GREEDY, PLAIN, SamplingParams(top_k=5, top_p=0.9, seed=3)):
+        forced = replace(base, logit_bias=((17, 100.0),))
+        assert draws(forced, logits, 20) == [17] * 20
+        forbidden = replace(base, logit_bias=((best, -100.0), (17, -100.0)))
+        assert not {best, 17} & set(draws(forbidden, logits, 60))
+
+
+@pytest.mark.parametrize("num_drawn", [0, 2, 5, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_min_tokens_holds_the_end_back_exactly_so_long(temperature: float, num_drawn: int):
+    params = SamplingParams(temperature, min_tokens=5)
+    logits = np.zeros((1, 20), np.float32)
+    logits[0, 11] = 50.0
+    sampler = sampler_of(20, Draw(params, (1, 2), num_drawn, EOS | {10**6}))
+    tokens = [int(sampler(mx.array(logits))[0].item()) for _ in range(8)]
+    held = max(0, 5 - num_drawn)
+    assert 11 not in tokens[:held]
+    assert 3 not in tokens[:held]
+    assert tokens[held:] == [11] * (8 - held)
+
+
+def test_min_tokens_of_one_row_holds_nobody_elses_end_back():
+    logits = np.zeros(20, np.float32)
+    logits[11] = 50.0
+    rows = [
+        Draw(GREEDY, eos_tokens=EOS),
+        Draw(SamplingParams(0.0, min_tokens=2), eos_tokens=EOS),
+        Draw(SamplingParams(0.0, min_tokens=2), eos_tokens=frozenset({4})),
+    ]
+    sampler = sampler_of(20, *rows)
+    batch = mx.array(np.stack([logits] * 3))
+    assert [sampler(batch)[0].tolist() for _ in range(3)] == [[11, 0, 11], [11, 0, 11], [11] * 3]
+
+
+# --- xtc --------------------------------------------------------------------------------------
+
+
+def hashed(x: np.uint64) -> np.uint64:
+    """ "lowbias32" again, in 64-bit arithmetic."""
+    mask = 0xFFFFFFFF
+    y = int(x) & mask
+    y = (y ^ (y >> 16)) * 0x7FEB352D & mask
+    y = (y ^ (y >> 15)) * 0x846CA68B & mask
+    return np.uint64(y ^ (y >> 16))
+
+
+def coin(seed: int, num_drawn: int) -> float:
+    """What xtc throws for one token, in (0, 1)."""
+    low, high = _split_seed(seed)
+    position = hashed(np.uint64((high + num_drawn) & 0xFFFFFFFF))
+    bits = hashed(position ^ np.uint64(low) ^ np.uint64(0x58544321))
+    return (int(bits) >> 9) * 2.0**-23 + 2.0**-24
+
+
+def without_best(scores: Logits, threshold: float) -> Logits:
+    """The plain reference: of the tokens above the threshold only the least likely stays."""
+    shares = softmax(scores.astype(np.float64))
+    above = np.flatnonzero(shares > threshold)
+    cut = scores.copy()
+    if len(above) > 1:
+        cut[above[shares[above] > shares[above].min()]] = -np.inf
+    return cut
+
+
+@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_xtc_cuts_what_the_reference_cuts_given_the_same_coin(probability: float, threshold: float):
+    params = SamplingParams(seed=77, xtc_probability=probability, xtc_threshold=threshold)
+    logits = random_logits(1, 12, 1.2, seed=5)[0]
+    expected = [
+        draws(
+            SamplingParams(seed=77),
+            without_best(logits, threshold) if coin(77, i) < probability else logits,
+            1,
+            i,
+        )[0]
+        for i in range(60)
+    ]
+    assert draws(params, logits, 60) == expected
+
+
+def test_the_coin_of_xtc_falls_as_often_as_it_should():
+    throws = np.array([coin(seed, i) for seed in range(40) for i in range(50)])
+    for probability in (0.1, 0.5, 0.9):
+        assert abs((throws < probability).mean() - probability) < 0.05
+
+
+# --- logprobs ---------------------------------------------------------------------------------
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    scores = logits.astype(np.float64)
+    return scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+
+
+@pytest.mark.parametrize("num_top", range(21))
+def test_the_top_logprobs_are_sorted_and_those_of_the_logits(num_top: int):
+    params = SamplingParams(0.7, seed=1, repetition_penalty=3.0, top_k=2, top_logprobs=num_top)
+    logits = random_logits(1, 40, seed=num_top)
+    sampler = sampler_of(40, Draw(params, (1, 2, 3)))
+    tokens, logprobs = sampler(mx.array(logits))
+    assert logprobs is not None
+    expected = log_softmax(logits[0])
+    order = np.argsort(-expected)[:num_top]
+    assert logprobs.rows == (0,)
+    assert logprobs.top_ids.tolist() == [order.tolist()]
+    np.testing.assert_allclose(logprobs.top.tolist(), [expected[order]], atol=1e-5)
+    np.testing.assert_allclose(logprobs.drawn.tolist(), expected[tokens.tolist()], atol=1e-5)
+
+
+def test_only_the_rows_that_ask_are_reported_and_nothing_when_none_does():
+    asking = SamplingParams(0.0, top_logprobs=3)
+    logits = random_logits(4, 30)
+    sampler = sampler_of(30, *(Draw(p) for p in (GREEDY, asking, PLAIN, replace(asking, seed=4))))
+    tokens, logprobs = sampler(mx.array(logits))
+    assert logprobs is not None
+    assert logprobs.rows == (1, 3)
+    for place, row in enumerate((1, 3)):
+        expected = log_softmax(logits[row])
+        assert logprobs.top_ids[place, 0].item() == tokens[row].item() == logits[row].argmax()
+        np.testing.assert_allclose(logprobs.drawn[place].item(), expected.max(), atol=1e-5)
+    sampler.regroup([0, 2], [])
+    assert sampler(mx.array(logits[[0, 2]]))[1] is None
+
+
+def test_more_top_logprobs_than_the_vocabulary_has_are_all_of_it():
+    sampler = sampler_of(5, Draw(SamplingParams(0.0, top_logprobs=20)))
+    logits = random_logits(1, 5)
+    _, logprobs = sampler(mx.array(logits))
+    assert logprobs is not None
+    assert logprobs.top_ids.tolist() == [np.argsort(-logits[0]).tolist()]
+
+
+def test_logprobs_of_half_precision_logits_are_taken_in_float32():
+    logits = mx.array(random_logits(1, 300)).astype(mx.bfloat16)
+    _, logprobs = sampler_of(300, Draw(SamplingParams(0.0, top_logprobs=5)))(logits)
+    assert logprobs is not None
+    expected = np.sort(log_softmax(np.array(logits.astype(mx.float32))[0]))[::-1][:5]
+    np.testing.assert_allclose(logprobs.top.tolist(), [expected], atol=1e-5)
+
+
+# --- everything in mixed company --------------------------------------------------------------
+
+OTHERS = (
+    SamplingParams(0.8, seed=21, repetition_penalty=1.4),
+    SamplingParams(0.0, presence_penalty=0.9, frequency_penalty=0.4, penalty_window=4),
+    SamplingParams(0.8, seed=22, logit_bias=((5, 3.0), (6, -100.0))),
+    SamplingParams(0.0, logit_bias=((5, 3.0),)),
+    SamplingParams(1.0, seed=23, min_tokens=6),
+    SamplingParams(0.0, min_tokens=3),
+    SamplingParams(1.2, seed=24, xtc_probability=0.7, xtc_threshold=0.05),
+    SamplingParams(0.9, seed=25, top_k=12, top_p=0.9, top_logprobs=4),
+)
+
+
+@pytest.mark.parametrize("params", SETTINGS + OTHERS, ids=str)
+def test_every_setting_draws_the_same_in_a_company_of_all_the_others(params: SamplingParams):
+    logits = random_logits(16, 60, 2.0, seed=13)
+    mine = Draw(params, (1, 5, 5, 9), 1, EOS)
+    alone = sampler_of(60, mine)
+    expected = [alone(mx.array(logits[i : i + 1]))[0].item() for i in range(12)]
+    company = [Draw(p, (2, 5, 5), 2, EOS) for p in (*SETTINGS, *OTHERS)]
+    together = sampler_of(60, *company)
+    other = random_logits(1, 60)[0]
+    for _ in range(3):  # the others have begun before, and half of them leave in the middle
+        together(mx.array(np.stack([other] * len(company))))
+    together.regroup(range(len(company)), [mine])
+    tokens: list[int] = []
+    for i in range(12):
+        if i == 6:
+            together.regroup([*range(0, len(company), 2), len(company)], [])
+            company = company[::2]
+        rows = np.stack([other] * len(company) + [logits[i]])
+        tokens.append(together(mx.array(rows))[0].tolist()[-1])
+    assert tokens == expected

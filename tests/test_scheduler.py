@@ -4,15 +4,26 @@ Every run goes through `drive`, which calls `check()` after each operation, and 
 `FakeRunner`, which asserts that the steps are ones a runner can take.
 """
 
+import itertools
 import random
 from dataclasses import replace
 
 import pytest
-from fakes import FakeRunner, Run, answer, draw, drive, make_sequence
+from fakes import (
+    FakeRunner,
+    Run,
+    admit,
+    answer,
+    draw,
+    drive,
+    fake_logprobs,
+    make_forks,
+    make_sequence,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxlite.scheduler import Policy, Scheduler
+from mlxlite.scheduler import MAX_DEFERRALS, STEPS_PER_LEVEL, Policy, Scheduler
 from mlxlite.sequence import (
     Add,
     Chunk,
@@ -22,6 +33,7 @@ from mlxlite.sequence import (
     Finished,
     FinishReason,
     Outcome,
+    SamplingParams,
     SetChunkBudget,
     Step,
     Token,
@@ -38,7 +50,7 @@ def run_all(policy: Policy, *sequences, runner: FakeRunner | None = None) -> Run
 
 
 def admissions(run: Run) -> list[int]:
-    return [sequence.id for step in run.steps for sequence in step.admitted]
+    return [admission.sequence.id for step in run.steps for admission in step.admitted]
 
 
 def releases(run: Run) -> list[int]:
@@ -59,14 +71,20 @@ def test_the_lower_priority_number_goes_first_and_then_who_came_first():
     assert admissions(run_all(Policy(max_rows=1), *sequences)) == [3, 2, 5, 1, 4]
 
 
-def test_a_late_arrival_of_a_better_priority_overtakes_the_waiting_and_not_the_running():
+def test_a_late_arrival_of_a_better_priority_takes_the_place_of_the_running():
     commands = {
         0: [Add(make_sequence(1, max_tokens=6)), Add(make_sequence(2))],
         2: [Add(make_sequence(3, priority=-1))],
     }
     run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
-    assert admissions(run) == [1, 3, 2]
+    assert admissions(run) == [1, 3, 1, 2]
     assert run.tokens(1) == answer(make_sequence(1, max_tokens=6))
+
+
+def test_a_late_arrival_of_the_same_priority_takes_nobodys_place():
+    commands = {0: [Add(make_sequence(1, max_tokens=9))], 2: [Add(make_sequence(2))]}
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == [1, 2]
 
 
 def test_no_more_than_max_rows_are_ever_outside_the_queue():
@@ -112,7 +130,7 @@ def test_a_newcomer_joins_at_any_step(tick: int):
 
 def test_a_free_place_is_taken_in_the_step_after_the_release():
     run = run_all(Policy(max_rows=1), make_sequence(1, max_tokens=2), make_sequence(2))
-    (step,) = (step for step in run.steps if step.admitted and step.admitted[0].id == 2)
+    (step,) = (step for step in run.steps if step.admitted and step.admitted[0].sequence.id == 2)
     assert step.released == (1,)
 
 
@@ -122,7 +140,7 @@ def test_a_free_place_is_taken_in_the_step_after_the_release():
 def test_a_prompt_of_one_token_decodes_at_once():
     run = run_all(Policy(), make_sequence(1, 1, 1))
     sequence = make_sequence(1, 1, 1)
-    assert run.steps[0] == Step(1, (), (sequence,), (), (1,))
+    assert run.steps[0] == Step(1, admitted=admit(sequence), rows=(1,))
     assert run.tokens(1) == answer(sequence)
 
 
@@ -136,48 +154,265 @@ def test_the_last_chunk_and_the_first_row_are_in_one_step():
     ]
 
 
-def test_several_prompts_share_one_step_in_their_order():
-    sequences = [make_sequence(1, 5), make_sequence(2, 1), make_sequence(3, 9)]
+def test_several_prompts_share_one_step_the_shortest_first():
+    sequences = [make_sequence(1, 5), make_sequence(2, 9), make_sequence(3, 1)]
     run = run_all(Policy(chunk_size=10), *sequences)
-    assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(3, 0, 6))
-    assert run.steps[0].rows == (1, 2)
-    assert run.steps[1].chunks == (Chunk(3, 6, 8),)
-    assert run.steps[1].rows == (1, 2, 3)
+    assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
+    assert run.steps[0].rows == (3, 1)
+    assert run.steps[1].chunks == (Chunk(2, 6, 8),)
+    assert run.steps[1].rows == (3, 1, 2)
 
 
-def test_while_nobody_decodes_a_step_prefills_up_to_the_chunk_size():
-    run = run_all(Policy(chunk_size=64, first_chunk_budget=8), make_sequence(1, 200, 1))
-    assert [step.num_prefill_tokens for step in run.steps[:4]] == [64, 64, 64, 7]
+def test_prompts_of_one_length_go_in_the_order_of_the_queue():
+    sequences = [make_sequence(id, 6) for id in (5, 3, 4)]
+    run = run_all(Policy(chunk_size=5), *sequences)
+    assert [chunk for step in run.steps for chunk in step.chunks] == [
+        Chunk(id, 0, 5) for id in (5, 3, 4)
+    ]
 
 
-def test_while_rows_decode_the_budget_bounds_the_prefill_of_all_prompts_together():
-    commands = {
-        0: [Add(make_sequence(1, 1, 40))],
-        2: [Add(make_sequence(2, 30)), Add(make_sequence(3, 30))],
+def test_what_is_left_of_a_prompt_counts_and_not_what_it_was():
+    commands = {0: [Add(make_sequence(1, 31))], 2: [Add(make_sequence(2, 16))]}
+    run = drive(Scheduler(Policy(chunk_size=10)), FakeRunner(), commands)
+    assert [chunk.id for step in run.steps for chunk in step.chunks] == [1, 1, 1, 2, 2]
+
+
+def flood(last_tick: int, num_prompt: int, first: int = 100) -> dict[int, list[Command]]:
+    """A short prompt in each tick, with one token to draw."""
+    return {
+        tick: [Add(make_sequence(first + tick, num_prompt, 1))] for tick in range(1, last_tick + 1)
     }
-    run = drive(Scheduler(Policy(chunk_size=64, first_chunk_budget=8)), FakeRunner(), commands)
-    beside_rows = [step.num_prefill_tokens for step in run.steps if 1 in step.rows]
-    assert max(beside_rows) == 8
-    assert beside_rows[2:10] == [8, 8, 8, 8, 8, 8, 8, 2]
-    assert all(1 in step.rows for step in run.steps[:40])  # the old stream misses no step
 
 
-def test_the_measured_budget_holds_from_the_next_step_on():
+def test_a_long_prompt_among_short_ones_is_passed_over_in_no_more_than_eight_steps():
+    commands = flood(120, 11) | {0: [Add(make_sequence(1, 60, 1))]}
+    run = drive(Scheduler(Policy(max_rows=4, chunk_size=10)), FakeRunner(), commands)
+    own = [step.number for step in run.steps if any(chunk.id == 1 for chunk in step.chunks)]
+    gaps = [two - one for one, two in itertools.pairwise(own)]
+    assert len(own) == 6
+    assert gaps == [MAX_DEFERRALS + 1] * 4 + [1]  # the rest is shorter than the others
+    assert run.tokens(1) == answer(make_sequence(1, 60, 1))
+
+
+# --- priority ---------------------------------------------------------------------------------
+
+
+def test_an_urgent_latecomer_starts_in_the_next_step():
     commands: dict[int, list[Command]] = {
-        0: [Add(make_sequence(1, 1, 40))],
-        1: [Add(make_sequence(2, 100))],
-        3: [SetChunkBudget(20)],
-        4: [SetChunkBudget(0)],  # never nothing: the prompt must come through
-        5: [SetChunkBudget(10**9)],  # never more than the chunk size
+        0: [Add(make_sequence(id, 4, 30)) for id in range(1, 7)],
+        5: [Add(make_sequence(7, 4, 3, priority=-10))],
     }
-    run = drive(Scheduler(Policy(chunk_size=32, first_chunk_budget=4)), FakeRunner(), commands)
-    assert [step.num_prefill_tokens for step in run.steps[1:7]] == [4, 4, 20, 1, 32, 32]
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    step = run.steps[5]
+    assert [admission.sequence.id for admission in step.admitted] == [7]
+    assert step.released == (2,)  # the last in order of those who ran
+    assert step.rows == (1, 7)
+    for id in range(1, 7):
+        assert run.tokens(id) == answer(make_sequence(id, 4, 30))
 
 
-def test_a_row_that_has_had_its_last_launch_no_longer_holds_the_prefill_to_the_budget():
-    commands = {0: [Add(make_sequence(1, 1, 2))], 1: [Add(make_sequence(2, 100, 1))]}
-    run = drive(Scheduler(Policy(chunk_size=50, first_chunk_budget=4)), FakeRunner(), commands)
-    assert [step.num_prefill_tokens for step in run.steps[:4]] == [0, 4, 50, 45]
+def test_the_lowest_in_priority_gives_way_and_not_the_last_to_come():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 3, 30, priority=2)), Add(make_sequence(2, 3, 30, priority=1))],
+        3: [Add(make_sequence(3, 3, 5, priority=0))],
+        5: [Add(make_sequence(4, 3, 5, priority=0))],
+    }
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    assert [step.released for step in run.steps[:6] if step.released] == [(1,), (2,)]
+    assert admissions(run) == [2, 1, 3, 4, 2, 1]
+
+
+def test_who_has_aged_past_a_higher_level_keeps_the_place():
+    """Level 1 gains on level 0 in STEPS_PER_LEVEL steps: then both must agree on who is first."""
+    late = STEPS_PER_LEVEL + 1
+    for tick, is_preempted in ((late - 2, True), (late, False)):
+        commands: dict[int, list[Command]] = {
+            0: [Add(make_sequence(1, 1, 2 * STEPS_PER_LEVEL, priority=1))],
+            tick: [Add(make_sequence(2, 1, 1, priority=0))],
+        }
+        run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+        assert (admissions(run) == [1, 2, 1]) is is_preempted, tick
+        assert run.tokens(1) == answer(make_sequence(1, 1, 2 * STEPS_PER_LEVEL))
+
+
+def test_a_low_level_is_served_in_the_end_under_a_flood_of_a_higher_one():
+    commands: dict[int, list[Command]] = {
+        tick: [Add(make_sequence(100 + tick, 1, 1))]
+        for tick in range(0, 2 * STEPS_PER_LEVEL + 200, 2)  # a step with a row takes two ticks
+    }
+    commands[0].append(Add(make_sequence(2, 1, 1)))  # always one waits
+    commands[4].append(Add(make_sequence(1, 1, 1, priority=1)))
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    (served,) = (step.number for step in run.steps if 1 in step.rows)
+    assert STEPS_PER_LEVEL < served < STEPS_PER_LEVEL + 20
+    of_flood = [id for id in admissions(run) if id >= 100]
+    assert of_flood == sorted(of_flood)  # first in, first out within a level
+
+
+@pytest.mark.parametrize("tick", range(1, 14))
+def test_who_was_preempted_at_any_step_resumes_and_gives_each_token_once(tick: int):
+    sequence = make_sequence(1, 20, 8, sampling=SamplingParams(seed=3, top_logprobs=1))
+    commands: dict[int, list[Command]] = {0: [Add(sequence)]}
+    commands[tick] = [Add(make_sequence(2, 5, 3, priority=-1))]
+    policy = Policy(max_rows=1, chunk_size=5)
+    run = drive(Scheduler(policy), FakeRunner(), commands)
+    assert run.tokens(1) == answer(sequence)
+    reported = [
+        event.logprobs for event in run.events if isinstance(event, Token) and event.id == 1
+    ]
+    assert reported == [fake_logprobs(sequence, i, t) for i, t in enumerate(answer(sequence))]
+    assert run.ends(1) == [Finished(1, FinishReason.LENGTH)]
+    assert admissions(run) in ([1, 2, 1], [1, 2])
+    assert admissions(run) == releases(run)
+
+
+def test_who_is_preempted_with_the_last_token_in_flight_ends_and_never_resumes():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, 2))],
+        2: [Add(make_sequence(2, 1, 1, priority=-1))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == releases(run) == [1, 2]
+    assert run.tokens(1) == answer(make_sequence(1, 1, 2))
+
+
+@pytest.mark.parametrize("tick", [3, 4, 5])
+def test_a_preempted_one_that_is_cancelled_ends_once(tick: int):
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, 20))],
+        3: [Add(make_sequence(2, 1, 9, priority=-1))],
+    }
+    commands.setdefault(tick, []).append(Finish(1, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=1)), runner, commands)
+    assert run.ends(1) == [Finished(1, CANCELLED)]
+    assert sorted(admissions(run)) == sorted(releases(run)) == [1, 2]
+    assert runner.num_held == 0
+
+
+def test_an_end_token_that_comes_after_the_preemption_ends_the_sequence():
+    sequence = make_sequence(1, 1, 20, eos_tokens=frozenset({25}))
+    commands: dict[int, list[Command]] = {
+        0: [Add(sequence)],
+        3: [Add(make_sequence(2, 1, 3, priority=-1))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(answers={1: [3, 4, 25, 6]}), commands)
+    assert run.tokens(1) == [3, 4, 25]
+    assert run.ends(1) == [Finished(1, FinishReason.STOP)]
+    assert admissions(run) == [1, 2]
+
+
+def test_static_batching_is_never_interrupted():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, max_tokens=9))],
+        2: [Add(make_sequence(2, priority=-9))],
+    }
+    policy = Policy(max_rows=1, continuous=False)
+    assert admissions(drive(Scheduler(policy), FakeRunner(), commands)) == [1, 2]
+
+
+# --- forks ------------------------------------------------------------------------------------
+
+
+def stems(run: Run) -> tuple[list[int], list[int]]:
+    """The leaders whose prompt cache was kept, and those whose was dropped, in order."""
+    return (
+        [id for step in run.steps for id in step.kept_stems],
+        [id for step in run.steps for id in step.dropped_stems],
+    )
+
+
+def test_many_answers_to_one_prompt_cost_one_prefill():
+    forks = make_forks(16, 50, 5)
+    runner = FakeRunner()
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    run = drive(Scheduler(Policy(max_rows=3, chunk_size=16)), runner, commands)
+    assert sum(step.num_prefill_tokens for step in run.steps) == 49
+    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
+    assert len({tuple(run.tokens(s.id)) for s in forks}) == 16
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_others_are_served_while_forks_wait_for_their_leader():
+    forks = make_forks(3, 100, 2)
+    others = [make_sequence(10 + i, 2, 2) for i in range(3)]
+    run = run_all(Policy(max_rows=2, chunk_size=10), *forks, *others)
+    assert admissions(run) == [1, 10, 11, 12, 2, 3]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 99 + 3
+
+
+@pytest.mark.parametrize("tick", range(12))
+def test_a_leader_that_is_cancelled_at_any_step_costs_its_forks_no_token(tick: int):
+    forks = make_forks(4, 21, 4)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    commands.setdefault(tick, []).append(Finish(1, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
+    assert [run.tokens(s.id) for s in forks[1:]] == [answer(s) for s in forks[1:]]
+    kept, dropped = stems(run)
+    assert kept == dropped == ([] if tick < 4 else [1])  # its first row is in the fourth step
+    if kept:
+        assert sum(step.num_prefill_tokens for step in run.steps) == 20
+    assert runner.num_held == 0
+
+
+@pytest.mark.parametrize("tick", range(14))
+@pytest.mark.parametrize("id", [2, 3, 4])
+def test_a_fork_that_is_cancelled_at_any_step_costs_the_others_nothing(tick: int, id: int):
+    forks = make_forks(4, 21, 4)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    commands.setdefault(tick, []).append(Finish(id, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
+    others = [s for s in forks if s.id != id]
+    assert [run.tokens(s.id) for s in others] == [answer(s) for s in others]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 20
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_no_stem_is_kept_for_forks_that_have_all_left():
+    forks = make_forks(3, 21, 4)
+    leave: list[Command] = [Finish(id, CANCELLED) for id in (2, 3)]
+    commands = {0: [Add(sequence) for sequence in forks], 2: leave}
+    run = drive(Scheduler(Policy(chunk_size=5)), FakeRunner(), commands)
+    assert stems(run) == ([], [])
+
+
+@pytest.mark.parametrize("tick", range(1, 14))
+def test_a_leader_or_fork_that_is_preempted_at_any_step_loses_no_token(tick: int):
+    forks = make_forks(4, 21, 6)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    urgent = make_sequence(50, 9, 3, priority=-1)
+    commands.setdefault(tick, []).append(Add(urgent))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=1, chunk_size=5)), runner, commands)
+    for sequence in (*forks, urgent):
+        assert run.tokens(sequence.id) == answer(sequence)
+        assert len(run.ends(sequence.id)) == 1
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_a_fork_of_a_prompt_of_one_token_needs_no_prefill():
+    forks = make_forks(3, 1, 4)
+    run = run_all(Policy(max_rows=3), *forks)
+    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 0
+
+
+def test_a_fork_whose_leader_has_ended_before_it_came_does_its_own_prefill():
+    one, two = make_forks(2, 9, 2)
+    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
+    assert run.tokens(2) == answer(two)
+    assert sum(step.num_prefill_tokens for step in run.steps) == 16
+
+
+def test_a_fork_that_comes_when_its_leader_decodes_does_not_wait_for_its_end():
+    one, two = make_forks(2, 9, 300)
+    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
+    assert min(step.number for step in run.steps if 2 in step.rows) < 300
 
 
 # --- ends -------------------------------------------------------------------------------------
@@ -236,7 +471,7 @@ def test_a_cancel_in_prefill_frees_the_place_at_the_next_step():
     commands = {0: [Add(make_sequence(1, 1000)), Add(make_sequence(2))], 3: [Finish(1, CANCELLED)]}
     run = drive(Scheduler(Policy(max_rows=1, chunk_size=16)), FakeRunner(), commands)
     assert run.steps[3].released == (1,)
-    assert [sequence.id for sequence in run.steps[3].admitted] == [2]
+    assert [admission.sequence.id for admission in run.steps[3].admitted] == [2]
     assert run.num_rows(1) == 0
     assert run.tokens(2) == answer(make_sequence(2))
 
@@ -343,7 +578,7 @@ def test_static_batching_runs_a_batch_to_its_end_before_the_next():
         30: [CloseBatch()],
     }
     run = drive(Scheduler(Policy(max_rows=2, continuous=False)), FakeRunner(), commands)
-    batches = [tuple(s.id for s in step.admitted) for step in run.steps if step.admitted]
+    batches = [tuple(a.sequence.id for a in step.admitted) for step in run.steps if step.admitted]
     assert batches == [(1, 2), (3, 4), (5,)]
     last_row_of_2 = max(step.number for step in run.steps if 2 in step.rows)
     assert min(step.number for step in run.steps if 3 in step.rows) > last_row_of_2

@@ -1,0 +1,324 @@
+"""The caches of the rows that decode together: mlx-lm's kinds, made to join, leave and be counted.
+
+A row comes with one plain cache a layer. While it decodes alone it keeps it; from two rows on the
+caches are merged, padded on the left to the longest. A kind that cannot merge stays plain, and its
+rows decode one by one inside the same step. Full attention, quantised or not, has a batched form of
+ours, whose padding is known on the host: joining and leaving never wait for the device.
+
+Only mlx-lm's public classes are built upon. Lives on the lane.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+Cache = list[Any]  # one mlx-lm cache object a layer
+
+
+@dataclass(frozen=True, slots=True)
+class KVBits:
+    """Keys and values are kept in so many bits, with one scale for each group of channels."""
+
+    bits: int
+    group_size: int
+
+
+class BatchCache:
+    """The caches of the rows that decode together, in row order.
+
+    Three forms: nothing, one row's plain cache, and either one merged cache for all rows or, where
+    a layer's kind cannot merge, one plain cache for each row.
+    """
+
+    def __init__(self) -> None:
+        self._merged: Cache | None = None
+        self._num_merged = 0
+        self._plain: list[Cache] = []
+
+    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        """Last-position logits `[B, V]` for input tokens `[B]`."""
+        if self._merged is not None:
+            merged: mx.array = model(tokens[:, None], cache=self._merged)[:, -1]
+            return merged
+        logits: list[mx.array] = [
+            model(tokens[i : i + 1, None], cache=cache)[:, -1]
+            for i, cache in enumerate(self._plain)
+        ]
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits)
+
+    def keep(self, indices: list[int]) -> None:
+        """Drop every row but those at `indices`, which ascend."""
+        if self._merged is None:
+            self._plain = [self._plain[i] for i in indices]
+            return
+        if len(indices) == self._num_merged:
+            return
+        self._num_merged = len(indices)
+        if not indices:
+            self._merged = None
+        elif len(indices) == 1:
+            self._plain = [[layer.extract(indices[0]) for layer in self._merged]]
+            self._merged = None
+        else:
+            for layer in self._merged:
+                layer.filter(mx.array(indices))
+
+    def join(self, caches: SequenceOf[Cache]) -> None:
+        """Append rows with these plain caches, which belong to the batch from now on."""
+        if not caches:
+            return
+        if self._merged is not None:
+            for layer, other in zip(self._merged, merge(caches), strict=True):
+                layer.extend(other)
+            self._num_merged += len(caches)
+            return
+        self._plain = [*self._plain, *caches]
+        if len(self._plain) > 1 and all(_can_merge(layer) for layer in self._plain[0]):
+            self._merged, self._num_merged = merge(self._plain), len(self._plain)
+            self._plain = []
+
+
+def can_pack(layer: Any) -> bool:
+    """Whether rows of unlike length can be prefilled together without waiting for the device."""
+    if isinstance(layer, CacheList):
+        return all(map(can_pack, layer.caches))
+    return type(layer) in (KVCache, ArraysCache)
+
+
+def merge(caches: SequenceOf[Cache]) -> Cache:
+    return [_merge_layer(layers) for layers in zip(*caches, strict=True)]
+
+
+def _merge_layer(layers: tuple[Any, ...]) -> Any:
+    if isinstance(layers[0], CacheList):
+        inner = zip(*(layer.caches for layer in layers), strict=True)
+        return CacheList(*map(_merge_layer, inner))
+    if type(layers[0]) is KVCache:
+        if all(layer.empty() for layer in layers):
+            return _BatchKV([0] * len(layers))
+        return _BatchKV.merge(layers)
+    return type(layers[0]).merge(layers)
+
+
+def _can_merge(layer: Any) -> bool:
+    if isinstance(layer, CacheList):
+        return all(map(_can_merge, layer.caches))
+    return hasattr(layer, "merge")
+
+
+def copy(layer: Any) -> Any:
+    """A cache that goes on by itself; its arrays are shared until one of the two writes."""
+
+    def share(leaf: Any) -> Any:
+        return mx.array(leaf) if isinstance(leaf, mx.array) else leaf
+
+    return type(layer).from_state(tree_map(share, layer.state))
+
+
+def layer_sizes(layer: Any) -> list[tuple[int, int | None, int]]:
+    """(Bytes per token, most tokens kept, constant bytes) of a used layer's cache."""
+    if isinstance(layer, CacheList):
+        return [size for inner in layer.caches for size in layer_sizes(inner)]
+    if isinstance(layer, KVCache | RotatingKVCache | ChunkedKVCache | QuantizedKVCache):
+        arrays = cast("list[tuple[str, mx.array]]", tree_flatten((layer.keys, layer.values)))
+        per_token = sum(array.nbytes // array.shape[2] for _, array in arrays)
+        most = getattr(layer, "max_size", None)
+        if isinstance(layer, ChunkedKVCache):
+            most = layer.chunk_size + layer.step  # it grows by blocks and is then cut
+        return [(per_token, most, 0)]
+    return [(0, None, layer.nbytes)]
+
+
+class _BatchKV(BatchKVCache):
+    """mlx-lm's batched cache, with the padding known on the host.
+
+    Its own `filter` and `extract` read the padding from the device and wait for the step in flight;
+    and where no row is padded, one new token needs no mask.
+    """
+
+    keys: Any
+    values: Any
+    offset: mx.array
+    left_padding: mx.array
+    _idx: int
+
+    def __init__(self, left_padding: list[int]) -> None:
+        super().__init__(left_padding)
+        self._pads = list(left_padding)
+
+    def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> mx.array | None:
+        if N == 1 and not return_array and not kwargs.get("window_size") and not any(self._pads):
+            return None
+        mask: mx.array = create_causal_mask(
+            N, offset=self._idx, left_padding=self.left_padding, **kwargs
+        )
+        return mask
+
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
+        assert left_padding is None
+        super().prepare(lengths=lengths, right_padding=right_padding)
+        self._right_pads = right_padding or [0] * len(self._pads)
+
+    def finalize(self) -> None:
+        super().finalize()
+        self._pads = [a + b for a, b in zip(self._pads, self._right_pads, strict=True)]
+
+    def filter(self, batch_indices: mx.array) -> None:
+        keep = cast("list[int]", batch_indices.tolist())  # made on the host: no wait
+        self._pads = [self._pads[i] for i in keep]
+        shift = min(self._pads)
+        if self.keys is not None:
+            self.keys, self.values = tree_map(
+                lambda part: part[batch_indices][:, :, shift:], (self.keys, self.values)
+            )
+        self.offset = self.offset[batch_indices]
+        self.left_padding = self.left_padding[batch_indices] - shift
+        self._pads = [pad - shift for pad in self._pads]
+        self._idx -= shift
+
+    def extend(self, other: "_BatchKV") -> None:
+        longest = max(self._idx, other._idx)
+        mine = [pad + longest - self._idx for pad in self._pads]
+        theirs = [pad + longest - other._idx for pad in other._pads]
+        super().extend(other)
+        self._pads = mine + theirs
+
+    def extract(self, idx: int) -> Any:
+        cache = KVCache()
+        pad = self._pads[idx]
+        cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, pad : self._idx])
+        cache.values = mx.contiguous(self.values[idx : idx + 1, :, pad : self._idx])
+        cache.offset = self._idx - pad
+        return cache
+
+
+class _QuantKV(QuantizedKVCache):
+    """mlx-lm's quantised cache of one row, able to join others."""
+
+    def size(self) -> int:
+        return int(self.offset)
+
+    @classmethod
+    def merge(cls, caches: SequenceOf["_QuantKV"]) -> "_BatchQuantKV":
+        return _BatchQuantKV.of(caches)
+
+
+class _BatchQuantKV(_BatchKV):
+    """Quantised keys and values of several rows: the triples of mx.quantize, padded on the left."""
+
+    @classmethod
+    def of(cls, caches: SequenceOf[_QuantKV]) -> "_BatchQuantKV":
+        longest = max(cache.size() for cache in caches)
+        batch = cls([longest - cache.size() for cache in caches])
+        batch.bits, batch.group_size = caches[0].bits, caches[0].group_size
+        filled = [cache for cache in caches if cache.keys is not None]
+        if not filled:
+            return batch
+        like = filled[0]
+        for name in ("keys", "values"):
+            rows = [
+                _right_justified(getattr(cache, name), cache.offset, longest, getattr(like, name))
+                for cache in caches
+            ]
+            setattr(batch, name, tree_map(lambda *parts: mx.concatenate(list(parts)), *rows))
+        batch.offset = batch.offset + longest
+        batch._idx = longest
+        return batch
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        start, self._idx = self._idx, self._idx + keys.shape[2]
+        self.offset = self.offset + keys.shape[2]
+        self.keys = self._append(self.keys, keys, start)
+        self.values = self._append(self.values, values, start)
+        return self.keys_and_values()
+
+    def _append(self, held: Any, new: mx.array, start: int) -> Any:
+        packed = mx.quantize(new, group_size=self.group_size, bits=self.bits)
+        if held is None or start + new.shape[2] > held[0].shape[2]:
+            room = -(-new.shape[2] // self.step) * self.step
+            empty = tree_map(
+                lambda part: mx.zeros((*part.shape[:2], room, part.shape[3]), part.dtype), packed
+            )
+            if held is None:
+                held = empty
+            else:
+                held = tree_map(
+                    lambda old, more: mx.concatenate([old[:, :, :start], more], axis=2),
+                    held,
+                    empty,
+                )
+        for part, fresh in zip(held, packed, strict=True):
+            part[:, :, start : self._idx] = fresh
+        return held
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        held = tree_map(lambda part: part[:, :, : self._idx], (self.keys, self.values))
+        return held[0], held[1]
+
+    def extend(self, other: "_BatchKV") -> None:
+        assert isinstance(other, _BatchQuantKV)
+        longest = max(self._idx, other._idx)
+        mine = [pad + longest - self._idx for pad in self._pads]
+        theirs = [pad + longest - other._idx for pad in other._pads]
+        for name in ("keys", "values"):
+            like = getattr(self, name) or getattr(other, name)
+            if like is not None:
+                pair = [
+                    _right_justified(getattr(c, name), c._idx, longest, like, len(c._pads))
+                    for c in (self, other)
+                ]
+                setattr(self, name, tree_map(lambda a, b: mx.concatenate([a, b]), *pair))
+        self.offset = mx.concatenate([self.offset, other.offset])
+        self._pads = mine + theirs
+        self.left_padding = mx.array(self._pads)
+        self._idx = longest
+
+    def extract(self, idx: int) -> Any:
+        cache = _QuantKV(self.group_size, self.bits)
+        pad = self._pads[idx]
+        cache.keys, cache.values = tree_map(
+            lambda part: mx.contiguous(part[idx : idx + 1, :, pad : self._idx]),
+            (self.keys, self.values),
+        )
+        cache.offset = self._idx - pad
+        return cache
+
+
+def _right_justified(held: Any, size: int, longest: int, like: Any, num_rows: int = 1) -> Any:
+    """Triples of `size` tokens as triples of `longest`, zeros on the left."""
+    if held is None:
+        return tree_map(
+            lambda part: mx.zeros((num_rows, part.shape[1], longest, part.shape[3]), part.dtype),
+            like,
+        )
+    width = [(0, 0), (0, 0), (longest - size, 0), (0, 0)]
+    return tree_map(lambda part: mx.pad(part[:, :, :size], width), held)
+
+
+def quantized(layer: Any, kv_bits: KVBits) -> Any:
+    """The quantised form of a layer's empty cache; kinds that have none stay as they are."""
+    if isinstance(layer, CacheList):
+        return CacheList(*(quantized(inner, kv_bits) for inner in layer.caches))
+    if type(layer) is KVCache:
+        return _QuantKV(kv_bits.group_size, kv_bits.bits)
+    return layer
