@@ -26,12 +26,21 @@ _EXIT_FAILED = 1
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
     """A model and the runner that drives it, warmed up. Runs on the lane; raises LoadError."""
+    from mlxlite.caches import KVBits
     from mlxlite.model import load as load_model
+    from mlxlite.model import memory_budget
     from mlxlite.runner import ModelRunner
+    from mlxlite.sequence import LoadError
 
     model = load_model(config)
-    runner = ModelRunner(model.network)
-    runner.warm_up()
+    kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
+    try:
+        runner = ModelRunner(model.network, kv_bits=kv_bits, memory_bytes=memory_budget(config))
+        runner.warm_up()
+    except (ValueError, RuntimeError) as error:
+        if kv_bits is None:
+            raise
+        raise LoadError(f"this model cannot run with --kv-bits {config.kv_bits}: {error}") from None
     return model, runner
 
 

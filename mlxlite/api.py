@@ -5,15 +5,16 @@ one place. An answer is built from the same outputs whether it streams (`ChatChu
 (`chat_completion`). Nothing here knows a clock, a socket or a model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.sequence import Delta, Done, FinishReason, Usage
+from mlxlite.sequence import Delta, Done, FinishReason, Logprobs, Usage
 
+MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
 _MAX_ECHO = 200  # characters of the client's own input that an error repeats (vLLM's bound)
 
 
@@ -156,43 +157,88 @@ def failure(done: Done) -> APIError:
     return APIError(Cause.MODEL_FAILED, done.error or "the model failed")
 
 
-def chat_completion(envelope: Envelope, text: str, done: Done) -> bytes:
-    """The whole answer of a request that does not stream. Raises APIError for a failed sequence."""
-    if done.reason is FinishReason.ERROR:
-        raise failure(done)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": _FINISH_REASONS[done.reason],
-    }
-    return orjson.dumps(
-        envelope.as_json("chat.completion")
-        | {
-            "choices": [choice],
-            "usage": usage_json(done.usage),
-            "timings": timings_json(done.usage),
-        }
+TokenBytes = Callable[[int], bytes]
+
+
+def logprobs_json(
+    logprobs: Iterable[tuple[int, Logprobs]], token_bytes: TokenBytes
+) -> list[dict[str, Any]]:
+    """OpenAI's `logprobs.content`: each token as text, as bytes, and with its rivals."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = token_bytes(token)
+        text = raw.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
+
+    return [
+        entry(token, item.drawn) | {"top_logprobs": [entry(*rival) for rival in item.top]}
+        for token, item in logprobs
+    ]
+
+
+def total_usage(dones: Sequence[Done]) -> Usage:
+    """One answer's usage: the prompt counts once, whatever the number of choices."""
+    usages = [done.usage for done in dones]
+    return replace(
+        usages[0],
+        num_output=sum(usage.num_output for usage in usages),
+        decode_s=max(usage.decode_s for usage in usages),
     )
 
 
-class ChatChunks:
-    """The payloads of one streamed answer, in order: `role`, `text`…, then `end` or an error.
+@dataclass(slots=True)
+class Choice:
+    """What one sequence has said so far, for an answer that does not stream."""
 
-    The frame around a piece of text never changes, so it is built once: a token costs one JSON
-    string.
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] | None = None
+    done: Done | None = None
+
+    def as_json(self, index: int) -> dict[str, Any]:
+        assert self.done is not None
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(self.texts), "refusal": None},
+            "logprobs": None if self.logprobs is None else {"content": self.logprobs},
+            "finish_reason": _FINISH_REASONS[self.done.reason],
+        }
+
+
+def chat_completion(envelope: Envelope, choices: Sequence[Choice]) -> bytes:
+    """The whole answer of a request that does not stream. Raises APIError for a failed one."""
+    dones = [choice.done for choice in choices if choice.done is not None]
+    assert len(dones) == len(choices)
+    for done in dones:
+        if done.reason is FinishReason.ERROR:
+            raise failure(done)
+    usage = total_usage(dones)
+    answer = envelope.as_json("chat.completion")
+    answer |= {"choices": [choice.as_json(i) for i, choice in enumerate(choices)]}
+    answer |= {"usage": usage_json(usage), "timings": timings_json(usage)}
+    return orjson.dumps(answer)
+
+
+class ChatChunks:
+    """The payloads of one streamed answer: for each choice `role`, `text`…, `finish`; then `usage`.
+
+    The frame around a piece of text never changes, so it is built once for each choice: a token
+    costs one JSON string.
     """
 
-    def __init__(self, envelope: Envelope, *, include_usage: bool) -> None:
+    def __init__(self, envelope: Envelope, *, num_choices: int, include_usage: bool) -> None:
         self._envelope = envelope
         self._include_usage = include_usage
         mark = "\0"
-        frame = orjson.dumps(self._chunk({"content": mark}))
-        self._head, self._tail = frame.split(orjson.dumps(mark))
+        self._frames = [
+            orjson.dumps(self._chunk(i, {"content": mark})).split(orjson.dumps(mark))
+            for i in range(num_choices)
+        ]
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    ) -> dict[str, Any]:
         choice = {
-            "index": 0,
+            "index": index,
             "delta": delta,
             "logprobs": None,
             "finish_reason": finish_reason,
@@ -200,26 +246,36 @@ class ChatChunks:
         chunk = self._envelope.as_json("chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self._include_usage else chunk
 
-    def role(self) -> bytes:
-        return orjson.dumps(self._chunk({"role": "assistant", "content": ""}))
+    def role(self, index: int) -> bytes:
+        return orjson.dumps(self._chunk(index, {"role": "assistant", "content": ""}))
 
-    def text(self, delta: Delta) -> bytes:
-        return self._head + orjson.dumps(delta.text) + self._tail
+    def text(self, index: int, delta: Delta, token_bytes: TokenBytes) -> bytes:
+        if not delta.logprobs:
+            head, tail = self._frames[index]
+            return head + orjson.dumps(delta.text) + tail
+        chunk = self._chunk(index, {"content": delta.text})
+        chunk["choices"][0]["logprobs"] = {"content": logprobs_json(delta.logprobs, token_bytes)}
+        return orjson.dumps(chunk)
 
-    def end(self, done: Done) -> list[bytes]:
-        """The finish chunk and, where it was asked for, the usage chunk.
+    def finish(self, index: int, done: Done, total: Usage | None) -> bytes:
+        """A choice's finish chunk; the last one carries the `total` usage and timings.
 
-        Without `include_usage` the finish chunk carries the usage (the seed's clients rely on it);
-        with it, only the separate chunk does, or clients that add up would count twice.
+        With `include_usage` only the separate chunk has the usage, or clients that add up would
+        count it twice; the timings stay.
         """
-        finish = self._chunk({}, _FINISH_REASONS[done.reason])
-        finish["timings"] = timings_json(done.usage)
+        chunk = self._chunk(index, {}, _FINISH_REASONS[done.reason])
+        if total is not None:
+            chunk["timings"] = timings_json(total)
+            if not self._include_usage:
+                chunk["usage"] = usage_json(total)
+        return orjson.dumps(chunk)
+
+    def usage(self, total: Usage) -> bytes | None:
+        """The separate usage chunk, where it was asked for."""
         if not self._include_usage:
-            finish["usage"] = usage_json(done.usage)
-            return [orjson.dumps(finish)]
-        usage = self._envelope.as_json("chat.completion.chunk")
-        usage |= {"choices": [], "usage": usage_json(done.usage)}
-        return [orjson.dumps(finish), orjson.dumps(usage)]
+            return None
+        chunk = self._envelope.as_json("chat.completion.chunk")
+        return orjson.dumps(chunk | {"choices": [], "usage": usage_json(total)})
 
 
 @dataclass(frozen=True, slots=True)

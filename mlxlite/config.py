@@ -36,6 +36,7 @@ _BOOLEANS = {
 # What a client can put into a header, hmac.compare_digest can compare, and a comma can separate.
 _API_KEY = re.compile(r"[!-+\--~]+")
 _API_KEY_TEXT = "visible ASCII characters without a comma"
+_SIZE = re.compile(r"(?=.*[1-9])([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
 
 
@@ -58,8 +59,8 @@ class _Flag:
     env_aliases: tuple[str, ...] = ()  # read after MLXLITE_<FLAG>, in this order
     minimum: float = 0  # no number here can be negative
     maximum: float = math.inf
-    choices: tuple[str, ...] = ()
-    item: re.Pattern[str] | None = None  # what every item of a list must match in full
+    choices: tuple[object, ...] = ()
+    item: re.Pattern[str] | None = None  # what a text, or each one of a list, must match in full
     item_text: str = ""  # ... in words
     is_secret: bool = False  # never repeat the value
 
@@ -73,6 +74,7 @@ _MODEL = "Model"
 _NETWORK = "Network"
 _SECURITY = "Security"
 _SCHEDULING = "Scheduling"
+_MEMORY = "Memory"
 _LIMITS = "Limits"
 _PROCESS = "Process"
 _NOT_IN_EFFECT = "Not yet in effect"  # the app that launches us passes these, so they must parse
@@ -97,6 +99,9 @@ class Config:
         "NAME",
         "the model's name in /v1/models and in answers",
         default_text="derived from --model",
+    )
+    adapter_path: str | None = _flag(
+        None, _MODEL, "PATH", "a LoRA adapter's directory, applied at start"
     )
     chat_template: str | None = _flag(
         None,
@@ -179,6 +184,33 @@ class Config:
         minimum=1,
     )
 
+    kv_bits: int = _flag(
+        0,
+        _MEMORY,
+        "BITS",
+        "keep keys and values in 4 or 8 bits; 0 = as the model computes them",
+        choices=(0, 4, 8),
+    )
+    kv_group_size: int = _flag(
+        64,
+        _MEMORY,
+        "CHANNELS",
+        "channels that share a scale where --kv-bits is on",
+        choices=(32, 64, 128),
+    )
+    memory_limit: str | None = _flag(
+        None,
+        _MEMORY,
+        "SIZE",
+        "most memory for weights, caches and work, such as 12GB",
+        default_text="what the device recommends; on a CPU 70% of the RAM",
+        item=_SIZE,
+        item_text="a size such as 12GB",
+    )
+
+    request_timeout_s: float = _flag(
+        0, _LIMITS, "S", "longest time from a request's arrival to its end; 0 = none"
+    )
     max_queue: int = _flag(
         256, _LIMITS, "N", "sequences that may wait; beyond that the answer is 429", minimum=1
     )
@@ -265,6 +297,15 @@ class Config:
         except (OSError, RuntimeError):
             return self.model  # no path, so a Hugging Face id; the loader says if it is neither
         return path.name if path.is_dir() else path.parent.name
+
+    def memory_limit_bytes(self) -> int | None:
+        """`memory_limit` in bytes: a number with an optional KB, MB, GB or TB, powers of 1000."""
+        if self.memory_limit is None:
+            return None
+        match = _SIZE.fullmatch(self.memory_limit)
+        assert match is not None, "__post_init__ has seen to it"
+        number, unit = match.groups()
+        return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
 
     def api_keys(self) -> tuple[str, ...]:
         """Every accepted key, those of flag or environment first, then the file's; each one once.
@@ -435,14 +476,15 @@ def _complaint(f: Field[Any], value: Any) -> str | None:
     if not kind.accepts(value):
         return f"must be {kind.wants}{_shown(f, value)}"
     if flag.choices and value not in flag.choices:
-        return f"must be one of {', '.join(flag.choices)}{_shown(f, value)}"
+        return f"must be one of {', '.join(map(str, flag.choices))}{_shown(f, value)}"
     if f.type in (int, float) and not flag.minimum <= value <= flag.maximum:
         limits = f"at least {flag.minimum}"
         if flag.maximum != math.inf:
             limits = f"between {flag.minimum} and {flag.maximum}"
         return f"must be {limits}{_shown(f, value)}"
-    if flag.item is not None:
-        bad = next((item for item in value if not flag.item.fullmatch(item)), None)
+    if flag.item is not None and value is not None:
+        items = (value,) if isinstance(value, str) else value
+        bad = next((item for item in items if not flag.item.fullmatch(item)), None)
         return None if bad is None else f"must be {flag.item_text}{_shown(f, bad)}"
     return None
 

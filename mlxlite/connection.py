@@ -13,15 +13,19 @@ sequence's outputs into an exchange).
 """
 
 import asyncio
+import errno
 import logging
+import os
 import secrets
+import socket
 from collections.abc import Callable
 from email.utils import formatdate
+from functools import partial
 from time import perf_counter
 from typing import Protocol
 
 from mlxlite import api, http1
-from mlxlite.sequence import Delta, Done, FinishReason, Output
+from mlxlite.sequence import Delta, Done, FinishReason, Output, Sink
 
 log = logging.getLogger("mlxlite.connection")
 
@@ -42,6 +46,38 @@ EVENTS: Fields = (
     ("cache-control", "no-cache"),
     ("x-accel-buffering", "no"),  # nginx would hold frames back
 )
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A Unix socket that only its owner may use. Raises OSError, as when a server answers there."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except FileNotFoundError:
+        pass
+    except ConnectionRefusedError:  # left by a process that was killed
+        os.unlink(path)
+    else:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def is_json(headers: http1.Headers) -> bool:
+    """Whether a body may be taken for JSON.
+
+    curl's -d says x-www-form-urlencoded, and some clients say nothing; so may any web page, without
+    asking first, but a page names its origin.
+    """
+    media_type = headers.get("content-type").partition(";")[0].strip().lower()
+    if media_type in ("", "application/x-www-form-urlencoded"):
+        return "origin" not in headers
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 def _nothing() -> None:
@@ -244,12 +280,13 @@ class Exchange:
         is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         self.request_id = given if is_usable else _new_request_id()
         self.label = "other"  # the route, for the metrics
-        self.sequence_id: int | None = None
+        self.sequence_ids: tuple[int, ...] = ()
         self.extra_headers: list[tuple[str, str]] = []
         self.has_body = False  # the request has been read to its end
         self.is_lost = False  # the client went away
         self.is_answered = False  # the answer has begun
-        self.on_end: Callable[[], object] = _nothing  # the sequence has had its Done
+        self.is_ended = False  # nothing more will be said
+        self.on_end: Callable[[], object] = _nothing
         self._written_at: float | None = None  # of a stream: when it last said anything
 
     def __repr__(self) -> str:
@@ -290,6 +327,11 @@ class Exchange:
             self._client.write(self._client.http.end_stream())
             self._client.finished()
 
+    def end(self) -> None:
+        """Nothing more will be said here: the server may forget it, and stop what still runs."""
+        self.is_ended = True
+        self.on_end()
+
     def beat(self, now: float) -> None:
         """A comment in a stream that has long been silent: proxies cut what looks dead."""
         if self._written_at is not None and now - self._written_at > HEARTBEAT_S:
@@ -297,57 +339,88 @@ class Exchange:
 
 
 class ChatSink:
-    """The sink of one chat: outputs to chunks as they come, or all of them to one body."""
+    """Where the outputs of one chat's sequences go: chunks as they come, or one body at the end."""
 
     def __init__(
-        self, exchange: Exchange, envelope: api.Envelope, chunks: api.ChatChunks | None
+        self,
+        exchange: Exchange,
+        envelope: api.Envelope,
+        chunks: api.ChatChunks | None,
+        *,
+        num_choices: int,
+        has_logprobs: bool,
+        token_bytes: api.TokenBytes,
     ) -> None:
         self._exchange = exchange
         self._envelope = envelope
         self._chunks = chunks  # None: not a stream
-        self._texts: list[str] = []
+        self._token_bytes = token_bytes
+        self._choices = [
+            api.Choice(logprobs=[] if has_logprobs else None) for _ in range(num_choices)
+        ]
+        self._num_left = num_choices
 
     def start(self) -> None:
-        """A stream's head and role leave at once: the client knows that it is in the queue."""
+        """A stream's head and roles leave at once: the client knows that it is in the queue."""
         if self._chunks is not None:
             self._exchange.start_stream()
-            self._exchange.write(http1.sse_data(self._chunks.role()))
+            for index in range(len(self._choices)):
+                self._send(self._chunks.role(index))
 
-    def __call__(self, output: Output) -> None:
-        match output:
-            case Delta():
-                if self._chunks is None:
-                    self._texts.append(output.text)
-                else:
-                    self._exchange.write(http1.sse_data(self._chunks.text(output)))
-            case Done():
-                self._exchange.on_end()
-                self._log(output)
-                self._end(output)
+    def choice(self, index: int) -> Sink:
+        """The sink of one sequence."""
+        return partial(self._take, index)
 
-    def _end(self, done: Done) -> None:
-        if self._chunks is None:
-            try:
-                body = api.chat_completion(self._envelope, "".join(self._texts), done)
-            except api.APIError as error:
-                self._exchange.fail(error)
-            else:
-                self._exchange.respond(200, body)
+    def _send(self, payload: bytes) -> None:
+        self._exchange.write(http1.sse_data(payload))
+
+    def _take(self, index: int, output: Output) -> None:
+        choice = self._choices[index]
+        if self._exchange.is_ended:  # another choice has failed, and this one is on its way out
             return
-        if done.reason is FinishReason.ERROR:
+        match output:
+            case Delta() if self._chunks is not None:
+                self._send(self._chunks.text(index, output, self._token_bytes))
+            case Delta():
+                choice.texts.append(output.text)
+                if choice.logprobs is not None:
+                    choice.logprobs += api.logprobs_json(output.logprobs, self._token_bytes)
+            case Done():
+                choice.done = output
+                self._num_left -= 1
+                self._log(output)
+                self._done(index, output)
+
+    def _done(self, index: int, done: Done) -> None:
+        """One choice has ended; with the last one, or the first that failed, the answer does."""
+        total = api.total_usage([c.done for c in self._choices if c.done is not None])
+        is_last = self._num_left == 0 or done.reason is FinishReason.ERROR
+        if self._chunks is None:
+            if is_last:
+                self._respond(done)
+        elif done.reason is FinishReason.ERROR:
             # Both forms: OpenAI's clients read the data line, the launching app the other.
             failure = api.failure(done)
-            self._exchange.write(http1.sse_data(failure.body()))
+            self._send(failure.body())
             self._exchange.write(http1.sse_field("error", failure.line()))
         else:
-            for payload in self._chunks.end(done):
-                self._exchange.write(http1.sse_data(payload))
-        self._exchange.write(http1.SSE_DONE)
-        self._exchange.end_stream()
+            self._send(self._chunks.finish(index, done, total if is_last else None))
+            if is_last and (usage := self._chunks.usage(total)) is not None:
+                self._send(usage)
+        if is_last:
+            if self._chunks is not None:
+                self._exchange.write(http1.SSE_DONE)
+                self._exchange.end_stream()
+            self._exchange.end()
+
+    def _respond(self, done: Done) -> None:
+        if done.reason is FinishReason.ERROR:
+            self._exchange.fail(api.failure(done))
+        else:
+            self._exchange.respond(200, api.chat_completion(self._envelope, self._choices))
 
     def _log(self, done: Done) -> None:
         usage = done.usage
-        itl_ms = usage.decode_s * 1000 / max(1, usage.num_output - 1)
         log.info(
             "%s in %d (+%d cached) queue %.2fs ttft %.2fs out %d itl %.0fms %s",
             self._exchange.request_id,
@@ -356,6 +429,6 @@ class ChatSink:
             usage.queue_s,
             usage.queue_s + usage.prefill_s,
             usage.num_output,
-            itl_ms,
+            usage.decode_s * 1000 / max(1, usage.num_output - 1),
             done.reason.value,
         )

@@ -10,9 +10,10 @@ Past `parse_chat` there are no dicts with string keys until an answer is built, 
 to the model's own template (`Message.as_template`, `template_kwargs`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Final
 
@@ -23,6 +24,10 @@ from mlxlite.sequence import SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 1024  # each; bounds the text a stream holds back
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20  # OpenAI's and vLLM's
+MAX_LOGIT_BIAS = 1024  # tokens (vLLM has no bound, OpenAI's is about 300)
+MAX_PENALTY_WINDOW = 8192  # tokens, kept for each row
 
 
 class Role(Enum):
@@ -90,6 +95,19 @@ class ChatRequest:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_tokens: int = 0
+    top_logprobs: int | None = None  # None: no logprobs at all
+    ignore_eos: bool = False
+    stop_tokens: tuple[int, ...] = ()
+    num_choices: int = 1
+    priority: int = 0
     stop: tuple[str, ...] = ()
     is_stream: bool = False
     include_usage: bool = False
@@ -113,6 +131,15 @@ class ChatRequest:
             top_k=given(self.top_k, defaults.top_k),
             min_p=given(self.min_p, defaults.min_p),
             seed=given(self.seed, seed) % 2**64,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            penalty_window=self.penalty_window,
+            logit_bias=self.logit_bias,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            min_tokens=self.min_tokens,
+            top_logprobs=self.top_logprobs,
         )
 
 
@@ -144,24 +171,29 @@ def parse_chat(body: bytes) -> ChatRequest:
                 raise bad(f"'{name}' and its other name '{key}' disagree.", name)
     if "messages" not in read:
         raise bad("'messages' is required.", "messages")
-    options = read.get("stream_options")
-    if options is not None and not read.get("stream"):
+    _check_together(read)
+    renamed = {
+        "is_stream": read.get("stream", False),
+        "include_usage": bool(read.get("stream_options")),
+        "top_logprobs": read.get("top_logprobs", 0) if read.get("logprobs") else None,
+        "num_choices": read.get("n", 1),
+        "stop_tokens": read.get("stop_token_ids", ()),
+        "template_kwargs": read.get("chat_template_kwargs", {}),
+        "penalty_window": read.get("repetition_context_size", 0),
+        "ignored": tuple(sorted(name for name in value if name not in FIELDS)),
+    }
+    same = {item.name for item in fields(ChatRequest)} & set(read)
+    return ChatRequest(**({name: read[name] for name in same} | renamed))
+
+
+def _check_together(read: Mapping[str, Any]) -> None:
+    """What single fields cannot know of one another. Raises APIError 400."""
+    if read.get("stream_options") is not None and not read.get("stream"):
         raise bad("'stream_options' needs 'stream': true.", "stream_options")
-    return ChatRequest(
-        messages=read["messages"],
-        model=read.get("model"),
-        max_tokens=read.get("max_tokens"),
-        temperature=read.get("temperature"),
-        top_p=read.get("top_p"),
-        top_k=read.get("top_k"),
-        min_p=read.get("min_p"),
-        seed=read.get("seed"),
-        stop=read.get("stop", ()),
-        is_stream=read.get("stream", False),
-        include_usage=bool(options),
-        template_kwargs=read.get("chat_template_kwargs", {}),
-        ignored=tuple(sorted(name for name in value if name not in FIELDS)),
-    )
+    if read.get("top_logprobs") and not read.get("logprobs"):
+        raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    if read.get("min_tokens", 0) > (read.get("max_tokens") or math.inf):
+        raise bad("'min_tokens' must not be more than 'max_tokens'.", "min_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +346,37 @@ def _template_kwargs(value: Any, param: str) -> dict[str, Any]:
     if not isinstance(kwargs.get("enable_thinking", True), bool):
         raise _wrong(f"{param}.enable_thinking", "a boolean", kwargs["enable_thinking"])
     return kwargs
+
+
+def _penalty_window(value: Any, param: str) -> int:
+    """-1 is llama-server's «all of them»."""
+    number: int = _integer(-1, MAX_PENALTY_WINDOW)(value, param)
+    if number == 0:
+        raise bad(f"'{param}' must be at least 1, or -1 for all.", param)
+    return max(number, 0)
+
+
+def _logit_bias(value: Any, param: str) -> tuple[tuple[int, float], ...]:
+    """OpenAI's map of token ids, which are strings in JSON, to -100..100."""
+    if value == []:
+        return ()
+    bias = _object(value, param)
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise bad(f"'{param}' may hold at most {MAX_LOGIT_BIAS} tokens.", param)
+    for name in bias:
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise bad(f"'{param}' must be keyed by token ids, not {clip(name)!r}.", param)
+    read = _number(-100, 100)
+    return tuple((int(name), read(item, f"{param}.{name}")) for name, item in bias.items())
+
+
+def _token_ids(value: Any, param: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise _wrong(param, "an array of integers", value)
+    if len(value) > MAX_LOGIT_BIAS:
+        raise bad(f"'{param}' may hold at most {MAX_LOGIT_BIAS} tokens.", param)
+    read = _integer(0, 2**31 - 1)
+    return tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
 
 
 def _off(*values: Any) -> Reader:
@@ -475,7 +538,26 @@ FIELDS: Final[Mapping[str, Field]] = {
     "metadata": _accepted(_object),
     "store": _accepted(_flag, "nothing is stored"),
     "parallel_tool_calls": _accepted(_flag, "without tools it has no effect"),
-    "n": _refused(1, note="only 1"),
+    "n": _works(_integer(1, MAX_CHOICES), f"up to {MAX_CHOICES}; one prefill serves them all"),
+    "presence_penalty": _works(_number(-2, 2), "over the output"),
+    "frequency_penalty": _works(_number(-2, 2), "over the output"),
+    "repetition_penalty": _works(
+        _number(0, 100, is_low_open=True), "over prompt and output; 1 is off"
+    ),
+    "repeat_penalty": _works(_number(0, 100, is_low_open=True), "the same", "repetition_penalty"),
+    "repetition_context_size": _works(
+        _penalty_window, "the last so many tokens count for penalties; default: all"
+    ),
+    "repeat_last_n": _works(_penalty_window, "the same; -1 is all", "repetition_context_size"),
+    "logit_bias": _works(_logit_bias, "token id to -100..100"),
+    "xtc_probability": _works(_number(0, 1), "0 is off"),
+    "xtc_threshold": _works(_number(0, 1), "default 0.1"),
+    "logprobs": _works(_flag, "of the drawn tokens, before any sampling setting"),
+    "top_logprobs": _works(_integer(0, MAX_TOP_LOGPROBS), f"0 to {MAX_TOP_LOGPROBS}"),
+    "min_tokens": _works(_integer(0, 2**31 - 1), "no end before so many tokens"),
+    "ignore_eos": _works(_flag, "only max_tokens and stop end the answer"),
+    "stop_token_ids": _works(_token_ids, "end the answer like its end-of-sequence token"),
+    "priority": _works(_integer(-(2**31), 2**31 - 1), "lower goes first; default 0"),
     "response_format": _refused({"type": "text"}, note="only text"),
     "tool_choice": _refused("none", "auto"),
     "function_call": _refused("none", "auto"),
@@ -484,11 +566,10 @@ FIELDS: Final[Mapping[str, Field]] = {
     "chat_template": _refused(note="a template is code: set it with --chat-template"),
     "continue_final_message": _refused(False, note="a trailing assistant message is continued"),
     "add_generation_prompt": _refused(True),
-    **_refused_each("repetition_penalty repeat_penalty typical_p", 1),
-    **_refused_each("top_logprobs presence_penalty frequency_penalty priority min_tokens", 0),
-    **_refused_each("xtc_probability mirostat dry_multiplier", 0),
-    **_refused_each("logprobs ignore_eos echo return_progress timings_per_token", False),
-    **_refused_each("logit_bias tools functions stop_token_ids", {}, []),
+    **_refused_each("typical_p", 1),
+    **_refused_each("mirostat dry_multiplier", 0),
+    **_refused_each("echo return_progress timings_per_token", False),
+    **_refused_each("tools functions", []),
     **_refused_each("audio prediction web_search_options reasoning_effort structured_outputs"),
     **_refused_each("guided_json guided_regex guided_choice guided_grammar json_schema grammar"),
     "top_n_sigma": _refused(-1),

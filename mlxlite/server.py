@@ -11,15 +11,13 @@ Reading order: `Server`: its life, who may ask, its routes.
 
 import asyncio
 import contextlib
-import errno
 import hmac
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from time import perf_counter, time
 from typing import Any, Final, Self
@@ -28,7 +26,7 @@ from urllib.parse import quote, urlsplit
 from mlxlite import __version__, api, http1
 from mlxlite.api import Cause
 from mlxlite.config import Config
-from mlxlite.connection import JSON, ChatSink, Client, Exchange, Fields
+from mlxlite.connection import JSON, ChatSink, Client, Exchange, Fields, bind_unix, is_json
 from mlxlite.engine import Engine, EngineFailed, EngineOptions, Lane, QueueFull
 from mlxlite.metrics import Metrics
 from mlxlite.request import ChatRequest, parse_cancel, parse_chat
@@ -44,6 +42,8 @@ from mlxlite.sequence import (
 
 log = logging.getLogger("mlxlite.server")
 
+MIN_CONTEXT = 16  # tokens; a server with less is of no use
+LONG_BODY_BYTES = 32 << 10  # a longer body renders beside the short ones, not before them
 SWEEP_S = 0.25  # how often deadlines are looked at
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
 _MAX_IGNORED_NAMES = 256  # logged once each; bounds the table
@@ -114,7 +114,7 @@ class Server:
         self._loaded: asyncio.Future[None] | None = None
         self._listener: asyncio.Server | None = None
         self._lane: Lane | None = None
-        self._executor: ThreadPoolExecutor | None = None
+        self._executors: tuple[ThreadPoolExecutor, ...] = ()
         self._routes = self._make_routes()
         self.metrics = Metrics(
             model_name=config.served_id,
@@ -130,7 +130,7 @@ class Server:
         loop = asyncio.get_running_loop()
         if self.config.uds is not None:
             self._listener = await loop.create_unix_server(
-                lambda: Client(self), sock=_bind_unix(self.config.uds)
+                lambda: Client(self), sock=bind_unix(self.config.uds)
             )
         else:
             self._listener = await loop.create_server(
@@ -138,8 +138,10 @@ class Server:
             )
         self.phase = Phase.LOADING
         self._lane = Lane()
-        # Two threads: a long prompt's tokenizing must not hold up a short one's.
-        self._executor = ThreadPoolExecutor(2, thread_name_prefix="mlxlite-render")
+        # One thread for short bodies, in order of arrival, and one for long ones, which take long.
+        self._executors = tuple(
+            ThreadPoolExecutor(1, thread_name_prefix="mlxlite-render") for _ in range(2)
+        )
         self._loaded = loop.create_future()
         self._spawn(self._live(), self._died)
         self._spawn(self._sweep(), self._died)
@@ -149,21 +151,36 @@ class Server:
         assert self._loaded is not None
         assert self._lane is not None
         try:
-            model, runner = await self._lane.run(self._load, self.config)
+            self._ready = self._assemble(*await self._lane.run(self._load, self.config))
         except LoadError as error:
             self.phase = Phase.FAILED
             self._loaded.set_exception(error)
             return
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+        self._loaded.set_result(None)
+        await self._ready.engine.run()
+
+    def _assemble(self, model: ServedModel, runner: Runner) -> _Ready:
+        """The engine around a loaded model. Raises LoadError when no sequence would fit."""
+        assert self._lane is not None
         config = self.config
+        context_size = runner.memory.max_tokens(model.context_size)
+        if context_size < min(MIN_CONTEXT, model.context_size):
+            raise LoadError(f"insufficient memory: {context_size} tokens fit; see --memory-limit")
+        if context_size < model.context_size:
+            log.warning("memory limits the context to %d tokens", context_size)
         policy = Policy(
             max_rows=max(1, config.max_batch_size),
             continuous=config.enable_continuous_batching,
             chunk_size=config.prefill_chunk_size,
+            memory=runner.memory,
         )
         options = EngineOptions(
             max_queue=config.max_queue,
             gather_s=config.batch_timeout_ms / 1000,
             prefill_budget_s=config.prefill_budget_ms / 1000,
+            timeout_s=config.request_timeout_s or None,
         )
         engine = Engine(
             Scheduler(policy),
@@ -173,12 +190,7 @@ class Server:
             observer=self.metrics,
             options=options,
         )
-        card = api.ModelCard(model.id, int(time()), model.context_size)
-        self._ready = _Ready(model, engine, card)
-        if self.phase is Phase.LOADING:
-            self.phase = Phase.READY
-        self._loaded.set_result(None)
-        await engine.run()
+        return _Ready(model, engine, api.ModelCard(model.id, int(time()), context_size))
 
     async def ready(self) -> None:
         """Return once the model is loaded. Raises LoadError."""
@@ -204,8 +216,9 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._lane is not None and self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in self._executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+        if self._lane is not None:
             await self._lane.close(timeout_s=_FAREWELL_S)
             if self.config.uds is not None:
                 with contextlib.suppress(FileNotFoundError):
@@ -280,6 +293,8 @@ class Server:
             await asyncio.sleep(SWEEP_S)
             self.metrics.loop_lag(max(0.0, loop.time() - due_at))
             now = perf_counter()
+            if self._ready is not None:
+                self._ready.engine.expire(now)
             for client in list(self._clients):
                 client.tick(now)
 
@@ -305,7 +320,7 @@ class Server:
         if not route.is_open and not self._is_authorized(head.headers):
             headers = (("www-authenticate", "Bearer"),)
             raise api.APIError(Cause.UNAUTHORIZED, "Unauthorized", headers=headers)
-        if head.method == "POST" and not _is_json(head.headers):
+        if head.method == "POST" and not is_json(head.headers):
             raise api.APIError(Cause.MEDIA_TYPE, "the body must be application/json")
 
     def _is_authorized(self, headers: http1.Headers) -> bool:
@@ -395,13 +410,15 @@ class Server:
         raise api.later(Cause.UNAVAILABLE, message, retry_after_s)
 
     def _health(self, exchange: Exchange, _body: bytes) -> None:
-        if self.phase is Phase.READY:
+        engine = self._ready.engine if self._ready is not None else None
+        reason = engine.trouble(perf_counter()) if engine is not None else None
+        if self.phase is Phase.READY and reason is None:
             size, continuous = self.config.max_batch_size, self.config.enable_continuous_batching
             enabled = f"enabled (max batch: {size}, continuous: {str(continuous).lower()})"
             exchange.respond(200, api.health("ok", enabled if size > 0 else "disabled"))
             return
-        reason = self._ready.engine.failure if self._ready is not None else None
-        body = api.health(self.phase.value, reason=reason)
+        status = Phase.FAILED.value if reason is not None else self.phase.value
+        body = api.health(status, reason=reason)
         exchange.respond(503, body, (*JSON, ("retry-after", "2")))
 
     def _metrics(self, exchange: Exchange, _body: bytes) -> None:
@@ -427,8 +444,8 @@ class Server:
         wanted = parse_cancel(body).id
         found = [e for id, e in self._exchanges.items() if wanted in (None, id)]
         for other in found:
-            if other.sequence_id is not None:
-                engine.cancel(other.sequence_id)
+            for id in other.sequence_ids:
+                engine.cancel(id)
         exchange.respond(200, api.cancelled(len(found)))
 
     def _chat(self, exchange: Exchange, body: bytes) -> None:
@@ -440,9 +457,8 @@ class Server:
         """Parse and render off the loop, then hand the sequence over; the sink does the rest."""
         loop = asyncio.get_running_loop()
         try:
-            request, prompt = await loop.run_in_executor(
-                self._executor, _prepare, ready.model, body
-            )
+            executor = self._executors[len(body) > LONG_BODY_BYTES]
+            request, prompt = await loop.run_in_executor(executor, _prepare, ready.model, body)
             if not exchange.is_lost and not exchange.is_answered:
                 self._generate(ready, exchange, request, prompt)
         except api.APIError as error:
@@ -453,36 +469,70 @@ class Server:
     ) -> None:
         model = ready.model
         self._need_model()  # the phase may have changed while the prompt was rendered
-        num_left = model.context_size - len(prompt.tokens)
-        if num_left < 1:
-            raise api.context_exceeded(len(prompt.tokens), model.context_size)
         self._note_ignored(exchange, request.ignored)
-        self._num_sequences += 1
-        sequence = Sequence(
-            id=self._num_sequences,
-            prompt=prompt,
-            sampling=request.sampling(model.defaults, secrets.randbits(64)),
-            max_tokens=min(request.max_tokens or self.config.max_tokens or num_left, num_left),
-            eos_tokens=model.eos_tokens,
-        )
+        sequences = self._sequences(ready, request, prompt)
         envelope = api.Envelope(
             f"chatcmpl-{secrets.token_hex(12)}", int(time()), model.id, f"fp_{model.fingerprint}"
         )
         chunks = None
         if request.is_stream:
-            chunks = api.ChatChunks(envelope, include_usage=request.include_usage)
-        answer = ChatSink(exchange, envelope, chunks)
+            chunks = api.ChatChunks(
+                envelope,
+                num_choices=request.num_choices,
+                include_usage=request.include_usage,
+            )
+        sink = ChatSink(
+            exchange,
+            envelope,
+            chunks,
+            num_choices=request.num_choices,
+            has_logprobs=request.top_logprobs is not None,
+            token_bytes=model.token_bytes,
+        )
         try:
-            ready.engine.add(sequence, request.stop, answer)
+            sinks = [sink.choice(i) for i in range(len(sequences))]
+            ready.engine.add(sequences, request.stop, sinks)
         except QueueFull:
             message = "the request queue is full; try again later"
             raise api.later(Cause.QUEUE_FULL, message, retry_after_s=1) from None
         except EngineFailed as error:
             raise api.later(Cause.UNAVAILABLE, str(error), retry_after_s=30) from None
-        exchange.sequence_id = sequence.id
+        exchange.sequence_ids = tuple(sequence.id for sequence in sequences)
         self._exchanges[envelope.id] = exchange
-        exchange.on_end = lambda: self._exchanges.pop(envelope.id)
-        answer.start()
+        exchange.on_end = lambda: self._ended(envelope.id)
+        sink.start()
+
+    def _sequences(self, ready: _Ready, request: ChatRequest, prompt: Prompt) -> list[Sequence]:
+        """A sequence for each choice; the first one's prefill serves them all. Raises APIError."""
+        model = ready.model
+        if request.num_choices > self.config.max_queue:
+            raise api.bad(f"'n' must be at most {self.config.max_queue} on this server", "n")
+        num_left = ready.card.context_size - len(prompt.tokens)
+        if num_left < 1:
+            raise api.context_exceeded(len(prompt.tokens), ready.card.context_size)
+        for id, _ in request.logit_bias:
+            if id >= model.num_vocab:
+                raise api.bad(f"the model has no token {id}", "logit_bias")
+        first = self._num_sequences + 1
+        self._num_sequences += request.num_choices
+        sampling = request.sampling(model.defaults, secrets.randbits(64))
+        eos_tokens = frozenset(request.stop_tokens)
+        return [
+            Sequence(
+                id=first + i,
+                prompt=prompt,
+                sampling=replace(sampling, seed=(sampling.seed + i) % 2**64),
+                max_tokens=min(request.max_tokens or self.config.max_tokens or num_left, num_left),
+                eos_tokens=eos_tokens if request.ignore_eos else eos_tokens | model.eos_tokens,
+                priority=request.priority,
+                fork_of=first if i else None,
+            )
+            for i in range(request.num_choices)
+        ]
+
+    def _ended(self, id: str) -> None:
+        """An answer is complete; a choice that still runs is not wanted any more."""
+        self.lost(self._exchanges.pop(id))
 
     def _note_ignored(self, exchange: Exchange, names: tuple[str, ...]) -> None:
         """Unknown fields: named to the client each time, logged once each."""
@@ -498,9 +548,10 @@ class Server:
                 log.warning("unknown request field ignored: %s (said once)", name)
 
     def lost(self, exchange: Exchange) -> None:
-        """A client went away before its answer was complete."""
-        if exchange.sequence_id is not None and self._ready is not None:
-            self._ready.engine.cancel(exchange.sequence_id)
+        """Nobody waits for an answer any more."""
+        if self._ready is not None:
+            for id in exchange.sequence_ids:
+                self._ready.engine.cancel(id)
 
     # --- clients ----------------------------------------------------------------------------
 
@@ -518,38 +569,6 @@ class Server:
         self._clients.discard(client)
         self._has_left.set()
         self.metrics.connection_closed()
-
-
-def _is_json(headers: http1.Headers) -> bool:
-    """Whether a body may be taken for JSON.
-
-    curl's -d says x-www-form-urlencoded, and some clients say nothing; so may any web page, without
-    asking first, but a page names its origin.
-    """
-    media_type = headers.get("content-type").partition(";")[0].strip().lower()
-    if media_type in ("", "application/x-www-form-urlencoded"):
-        return "origin" not in headers
-    return media_type == "application/json" or media_type.endswith("+json")
-
-
-def _bind_unix(path: str) -> socket.socket:
-    """A Unix socket that only its owner may use. Raises OSError, as when a server answers there."""
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(path)
-    except FileNotFoundError:
-        pass
-    except ConnectionRefusedError:  # left by a process that was killed
-        os.unlink(path)
-    else:
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
-    listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(mask)
-    return listener
 
 
 def _prepare(model: ServedModel, body: bytes) -> tuple[ChatRequest, Prompt]:

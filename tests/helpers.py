@@ -13,7 +13,8 @@ import math
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +22,16 @@ from typing import Any
 from mlxlite.config import Config
 from mlxlite.engine import Engine
 from mlxlite.sequence import (
+    Admission,
     Launched,
+    Logprobs,
+    Memory,
     Outcome,
     Prompt,
     PromptError,
     Runner,
     SamplingParams,
+    Sequence,
     ServedModel,
     Step,
 )
@@ -294,11 +299,12 @@ def chat_request(content: str, **fields: Any) -> bytes:
     )
 
 
-def text_of(frames: Sequence[Frame]) -> str:
-    """The content of a stream's chunks."""
+def text_of(frames: SequenceOf[Frame], index: int = 0) -> str:
+    """The content of one choice's chunks in a stream."""
     chunks = [frame.json for frame in frames if frame.name == "data" and frame != DONE]
     choices = [choice for chunk in chunks for choice in chunk.get("choices", ())]
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
+    own = [choice for choice in choices if choice["index"] == index]
+    return "".join(choice["delta"].get("content") or "" for choice in own)
 
 
 # --- a model and a device without MLX -----------------------------------------------------------
@@ -314,6 +320,7 @@ class FakeModel:
     id: str = "fake"
     fingerprint: str = "0123456789abcdef"
     context_size: int = 1_000_000
+    num_vocab: int = EOS + 1
     eos_tokens: frozenset[int] = frozenset({EOS})
     defaults: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0))
     width: int = 1
@@ -324,12 +331,15 @@ class FakeModel:
         self.gate.set()
         self.rendered: list[tuple[list[Mapping[str, Any]], Mapping[str, Any], bool]] = []
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
+    def detokenize(self, tokens: SequenceOf[int]) -> str:
         return "".join(chr(token) * self.width for token in tokens if token != EOS)
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token >= EOS else (chr(token) * self.width).encode()
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: SequenceOf[Mapping[str, Any]],
         template_kwargs: Mapping[str, Any],
         *,
         is_continuation: bool,
@@ -352,17 +362,28 @@ class _InFlight:
 class ScriptedRunner:
     """Implements `sequence.Runner`: each sequence repeats its prompt and ends.
 
+    One that has a temperature begins at the prompt's character number `seed`, so that the choices
+    of one request differ. A drawn token's logprob tells its place: -0.5, -1.5 and so on.
+
     `hold` makes the device busy: the step in flight does not end. `allow(n)` lets n steps end,
     `release` all of them. `error` is raised by the next step, `reset_error` by the reset after it.
+    `failing` are sequences that fail alone, and after how many tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory or Memory()
         self.error: Exception | None = None
         self.reset_error: Exception | None = None
+        self.failing: dict[int, int] = {}
         self.num_resets = 0
+        self.num_prefill_tokens = 0
+        self.admitted: list[int] = []  # every id, each time that it left the queue
         self.prompts: dict[int, tuple[int, ...]] = {}  # of the sequences that it knows
+        self.stems: set[int] = set()
         self.num_drawn: dict[int, int] = {}  # of those and of the ones released
         self.num_prefilled: dict[int, int] = {}
+        self._scripts: dict[int, Sequence] = {}  # a preempted one's last row is drawn later
+        self._num_to_prefill: dict[int, int] = {}
         self._gate = threading.Condition()
         self._num_allowed: float = math.inf
 
@@ -398,6 +419,8 @@ class ScriptedRunner:
     def reset(self) -> None:
         self.num_resets += 1
         self.prompts.clear()
+        self.stems.clear()
+        self._scripts.clear()
         if self.reset_error is not None:
             raise self.reset_error
 
@@ -407,32 +430,57 @@ class ScriptedRunner:
             raise error
         for id in step.released:
             self.prompts.pop(id, None)
-        for sequence in step.admitted:
-            self.prompts[sequence.id] = sequence.prompt.tokens
-            self.num_drawn[sequence.id] = self.num_prefilled[sequence.id] = 0
+        for admission in step.admitted:
+            self._admit(admission)
+        self.stems -= set(step.dropped_stems)
         for chunk in step.chunks:
             assert chunk.start == self.num_prefilled[chunk.id] < chunk.stop
             self.num_prefilled[chunk.id] = chunk.stop
+            self.num_prefill_tokens += chunk.stop - chunk.start
+        assert self.prompts.keys() >= set(step.kept_stems)
+        self.stems |= set(step.kept_stems)
         for id in step.rows:
-            assert self.num_prefilled[id] == len(self.prompts[id]) - 1
+            assert self.num_prefilled[id] == self._num_to_prefill[id]
+
+    def _admit(self, admission: Admission) -> None:
+        sequence, id = admission.sequence, admission.sequence.id
+        self.admitted.append(id)
+        self.prompts[id] = sequence.prompt.tokens
+        self._scripts[id] = sequence
+        self._num_to_prefill[id] = admission.num_tokens - 1
+        self.num_drawn[id] = len(admission.outputs)
+        has_stem = sequence.fork_of in self.stems and not admission.outputs
+        self.num_prefilled[id] = self._num_to_prefill[id] if has_stem else 0
 
     def _draw(self, step: Step) -> Outcome:
-        tokens, failed = [], []
+        tokens, failed, logprobs = [], [], {}
         for id in step.rows:
+            at = self.num_drawn.get(id, 0)
             token = self._token(id)
             tokens.append(token)
-            if token == ord(POISON):
+            if token == ord(POISON) or self.failing.get(id) == at:
                 failed.append((id, "this sequence has failed"))
-        return Outcome(tuple(tokens), tuple(failed))
+            sequence = self._scripts.get(id)
+            if sequence is not None and sequence.sampling.top_logprobs is not None:
+                logprobs[id] = _logprobs(token, at, sequence.sampling.top_logprobs)
+        return Outcome(tuple(tokens), logprobs, tuple(failed))
 
     def _token(self, id: int) -> int:
-        if id not in self.prompts:  # an overshoot row, released meanwhile
+        if id not in self._scripts:  # an overshoot row of a sequence forgotten in a reset
             return EOS
-        prompt, at = self.prompts[id], self.num_drawn[id]
+        sequence, at = self._scripts[id], self.num_drawn[id]
         self.num_drawn[id] += 1
+        prompt = sequence.prompt.tokens
+        if sequence.sampling.temperature > 0:
+            at += sequence.sampling.seed % len(prompt)
         if prompt[-1] == ord(ENDLESS):
             return prompt[at % len(prompt)]
         return prompt[at] if at < len(prompt) else EOS
+
+
+def _logprobs(token: int, at: int, num_top: int) -> Logprobs:
+    """The drawn token is the best, and the ones after it in Unicode are its rivals."""
+    return Logprobs(-0.5 - at, tuple((token + n, -0.5 - at - n) for n in range(num_top)))
 
 
 # --- a server around them -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ Pure: outputs in, JSON out.
 """
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from openai.types import CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from mlxlite import api
-from mlxlite.api import Cause, ChatChunks, Envelope, ModelCard
-from mlxlite.sequence import Delta, Done, FinishReason, Usage
+from mlxlite.api import Cause, ChatChunks, Choice, Envelope, ModelCard
+from mlxlite.sequence import Delta, Done, FinishReason, Logprobs, Usage
 
 ENVELOPE = Envelope("chatcmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
 USAGE = Usage(num_prompt=10, num_cached=4, num_output=5, queue_s=1.0, prefill_s=0.5, decode_s=2.0)
@@ -34,15 +35,31 @@ AWKWARD = [
 ]
 
 
+def token_bytes(token: int) -> bytes:
+    """A byte-level vocabulary: a token is a byte."""
+    return bytes([token])
+
+
 def chunks_of(text: str, done: Done = DONE, *, include_usage: bool = False) -> list[Any]:
-    chunks = ChatChunks(ENVELOPE, include_usage=include_usage)
-    payloads = [chunks.role(), chunks.text(Delta(text, 1)), *chunks.end(done)]
+    """One choice's stream: role, text, finish and, where it was asked for, usage."""
+    chunks = ChatChunks(ENVELOPE, num_choices=1, include_usage=include_usage)
+    payloads = [
+        chunks.role(0),
+        chunks.text(0, Delta(text, 1), token_bytes),
+        chunks.finish(0, done, done.usage),
+    ]
+    if (usage := chunks.usage(done.usage)) is not None:
+        payloads.append(usage)
     assert not any(b"\n" in payload or b"\r" in payload for payload in payloads)
     return [json.loads(payload) for payload in payloads]
 
 
+def completion(*choices: Choice) -> bytes:
+    return api.chat_completion(ENVELOPE, choices)
+
+
 def whole(text: str = "hello", done: Done = DONE) -> Any:
-    return json.loads(api.chat_completion(ENVELOPE, text, done))
+    return json.loads(completion(Choice([text], done=done)))
 
 
 # --- the whole answer ---------------------------------------------------------------------------
@@ -85,7 +102,7 @@ def test_a_whole_answer_has_every_key_that_openais_document_requires() -> None:
 @pytest.mark.parametrize("text", AWKWARD)
 def test_a_whole_answer_is_what_openais_own_types_take(text: str) -> None:
     answer = ChatCompletion.model_validate_json(
-        api.chat_completion(ENVELOPE, text, DONE), strict=True
+        completion(Choice([text[:2], text[2:]], done=DONE)), strict=True
     )
     assert answer.choices[0].message.content == text
     assert answer.usage is not None
@@ -109,7 +126,10 @@ def test_every_end_has_its_word_streamed_or_not(reason: FinishReason, said: str)
 
 def test_a_failed_sequence_has_no_answer_but_an_error() -> None:
     with pytest.raises(api.APIError) as caught:
-        api.chat_completion(ENVELOPE, "half", Done(FinishReason.ERROR, USAGE, "out of memory"))
+        completion(
+            Choice(["whole"], done=DONE),
+            Choice(["half"], done=Done(FinishReason.ERROR, USAGE, "out of memory")),
+        )
     assert caught.value.status == 500
     assert caught.value.message == "out of memory"
     assert api.failure(Done(FinishReason.ERROR)).message
@@ -203,17 +223,150 @@ def test_any_text_survives_a_chunk(text: str, include_usage: bool) -> None:
 
 @pytest.mark.parametrize("model", ['a"b', "\\", "null", '{"content":"x"}', "日本語", "\n"])
 def test_any_model_name_survives_the_frame_that_is_built_once(model: str) -> None:
-    chunks = ChatChunks(replace(ENVELOPE, model=model), include_usage=False)
-    told = json.loads(chunks.text(Delta("x", 1)))
-    assert told["model"] == model
-    assert told["choices"][0]["delta"] == {"content": "x"}
+    chunks = ChatChunks(replace(ENVELOPE, model=model), num_choices=2, include_usage=False)
+    for index in range(2):
+        told = json.loads(chunks.text(index, Delta("x", 1), token_bytes))
+        assert told["model"] == model
+        assert told["choices"][0]["index"] == index
+        assert told["choices"][0]["delta"] == {"content": "x"}
 
 
 def test_a_stream_folds_to_the_whole_answer() -> None:
-    chunks = ChatChunks(ENVELOPE, include_usage=False)
-    texts = [json.loads(chunks.text(Delta(text, 1))) for text in AWKWARD]
+    chunks = ChatChunks(ENVELOPE, num_choices=1, include_usage=False)
+    texts = [json.loads(chunks.text(0, Delta(text, 1), token_bytes)) for text in AWKWARD]
     joined = "".join(chunk["choices"][0]["delta"]["content"] for chunk in texts)
     assert joined == whole("".join(AWKWARD))["choices"][0]["message"]["content"]
+
+
+# --- several choices ----------------------------------------------------------------------------
+
+OTHER = Done(FinishReason.LENGTH, replace(USAGE, num_output=7, prefill_s=0.6, decode_s=3.0))
+
+
+def test_choices_are_numbered_and_each_has_its_own_end() -> None:
+    answer = ChatCompletion.model_validate_json(
+        completion(Choice(["one"], done=DONE), Choice(["two"], done=OTHER)), strict=True
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert [choice.message.content for choice in answer.choices] == ["one", "two"]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+
+
+def test_usage_adds_the_choices_up_and_counts_the_prompt_once() -> None:
+    answer = json.loads(completion(Choice(done=DONE), Choice(done=OTHER), Choice(done=DONE)))
+    assert answer["usage"]["prompt_tokens"] == 10
+    assert answer["usage"]["completion_tokens"] == 5 + 7 + 5
+    assert answer["usage"]["total_tokens"] == 27
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert answer["timings"]["prompt_n"] == 6
+    assert answer["timings"]["predicted_n"] == 17
+    assert answer["timings"]["predicted_ms"] == 3000.0, "they ran at the same time"
+    assert api.total_usage([DONE]) == DONE.usage
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_of_choices_has_a_role_and_a_finish_for_each_and_one_usage(
+    include_usage: bool,
+) -> None:
+    chunks = ChatChunks(ENVELOPE, num_choices=2, include_usage=include_usage)
+    total = api.total_usage([OTHER, DONE])
+    payloads = [
+        *(chunks.role(index) for index in range(2)),
+        chunks.text(1, Delta("two", 1), token_bytes),
+        chunks.text(0, Delta("one", 1), token_bytes),
+        chunks.finish(1, OTHER, None),
+        chunks.finish(0, DONE, total),
+    ]
+    usage = chunks.usage(total)
+    assert (usage is not None) is include_usage
+    payloads += [usage] if usage is not None else []
+    for payload in payloads:
+        ChatCompletionChunk.model_validate_json(payload, strict=True)
+    told = [json.loads(payload) for payload in payloads]
+    roles, texts, (first, last), rest = told[:2], told[2:4], told[4:6], told[6:]
+    assert [chunk["choices"][0]["index"] for chunk in told[:6]] == [0, 1, 1, 0, 1, 0]
+    assert all(chunk["choices"][0]["delta"]["role"] == "assistant" for chunk in roles)
+    assert [chunk["choices"][0]["delta"] for chunk in texts] == [
+        {"content": "two"},
+        {"content": "one"},
+    ]
+    assert first["choices"][0]["finish_reason"] == "length"
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert "timings" not in first
+    assert last["timings"] == api.timings_json(total)
+    assert [chunk.get("usage") for chunk in told[:5]] == [None] * 5
+    assert (last, *rest)[-1]["usage"] == api.usage_json(total)
+    assert not include_usage or last["usage"] is None
+
+
+# --- logprobs -----------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_token_as_text_and_bytes_with_its_rivals() -> None:
+    drawn = Logprobs(-0.25, ((97, -0.25), (98, -1.5)))
+    assert api.logprobs_json([(97, drawn)], token_bytes) == [
+        {
+            "token": "a",
+            "logprob": -0.25,
+            "bytes": [97],
+            "top_logprobs": [
+                {"token": "a", "logprob": -0.25, "bytes": [97]},
+                {"token": "b", "logprob": -1.5, "bytes": [98]},
+            ],
+        }
+    ]
+    (alone,) = api.logprobs_json([(97, Logprobs(-0.25))], token_bytes)
+    assert alone["top_logprobs"] == []
+
+
+def test_the_bytes_of_halves_of_a_character_add_up_to_it() -> None:
+    halves = [(byte, Logprobs(-1.0)) for byte in "a🙂".encode()]
+    entries = api.logprobs_json(halves, token_bytes)
+    assert [entry["token"] for entry in entries] == ["a", *"\ufffd" * 4]
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "a🙂"
+
+
+def test_what_is_impossible_has_a_logprob_that_json_can_say() -> None:
+    drawn = Logprobs(-math.inf, ((97, -math.inf), (98, -20_000.0)))
+    (entry,) = api.logprobs_json([(97, drawn)], token_bytes)
+    said = [entry["logprob"], *(rival["logprob"] for rival in entry["top_logprobs"])]
+    assert said == [api.MIN_LOGPROB] * 3
+    assert math.isfinite(api.MIN_LOGPROB)
+
+
+LOGPROBS = ((0xF0, Logprobs(-1.0, ((0xF0, -1.0), (65, -math.inf)))), (0x9F, Logprobs(-2.0)))
+
+
+def test_logprobs_are_what_openais_own_types_take() -> None:
+    entries = api.logprobs_json(LOGPROBS, token_bytes)
+    answer = ChatCompletion.model_validate_json(
+        completion(Choice(["x"], logprobs=entries, done=DONE), Choice(["y"], done=DONE)),
+        strict=True,
+    )
+    asked, silent = answer.choices
+    assert asked.logprobs is not None
+    assert asked.logprobs.content is not None
+    assert [item.model_dump() for item in asked.logprobs.content] == entries
+    assert silent.logprobs is None
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("text", ["", "x", '"\0"\n'])
+def test_a_chunk_carries_the_logprobs_of_its_tokens(text: str, include_usage: bool) -> None:
+    chunks = ChatChunks(ENVELOPE, num_choices=2, include_usage=include_usage)
+    payload = chunks.text(1, Delta(text, 2, LOGPROBS), token_bytes)
+    chunk = ChatCompletionChunk.model_validate_json(payload, strict=True)
+    (choice,) = chunk.choices
+    assert choice.index == 1
+    assert choice.delta.content == text
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    entries = [item.model_dump() for item in choice.logprobs.content]
+    assert entries == api.logprobs_json(LOGPROBS, token_bytes)
+    plain = json.loads(chunks.text(1, Delta(text, 2), token_bytes))
+    told = json.loads(payload)
+    told["choices"][0]["logprobs"] = None
+    assert told == plain, "and is like any other in all else"
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -215,6 +215,40 @@ def test_a_model_that_does_not_exist_is_exit_1_with_the_reason(tmp_path: Path) -
     assert f"there is no model at {missing}" in reason
 
 
+def test_a_cache_that_the_model_cannot_keep_in_few_bits_is_exit_1_with_the_reason(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its heads have 16 channels, and the smallest group of channels is 32."""
+    flags = ("--port", "0", "--model", str(checkpoint), "--kv-bits", "8", "--kv-group-size", "32")
+    code, reason = fails(tmp_path, *flags)
+    assert code == 1
+    assert "this model cannot run with --kv-bits 8" in reason
+    assert "unhandled" not in reason
+    assert "\n" not in reason.partition("mlxlite: error: ")[2].strip(), "one line"
+
+
+@pytest.mark.parametrize("limit", ["1KB", "500KB"])
+def test_too_little_memory_is_exit_1_with_the_words_that_the_app_knows(
+    checkpoint: Path, tmp_path: Path, limit: str
+) -> None:
+    """Less than the weights, and more than they are but too little for any sequence."""
+    flags = ("--port", "0", "--model", str(checkpoint), "--memory-limit", limit)
+    code, reason = fails(tmp_path, *flags)
+    assert code == 1
+    assert "insufficient memory" in reason
+    assert "--memory-limit" in reason
+
+
+def test_an_adapter_that_does_not_exist_is_exit_1_with_the_reason(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "nowhere")
+    flags = ("--port", "0", "--model", str(checkpoint), "--adapter-path", missing)
+    code, reason = fails(tmp_path, *flags)
+    assert code == 1
+    assert f"--adapter-path {missing}: there is no adapter_config.json" in reason
+
+
 def test_a_key_file_that_cannot_be_read_is_a_bad_command_line(tmp_path: Path) -> None:
     code, reason = fails(tmp_path, "--port", "0", "--api-key-file", str(tmp_path / "keys"))
     assert code in (1, 2)

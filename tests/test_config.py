@@ -43,6 +43,16 @@ BAD_VALUES = [
     ("max-body-mb", "0", "must be at least 1"),
     ("max-connections", "0", "must be at least 1"),
     ("kv-block-size", "0", "must be at least 1"),
+    ("kv-bits", "3", "must be one of 0, 4, 8"),
+    ("kv-bits", "eight", "must be a whole number"),
+    ("kv-group-size", "48", "must be one of 32, 64, 128"),
+    ("memory-limit", "lots", "must be a size such as 12GB"),
+    ("memory-limit", "-1GB", "must be a size such as 12GB"),
+    ("memory-limit", "1.GB", "must be a size such as 12GB"),
+    ("memory-limit", "12 G B", "must be a size such as 12GB"),
+    ("memory-limit", "12PB", "must be a size such as 12GB"),
+    ("request-timeout-s", "-1", "must be at least 0"),
+    ("request-timeout-s", "nan", "must be a finite number"),
     ("shutdown-grace-s", "-0.5", "must be at least 0"),
     ("shutdown-grace-s", "inf", "must be a finite number"),
     ("shutdown-grace-s", "nan", "must be a finite number"),
@@ -101,7 +111,13 @@ def test_every_field_can_be_set_by_its_flag_and_by_its_variable() -> None:
         str | None: ("x", "x"),
         tuple[str, ...]: ("http://a,http://b", ("http://a", "http://b")),
     }
-    of_name = {"host": ("::1", "::1"), "log_level": ("error", "error")}
+    of_name: dict[str, tuple[str, object]] = {
+        "host": ("::1", "::1"),
+        "log_level": ("error", "error"),
+        "kv_bits": ("8", 8),
+        "kv_group_size": ("32", 32),
+        "memory_limit": ("12GB", "12GB"),
+    }
     for f in dataclasses.fields(Config):
         raw, value = of_name.get(f.name) or of_type[f.type]
         by_flag = from_args(f"--{f.name.replace('_', '-')}={raw}")
@@ -130,6 +146,61 @@ def test_the_launching_apps_command_line_is_understood() -> None:
 def test_the_empty_strings_that_are_the_seeds_defaults_mean_none() -> None:
     assert from_args("--api-key", "", "--chat-template", "").chat_template is None
     assert from_args("--api-key", "").api_key == ()
+
+
+@pytest.mark.parametrize(
+    ("raw", "num_bytes"),
+    [
+        ("12GB", 12_000_000_000),
+        ("12gb", 12_000_000_000),
+        ("12 G", 12_000_000_000),
+        ("1.5 TB", 1_500_000_000_000),
+        ("500m", 500_000_000),
+        ("0.5K", 500),
+        ("4096", 4096),
+        ("4096B", 4096),
+    ],
+)
+def test_a_size_is_a_number_with_a_unit_of_powers_of_1000(raw: str, num_bytes: int) -> None:
+    assert from_args("--memory-limit", raw).memory_limit_bytes() == num_bytes
+    assert from_args(MLXLITE_MEMORY_LIMIT=raw).memory_limit_bytes() == num_bytes
+
+
+def test_without_a_size_the_device_decides() -> None:
+    assert from_args().memory_limit_bytes() is None
+
+
+@pytest.mark.parametrize("raw", ["12GiB", "12Gi", "1 KiB", "5MiB"])
+def test_a_binary_unit_is_taken_at_its_word_or_refused(raw: str) -> None:
+    powers = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number, unit = re.fullmatch(r"(\d+) ?([KMG])iB?", raw).groups()  # type: ignore[union-attr]
+    try:
+        num_bytes = from_args("--memory-limit", raw).memory_limit_bytes()
+    except ConfigError:
+        return
+    assert num_bytes == int(number) * powers[unit]
+
+
+@pytest.mark.parametrize("raw", ["12i", "12iB", "9" * 400, "٣GB"])
+def test_an_odd_size_is_refused_by_its_flag(raw: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--memory-limit: must be "):
+        from_args("--memory-limit", raw)
+
+
+def test_a_memory_limit_of_nothing_is_no_silent_default() -> None:
+    """The loader takes no bytes for no limit."""
+    with pytest.raises(ConfigError, match=r"^--memory-limit: must be "):
+        from_args("--memory-limit", "0")
+
+
+def test_what_is_new_is_off_until_it_is_asked_for() -> None:
+    config = from_args()
+    assert (config.kv_bits, config.kv_group_size) == (0, 64)
+    assert (config.adapter_path, config.memory_limit) == (None, None)
+    assert config.request_timeout_s == 0
+    config = from_args("--kv-bits", "4", "--kv-group-size", "32", "--request-timeout-s", "1.5")
+    assert (config.kv_bits, config.kv_group_size, config.request_timeout_s) == (4, 32, 1.5)
+    assert from_args("--adapter-path", "/a/lora").adapter_path == "/a/lora"
 
 
 def test_the_model_has_a_short_flag() -> None:
@@ -246,6 +317,13 @@ def test_a_bad_variable_is_named_with_its_value(name: str, raw: str, complaint: 
         ("shutdown_grace_s", float("nan")),
         ("shutdown_grace_s", True),
         ("log_level", "verbose"),
+        ("kv_bits", 3),
+        ("kv_bits", True),
+        ("kv_group_size", 0),
+        ("memory_limit", "12 apples"),
+        ("memory_limit", 12),
+        ("request_timeout_s", -1),
+        ("adapter_path", ""),
         ("api_key", "a plain string would be one key a character"),
         ("api_key", ["k"]),
         ("cors_origins", ("localhost",)),

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -24,6 +25,9 @@ from conftest import CHAT_TEMPLATE, save_checkpoint, save_tokenizer
 from fakehub import BAD_TOKEN, BUSY, GATED, Hub, Refusal
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
+from tokenizers import Tokenizer
 
 from mlxlite.config import Config
 from mlxlite.model import DEMO_PATH, Model, load, locate
@@ -974,6 +978,113 @@ def test_eight_threads_may_render_at_once(copy: Path) -> None:
     assert 8 < len(model.render(HELLO * 10, {}, is_continuation=False).tokens) < 999
 
 
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def save_adapter(checkpoint: Path, path: Path, seed: int = 1, scale: float = 20.0) -> Path:
+    """A LoRA of rank 4 over every layer, as `mlx_lm.lora` writes it, but with random weights."""
+    lora = {"rank": 4, "scale": scale, "dropout": 0.5}
+    network, _ = load_model(checkpoint)
+    network.freeze()
+    linear_to_lora_layers(network, 2, lora)
+    mx.random.seed(seed)
+    weights = {
+        name: mx.random.normal(weight.shape)
+        for name, weight in tree_flatten(network.trainable_parameters())
+    }
+    assert weights
+    path.mkdir()
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights)
+    edit(path / "adapter_config.json", fine_tune_type="lora", num_layers=2, lora_parameters=lora)
+    return path
+
+
+def logits(model: Model) -> list[list[float]]:
+    """What the network thinks of each of some tokens."""
+    values: Any = model.network(mx.array([list(range(8))]))[0].tolist()
+    return list(values)
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(checkpoint, tmp_path_factory.mktemp("adapters") / "lora")
+
+
+def test_an_adapter_changes_the_answer_and_the_fingerprint(
+    checkpoint: Path, model: Model, adapter: Path
+) -> None:
+    adapted = loaded(checkpoint, adapter_path=str(adapter))
+    assert logits(adapted) != logits(model)
+    assert adapted.fingerprint != model.fingerprint
+    assert adapted.id == model.id
+    assert logits(adapted) == logits(adapted), "its dropout is for training"
+    again = loaded(checkpoint, adapter_path=str(adapter))
+    assert again.fingerprint == adapted.fingerprint
+    assert logits(again) == logits(adapted)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"scale": 0.01}])
+def test_another_adapter_has_another_fingerprint(
+    checkpoint: Path, adapter: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    other = save_adapter(checkpoint, tmp_path / "other", **changes)
+    one, two = (loaded(checkpoint, adapter_path=str(path)) for path in (adapter, other))
+    assert logits(one) != logits(two)
+    assert one.fingerprint != two.fingerprint
+
+
+def test_an_adapter_may_lie_in_the_home_directory(
+    checkpoint: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(adapter.parent))
+    assert loaded(checkpoint, adapter_path=f"~/{adapter.name}").fingerprint
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        shutil.rmtree,
+        lambda path: (path / "adapter_config.json").unlink(),
+        lambda path: (path / "adapters.safetensors").unlink(),
+        lambda path: (path / "adapter_config.json").write_text("{"),
+        lambda path: (path / "adapter_config.json").write_text("[]"),
+        lambda path: (path / "adapter_config.json").write_text("{}"),
+        lambda path: (path / "adapters.safetensors").write_bytes(b"x" * 20),
+        lambda path: edit(path / "adapter_config.json", lora_parameters={"rank": 4}),
+        lambda path: edit(path / "adapter_config.json", num_layers="all"),
+        lambda path: mx.save_safetensors(
+            str(path / "adapters.safetensors"), {"nobody.lora_a": mx.zeros((4, 4))}
+        ),
+        lambda path: mx.save_safetensors(
+            str(path / "adapters.safetensors"),
+            {
+                name: mx.zeros((3, 3))
+                for name in cast("dict[str, mx.array]", mx.load(str(path / "adapters.safetensors")))
+            },
+        ),
+    ],
+    ids=[
+        "nothing there",
+        "no configuration",
+        "no weights",
+        "configuration not JSON",
+        "configuration not an object",
+        "configuration empty",
+        "weights not safetensors",
+        "no scale",
+        "layers not a number",
+        "weights of another model",
+        "weights of another shape",
+    ],
+)
+def test_an_unusable_adapter_is_refused_by_its_flag(
+    checkpoint: Path, adapter: Path, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    path = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    spoil(path)
+    assert f"--adapter-path {path}: " in complaint(checkpoint, adapter_path=str(path))
+
+
 # --- tokens to text ---------------------------------------------------------------------------
 
 TEXTS = ["Hello, how are you?", " a  b ", "äöüß 日本語 🙂🙃", "it 's , fine .", "\n\n\tx\n", "▁ ☃"]
@@ -1035,3 +1146,83 @@ def test_a_sentencepiece_tokenizer_streams_with_the_right_spaces(copy: Path) -> 
     assert streamed(tokens, []) == "Hello, there!  a🙂b"  # a text begins without its space
     assert streamed(tokens, ["▁a", "."]) == " Hello, there!  a🙂b"  # within one it stays
     assert streamed(["▁there", "<|im_end|>", "▁a"], ["▁Hello"]) == " there a"
+
+
+# --- tokens to bytes --------------------------------------------------------------------------
+
+
+def bytes_of(model: Model, text: str) -> list[bytes]:
+    return [model.token_bytes(id) for id in model.tokenizer.encode(text, add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_a_texts_tokens_are_the_texts(model: Model, text: str) -> None:
+    assert b"".join(bytes_of(model, text)).decode() == text
+
+
+def test_a_token_may_be_half_a_character(model: Model) -> None:
+    pieces = bytes_of(model, "\U0001f9ff")  # not in the corpus: it has no token of its own
+    assert len(pieces) > 1
+    assert b"".join(pieces) == "\U0001f9ff".encode()
+
+
+def test_every_byte_is_some_token(model: Model) -> None:
+    assert {bytes([byte]) for byte in range(256)} <= set(map(model.token_bytes, range(NUM_TOKENS)))
+
+
+def test_a_special_token_is_its_name_and_an_id_beyond_the_tokenizer_nothing(model: Model) -> None:
+    assert model.token_bytes(IM_END) == b"<|im_end|>"
+    assert model.num_vocab == NUM_TOKENS
+    assert model.token_bytes(NUM_TOKENS) == b""
+    assert model.token_bytes(2**31 - 1) == b""
+
+
+def test_an_output_layer_may_be_wider_than_the_tokenizer(tmp_path: Path) -> None:
+    wide = loaded(save_checkpoint(tmp_path / "wide", vocab_size=NUM_TOKENS + 61))
+    assert wide.num_vocab == NUM_TOKENS + 61
+    assert wide.token_bytes(NUM_TOKENS + 60) == b""
+
+
+def test_an_added_token_that_is_not_special_is_its_text(copy: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["日本 x"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert loaded(copy).token_bytes(NUM_TOKENS) == "日本 x".encode()
+
+
+def test_a_piece_that_is_not_written_in_the_byte_alphabet_is_its_text(copy: Path) -> None:
+    """A byte-level decoder lets such a piece through as it is."""
+    settings = json.loads((copy / "tokenizer.json").read_text())
+    id = len(settings["model"]["vocab"])
+    settings["model"]["vocab"]["a ☃"] = id
+    settings["added_tokens"] = [
+        token | {"id": token["id"] + 1} for token in settings["added_tokens"]
+    ]
+    (copy / "tokenizer.json").write_text(json.dumps(settings))
+    model = loaded(copy)
+    assert model.detokenize([id]) == "a ☃"
+    assert model.token_bytes(id) == "a ☃".encode()
+
+
+def test_sentencepiece_tokens_are_words_with_their_spaces_and_single_bytes(copy: Path) -> None:
+    save_metaspace_tokenizer(copy)
+    model = loaded(copy)
+
+    def said(*pieces: str) -> list[bytes]:
+        return list(map(model.token_bytes, model.tokenizer.convert_tokens_to_ids(list(pieces))))
+
+    assert said("▁Hello", "▁", "b", ".") == [b" Hello", b" ", b"b", b"."]
+    assert b"".join(said("<0xF0>", "<0x9F>", "<0x99>", "<0x82>")).decode() == "🙂"
+    assert said("<0x00>", "<0xFF>", "<|im_end|>") == [b"\0", b"\xff", b"<|im_end|>"]
+
+
+def test_many_added_tokens_do_not_make_a_token_slow(copy: Path) -> None:
+    """Gemma adds 6,000; each logprob of each token asks for bytes, on the event loop."""
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<unused{number}>" for number in range(6000)])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    model = loaded(copy)
+    started_at = time.perf_counter()
+    for _ in range(100):
+        model.token_bytes(5)
+    assert time.perf_counter() - started_at < 0.1  # 1 ms each; a look-up takes a microsecond

@@ -11,14 +11,16 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from conftest import save_checkpoint
 from helpers import TIMEOUT_S, in_a_loop
 from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 
 import mlxlite
 from mlxlite.sequence import LoadError
@@ -182,6 +184,223 @@ def test_eight_at_once_each_get_the_bytes_they_get_alone(client: OpenAI) -> None
         assert list(together) == alone
 
 
+def texts_of(answer: ChatCompletion) -> list[str]:
+    assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+    return [choice.message.content or "" for choice in answer.choices]
+
+
+def tokens_of(answer: ChatCompletion, index: int = 0) -> list[ChatCompletionTokenLogprob]:
+    logprobs = answer.choices[index].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    return logprobs.content
+
+
+def test_choices_are_distinct_and_a_seed_repeats_them(client: OpenAI) -> None:
+    answer = create(client, n=4, temperature=1, seed=7)
+    texts = texts_of(answer)
+    assert len(set(texts)) == 4
+    assert texts_of(create(client, n=4, temperature=1, seed=7)) == texts
+    assert texts_of(create(client, n=2, temperature=1, seed=7)) == texts[:2]
+    assert [text_of(create(client, temperature=1, seed=7 + i)) for i in range(4)] == texts
+    assert answer.usage is not None
+    alone = create(client, max_tokens=1).usage
+    assert alone is not None
+    assert answer.usage.prompt_tokens == alone.prompt_tokens
+    assert answer.usage.completion_tokens == 4 * 12
+    assert len(set(texts_of(create(client, n=3)))) == 1, "greedy choices are alike"
+
+
+def test_streamed_choices_are_the_whole_ones(client: OpenAI) -> None:
+    fields = {"n": 3, "temperature": 1, "seed": 7}
+    whole = create(client, **fields)
+    chunks = list(stream(client, **fields))
+    texts, reasons = ["", "", ""], ["", "", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] += choice.finish_reason or ""
+    assert texts == texts_of(whole)
+    assert reasons == ["length"] * 3
+    assert [chunk.usage for chunk in chunks if chunk.usage is not None] == [whole.usage]
+
+
+def test_the_clients_own_accumulator_takes_a_stream_of_choices(client: OpenAI) -> None:
+    stop: dict[str, Any] = {
+        "n": 2,
+        "logit_bias": {"65": 100},
+        "extra_body": {"stop_token_ids": [65]},
+    }
+    with client.chat.completions.stream(
+        model=MODEL, messages=[{"role": "user", "content": "Hello"}], logprobs=True, **stop
+    ) as events:
+        final = events.get_final_completion()
+    assert [choice.index for choice in final.choices] == [0, 1]
+    assert [choice.finish_reason for choice in final.choices] == ["stop", "stop"]
+
+
+def test_logprobs_name_the_drawn_token_and_its_rivals(client: OpenAI) -> None:
+    greedy = create(client, logprobs=True, top_logprobs=3)
+    entries = tokens_of(greedy)
+    assert len(entries) == 12
+    for entry in entries:
+        assert entry.bytes is not None
+        assert entry.token == bytes(entry.bytes).decode("utf-8", "replace")
+        assert len(entry.top_logprobs) == 3
+        best, *rest = entry.top_logprobs
+        assert best.bytes == entry.bytes, "greedy draws the best"
+        assert best.logprob == entry.logprob < 0
+        assert all(a.logprob >= b.logprob for a, b in pairwise((best, *rest)))
+    drawn = tokens_of(create(client, temperature=1, seed=3, logprobs=True))
+    assert all(entry.top_logprobs == [] for entry in drawn)
+    assert create(client).choices[0].logprobs is None
+
+
+def test_streamed_logprobs_are_the_whole_ones(client: OpenAI) -> None:
+    fields = {"n": 2, "temperature": 1, "seed": 7, "logprobs": True, "top_logprobs": 2}
+    whole = create(client, **fields)
+    streamed: list[list[Any]] = [[], []]
+    for chunk in stream(client, **fields):
+        for choice in chunk.choices:
+            if choice.logprobs is not None:
+                streamed[choice.index] += choice.logprobs.content
+    for index in range(2):
+        assert [item.model_dump() for item in streamed[index]] == [
+            item.model_dump() for item in tokens_of(whole, index)
+        ]
+
+
+def test_a_bias_forces_a_token_or_forbids_one(client: OpenAI) -> None:
+    forced = create(client, logit_bias={"65": 100}, logprobs=True)
+    first, *others = tokens_of(forced)
+    assert all(entry.bytes == first.bytes for entry in others)
+    assert first.logprob < 0, "logprobs are of the model, before any setting"
+    free: dict[str, Any] = {"temperature": 1, "seed": 7, "max_tokens": 60, "logprobs": True}
+    nearby = create(client, logit_bias={"65": 4, "66": 4}, **free)
+    assert first.bytes in [entry.bytes for entry in tokens_of(nearby)]
+    forbidden = create(client, logit_bias={"65": -100, "66": 4}, **free)
+    assert first.bytes not in [entry.bytes for entry in tokens_of(forbidden)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 2},
+        {"frequency_penalty": 2},
+        {"extra_body": {"repetition_penalty": 1.5}},
+        {"extra_body": {"repeat_penalty": 1.5, "repeat_last_n": 4}},
+        {"temperature": 1, "seed": 7, "extra_body": {"xtc_probability": 1, "xtc_threshold": 0.001}},
+        {"temperature": 1, "seed": 7, "extra_body": {"top_k": 2}},
+        {"temperature": 1, "seed": 7, "top_p": 0.05},
+    ],
+    ids=repr,
+)
+def test_a_setting_changes_the_outcome(client: OpenAI, fields: dict[str, Any]) -> None:
+    silent = {name: value for name, value in fields.items() if name in ("temperature", "seed")}
+    # A bias that makes the model repeat itself, so that there is something to penalise.
+    common = {"logit_bias": {"65": 3, "66": 3}, "max_tokens": 30}
+    changed = text_of(create(client, **common, **fields))
+    assert changed != text_of(create(client, **common, **silent))
+    assert changed == text_of(create(client, **common, **fields))
+
+
+def test_a_frequency_penalty_leaves_no_token_drawn_twice_in_a_row(client: OpenAI) -> None:
+    """Each repetition costs 2, and the bias lifts two tokens above the rest by a little."""
+    common: dict[str, Any] = {"logit_bias": {"65": 20}, "logprobs": True, "max_tokens": 12}
+    stuck = [tuple(entry.bytes or ()) for entry in tokens_of(create(client, **common))]
+    assert len(set(stuck)) == 1
+    freed = tokens_of(create(client, **common, frequency_penalty=2))
+    assert len({tuple(entry.bytes or ()) for entry in freed}) > 1
+
+
+def test_end_tokens_can_be_named_put_off_and_ignored(client: OpenAI) -> None:
+    def num_tokens(**fields: Any) -> tuple[int, str]:
+        answer = create(client, logit_bias={"65": 100}, extra_body=fields)
+        assert answer.usage is not None
+        return answer.usage.completion_tokens, answer.choices[0].finish_reason
+
+    assert num_tokens() == (12, "length")
+    assert num_tokens(stop_token_ids=[65]) == (1, "stop")
+    assert num_tokens(stop_token_ids=[65], min_tokens=5) == (6, "stop")
+    assert num_tokens(stop_token_ids=[65, 2**31 - 1], ignore_eos=True) == (1, "stop")
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1, "seed": 7, "n": 3},
+    {"logprobs": True, "top_logprobs": 5},
+    {"temperature": 1, "seed": 8, "logprobs": True, "top_logprobs": 2},
+    {"logit_bias": {"65": 4, "66": 3}, "frequency_penalty": 0.5, "logprobs": True},
+    {"temperature": 0.7, "seed": 9, "top_p": 0.8, "extra_body": {"top_k": 20, "min_p": 0.01}},
+    {"extra_body": {"repeat_penalty": 1.12, "repeat_last_n": 8, "min_tokens": 3}},
+    {"temperature": 1, "seed": 5, "extra_body": {"xtc_probability": 0.5, "xtc_threshold": 0.01}},
+]
+
+
+def said(answer: ChatCompletion) -> list[tuple[str | None, list[tuple[str, int]]]]:
+    """Texts, and each token with the number of rivals that were asked for."""
+    return [
+        (
+            choice.message.content,
+            [
+                (entry.token, len(entry.top_logprobs))
+                for entry in (choice.logprobs and choice.logprobs.content) or ()
+            ],
+        )
+        for choice in answer.choices
+    ]
+
+
+def test_a_mixed_batch_gives_each_what_it_gets_alone(client: OpenAI) -> None:
+    jobs = [(f"{'word ' * n}{n}", fields) for n, fields in enumerate(MIXED)]
+
+    def one(asked: tuple[str, dict[str, Any]]) -> ChatCompletion:
+        return create(client, asked[0], **{"max_tokens": 30, **asked[1]})
+
+    alone = [one(asked) for asked in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(one, jobs))
+    for fields, (a, b) in zip(MIXED, zip(alone, together, strict=True), strict=True):
+        assert said(a) == said(b), fields
+        for x, y in zip(a.choices, b.choices, strict=True):
+            if x.logprobs is None or y.logprobs is None:
+                continue
+            for left, right in zip(x.logprobs.content or (), y.logprobs.content or (), strict=True):
+                assert left.logprob == pytest.approx(right.logprob, abs=1e-3)
+
+
+def test_an_answer_has_as_many_rivals_as_it_asked_for_in_any_company(client: OpenAI) -> None:
+    def one(num: int) -> set[int]:
+        answer = create(client, logprobs=True, top_logprobs=num, max_tokens=60)
+        return {len(entry.top_logprobs) for entry in tokens_of(answer)}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, (0, 2, 5, 20))) == [{0}, {2}, {5}, {20}]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    """A client of a server that keeps keys and values in 8 bits."""
+    path = save_checkpoint(tmp_path_factory.mktemp("models") / "wide-heads", head_dim=32)
+    config = mlxlite.Config(model=str(path), port=0, kv_bits=8, kv_group_size=32)
+    with (
+        serving(config) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=30) as client,
+    ):
+        yield client
+
+
+def test_a_cache_in_few_bits_batches_like_any_other(quantised: OpenAI) -> None:
+    jobs = [(f"{'word ' * n}{n}", fields) for n, fields in enumerate(MIXED[:4])]
+
+    def one(asked: tuple[str, dict[str, Any]]) -> list[str]:
+        return texts_of(create(quantised, asked[0], **{"max_tokens": 30, **asked[1]}))
+
+    alone = [one(asked) for asked in jobs]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert list(pool.map(one, jobs)) == alone
+
+
 def test_errors_are_the_clients_own_exceptions(server: mlxlite.Server, client: OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
@@ -193,9 +412,12 @@ def test_errors_are_the_clients_own_exceptions(server: mlxlite.Server, client: O
     assert refused.value.param == "temperature"
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        create(client, n=2)
+        create(client, tools=[{"type": "function", "function": {"name": "f"}}])
     assert unsupported.value.code == "unsupported_parameter"
-    assert unsupported.value.param == "n"
+    assert unsupported.value.param == "tools"
+    with pytest.raises(openai.BadRequestError) as no_token:
+        create(client, logit_bias={"1000000": 1})
+    assert no_token.value.param == "logit_bias"
     with pytest.raises(openai.BadRequestError) as too_long:
         create(client, "x " * 100_000)
     assert too_long.value.code == "context_length_exceeded"

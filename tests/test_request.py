@@ -4,7 +4,7 @@ The cases are tables keyed by field; a field of `FIELDS` that has no case fails.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ import pytest
 from mlxlite.api import APIError
 from mlxlite.request import (
     FIELDS,
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY_WINDOW,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
     CancelRequest,
@@ -50,6 +52,7 @@ _TOKENS_RIGHT = [(1, 1), (4096, 4096), (20.0, 20), (-1, None), (2**31 - 1, 2**31
 _TOKENS_WRONG = [0, -2, 1.5, "5", True, [5], {}, 2**31, 2**70, 1e300]
 _TEXT_WRONG: list[Any] = [5, 1.5, True, ["a"], {}]
 _FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
+_BIASES = {str(id): 1 for id in range(MAX_LOGIT_BIAS)}
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,26 @@ def _stop() -> Works:
     )
 
 
+def _penalty(attribute: str) -> Works:
+    right = [(0, 0.0), (-2, -2.0), (2, 2.0), (0.5, 0.5)]
+    return Works(attribute, right, [-2.1, 2.1, "1", True, [], {}])
+
+
+def _repetition() -> Works:
+    right = [(1, 1.0), (1.12, 1.12), (0.5, 0.5), (100, 100.0)]
+    return Works("repetition_penalty", right, [0, 0.0, -1, 100.1, "1", True, [], {}])
+
+
+def _window() -> Works:
+    right = [(1, 1), (64, 64), (20.0, 20), (-1, 0), (MAX_PENALTY_WINDOW, MAX_PENALTY_WINDOW)]
+    wrong = [0, -2, MAX_PENALTY_WINDOW + 1, 1.5, "5", True, [], {}]
+    return Works("penalty_window", right, wrong)
+
+
+def _share(attribute: str) -> Works:
+    return Works(attribute, [(0, 0.0), (0.5, 0.5), (1, 1.0)], [-0.1, 1.1, "0", False, [], {}])
+
+
 def _off_number(neutral: float, *asking: Any) -> Refused:
     return Refused([neutral, float(neutral)], [*asking, "x", [1], {"a": 1}])
 
@@ -109,7 +132,7 @@ def _off_flag() -> Refused:
 
 
 def _off_empty(*asking: Any) -> Refused:
-    return Refused([[], {}], [*asking, "x", 1, True, False, 0])
+    return Refused([[]], [*asking, {}, "x", 1, True, False, 0])
 
 
 def _off_at_all() -> Refused:
@@ -181,7 +204,53 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "metadata": Accepted([{}, {"a": "b"}], ["x", [], 5, True]),
     "store": Accepted([True, False], _FLAG_WRONG),
     "parallel_tool_calls": Accepted([True, False], _FLAG_WRONG),
-    "n": _off_number(1, 0, 2, -1, True),
+    "n": Works("num_choices", [(1, 1), (2, 2), (16.0, 16)], [0, -1, 17, 1.5, "2", True, [], {}]),
+    "presence_penalty": _penalty("presence_penalty"),
+    "frequency_penalty": _penalty("frequency_penalty"),
+    "repetition_penalty": _repetition(),
+    "repeat_penalty": _repetition(),
+    "repetition_context_size": _window(),
+    "repeat_last_n": _window(),
+    "logit_bias": Works(
+        "logit_bias",
+        [
+            ({}, ()),
+            ([], ()),
+            ({"5": 1}, ((5, 1.0),)),
+            ({"0": -100, "151935": 100, "7": 0.5}, ((0, -100.0), (151935, 100.0), (7, 0.5))),
+            (_BIASES, tuple((id, 1.0) for id in range(MAX_LOGIT_BIAS))),
+        ],
+        [
+            *([[5, 1]], [5], "5", 5, True),
+            *({"a": 1}, {"-1": 1}, {"": 1}, {"1.5": 1}, {" 5": 1}, {"٣": 1}, {"²": 1}, {"+5": 1}),
+            _BIASES | {str(MAX_LOGIT_BIAS): 1},
+        ],
+    ),
+    "xtc_probability": _share("xtc_probability"),
+    "xtc_threshold": _share("xtc_threshold"),
+    "logprobs": Works("top_logprobs", [(True, 0), (False, None)], _FLAG_WRONG),
+    "top_logprobs": Works(
+        "top_logprobs",
+        [(0, 0), (1, 1), (20, 20), (5.0, 5)],
+        [-1, 21, 1.5, "5", True, [], {}],
+        also={"logprobs": True},
+    ),
+    "min_tokens": Works(
+        "min_tokens",
+        [(0, 0), (5, 5), (20.0, 20), (2**31 - 1, 2**31 - 1)],
+        [-1, 1.5, "5", False, [], {}, 2**31],
+    ),
+    "ignore_eos": Works("ignore_eos", [(True, True), (False, False)], _FLAG_WRONG),
+    "stop_token_ids": Works(
+        "stop_tokens",
+        [([], ()), ([5], (5,)), ([0, 2**31 - 1], (0, 2**31 - 1)), ([5.0], (5,))],
+        ["5", 5, {}, True],
+    ),
+    "priority": Works(
+        "priority",
+        [(0, 0), (-10, -10), (2**31 - 1, 2**31 - 1), (-(2**31), -(2**31)), (1.0, 1)],
+        [1.5, "1", True, [], {}, 2**31, -(2**31) - 1],
+    ),
     "response_format": Refused(
         [{"type": "text"}],
         [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}, "text", []],
@@ -193,19 +262,11 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "chat_template": _off_at_all(),
     "continue_final_message": _off_flag(),
     "add_generation_prompt": Refused([True], [False, 0, 1, "true", []]),
-    **dict.fromkeys(("repetition_penalty", "repeat_penalty", "typical_p"), _off_number(1, 0.9, 0)),
-    **dict.fromkeys(
-        ("top_logprobs", "presence_penalty", "frequency_penalty", "priority", "min_tokens"),
-        _off_number(0, 1, -1, False),
-    ),
-    **dict.fromkeys(("xtc_probability", "mirostat", "dry_multiplier"), _off_number(0, 0.5, False)),
-    **dict.fromkeys(
-        ("logprobs", "ignore_eos", "echo", "return_progress", "timings_per_token"), _off_flag()
-    ),
-    "logit_bias": _off_empty({"5": 1}, [[5, 1]]),
+    "typical_p": _off_number(1, 0.9, 0),
+    **dict.fromkeys(("mirostat", "dry_multiplier"), _off_number(0, 0.5, False)),
+    **dict.fromkeys(("echo", "return_progress", "timings_per_token"), _off_flag()),
     "tools": _off_empty([{"type": "function", "function": {"name": "f"}}]),
     "functions": _off_empty([{"name": "f"}]),
-    "stop_token_ids": _off_empty([1]),
     **dict.fromkeys(
         ("audio", "prediction", "web_search_options", "reasoning_effort", "structured_outputs"),
         _off_at_all(),
@@ -258,7 +319,8 @@ def test_a_field_that_works_arrives(name: str, case: Works, value: Any, expected
     assert getattr(request, case.attribute) == expected
     assert type(getattr(request, case.attribute)) is type(expected)
     also = {CASES[key].attribute: item for key, item in case.also.items()}
-    assert request == replace(SILENT, **also, **{case.attribute: expected}), "and nothing else does"
+    changes = also | {case.attribute: expected}
+    assert request == replace(SILENT, **changes), "and nothing else does"
 
 
 @pytest.mark.parametrize(("name", "case", "value"), WRONG)
@@ -305,11 +367,13 @@ def test_an_alias_means_the_field_it_stands_for() -> None:
         "max_output_tokens": "max_tokens",
         "n_predict": "max_tokens",
         "stop_sequences": "stop",
+        "repeat_penalty": "repetition_penalty",
+        "repeat_last_n": "repetition_context_size",
     }
     for name, meant in aliases.items():
         value = "x" if meant == "stop" else 5
         assert parse(**{name: value}) == parse(**{meant: value})
-        assert FIELDS[name].read is FIELDS[meant].read
+        assert CASES[name] == CASES[meant], "it reads the same values"
 
 
 def test_two_names_of_one_field_must_agree_whatever_their_order() -> None:
@@ -335,6 +399,44 @@ def test_tool_arguments_are_a_string_or_an_object(arguments: Any) -> None:
     assert param == "messages[0].tool_calls[0].function.arguments"
 
 
+def test_all_that_the_launching_app_sends_is_accepted() -> None:
+    request = parse(
+        model="m",
+        stream=True,
+        n_predict=512,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+        min_p=0.05,
+        seed=7,
+        repeat_penalty=1.12,
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        logit_bias={"42": -1.5},
+        cache_prompt=True,
+        chat_template_kwargs={"enable_thinking": False},
+        stop_sequences=["</s>", "User:"],
+    )
+    assert request == ChatRequest(
+        SILENT.messages,
+        model="m",
+        is_stream=True,
+        max_tokens=512,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+        min_p=0.05,
+        seed=7,
+        repetition_penalty=1.12,
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        logit_bias=((42, -1.5),),
+        template_kwargs={"enable_thinking": False},
+        stop=("</s>", "User:"),
+        ignored=("cache_prompt",),
+    )
+
+
 def test_unknown_fields_are_ignored_and_named() -> None:
     request = parse(zeta=1, cache_prompt=True, alpha=None, id_slot=-1)
     assert request == replace(SILENT, ignored=("alpha", "cache_prompt", "id_slot", "zeta"))
@@ -347,6 +449,38 @@ def test_the_readmes_table_has_a_row_for_every_field() -> None:
 
 
 # --- options inside fields ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [100.5, -101, "1", None, True, [1], {}])
+def test_a_tokens_bias_is_refused_by_its_path(value: Any) -> None:
+    assert refusal(logit_bias={"5": 1, "6": value}).param == "logit_bias.6"
+
+
+def test_a_token_id_that_is_absurdly_long_is_a_400() -> None:
+    """Python refuses to read a number of more than 4300 digits."""
+    error = refusal(logit_bias={"9" * 5000: 1})
+    assert error.param is not None
+    assert error.param.startswith("logit_bias")
+    assert len(error.body()) < 1000
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "5", None, True, [5], 2**31])
+def test_a_stop_token_is_refused_by_its_path(value: Any) -> None:
+    assert refusal(stop_token_ids=[5, value]).param == "stop_token_ids[1]"
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    for logprobs in ({}, {"logprobs": False}, {"logprobs": None}):
+        assert refusal(**logprobs, top_logprobs=1).param == "top_logprobs"
+        assert parse(**logprobs, top_logprobs=0) == SILENT, "asks for nothing"
+
+
+def test_min_tokens_are_at_most_max_tokens() -> None:
+    for name in ("max_tokens", "max_completion_tokens", "n_predict"):
+        assert refusal(min_tokens=6, **{name: 5}).param == "min_tokens"
+        assert parse(min_tokens=5, **{name: 5}).min_tokens == 5
+    assert parse(min_tokens=6, n_predict=-1).min_tokens == 6
+    assert parse(min_tokens=6).min_tokens == 6
 
 
 def test_stream_options_need_a_stream() -> None:
@@ -667,6 +801,47 @@ def test_zero_is_an_answer_and_not_silence() -> None:
     defaults = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.1)
     request = parse(temperature=0, top_p=1, top_k=-1, min_p=0, seed=0)
     assert request.sampling(defaults, seed=5) == SamplingParams(temperature=0.0)
+
+
+def test_every_sampling_setting_reaches_the_sampler() -> None:
+    request = parse(
+        temperature=0.5,
+        top_p=0.6,
+        top_k=7,
+        min_p=0.1,
+        seed=9,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        repeat_last_n=64,
+        logit_bias={"5": 1},
+        xtc_probability=0.4,
+        xtc_threshold=0.2,
+        min_tokens=3,
+        logprobs=True,
+        top_logprobs=4,
+    )
+    params = SamplingParams(
+        temperature=0.5,
+        top_p=0.6,
+        top_k=7,
+        min_p=0.1,
+        seed=9,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        penalty_window=64,
+        logit_bias=((5, 1.0),),
+        xtc_probability=0.4,
+        xtc_threshold=0.2,
+        min_tokens=3,
+        top_logprobs=4,
+    )
+    assert request.sampling(SamplingParams(), seed=5) == params
+    names = {item.name for item in fields(SamplingParams)}
+    default = SamplingParams()
+    same = [name for name in names if getattr(params, name) == getattr(default, name)]
+    assert not same, "a setting that this test has not changed"
 
 
 def test_a_negative_seed_is_taken_modulo_two_to_the_64() -> None:

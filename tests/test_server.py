@@ -14,7 +14,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,10 @@ from helpers import (
     until,
 )
 
-from mlxlite import connection
+from mlxlite import connection, engine
 from mlxlite import server as server_module
 from mlxlite.config import Config
-from mlxlite.sequence import LoadError, PromptError
+from mlxlite.sequence import LoadError, Memory, PromptError
 from mlxlite.server import Phase
 
 CHAT = "/v1/chat/completions"
@@ -61,9 +61,10 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time as connections see it; deadlines are looked at nearly all the time."""
+    """Time as connections and the engine see it; deadlines are looked at nearly all the time."""
     clock = Clock()
     monkeypatch.setattr(connection, "perf_counter", clock)
+    monkeypatch.setattr(engine, "perf_counter", clock)
     monkeypatch.setattr(server_module, "perf_counter", clock)
     monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
     return clock
@@ -548,6 +549,314 @@ def test_a_template_that_fails_oddly_costs_its_request_and_nothing_else(error: E
             assert (await wire.chat("x")).status == 200
 
     test()
+
+
+# --- several choices ----------------------------------------------------------------------------
+
+# A sequence with a temperature begins at the character of its seed: "abc", "bc", "c".
+THREE: dict[str, Any] = {"n": 3, "temperature": 1, "seed": 0}
+
+
+@in_a_loop
+async def test_choices_differ_by_their_seeds_and_share_one_prompt() -> None:
+    async with serving() as served, await served.wire() as wire:
+        answer = (await wire.chat("abc", **THREE)).json
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        texts = [choice["message"]["content"] for choice in answer["choices"]]
+        assert texts == ["abc", "bc", "c"]
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+        assert answer["usage"]["prompt_tokens"] == 3
+        assert answer["usage"]["completion_tokens"] == 4 + 3 + 2, "the ends are counted"
+        assert served.runner.num_prefill_tokens == 2, "one prefill serves them all"
+        assert served.num_ended("stop") == 3
+        assert (await wire.chat("abc", **THREE)).json["choices"] == answer["choices"]
+        assert served.runner.stems == set()
+        (only,) = (await wire.chat("abc", n=1)).json["choices"]
+        assert only["message"]["content"] == "abc"
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_of_choices_folds_to_the_whole_answer(include_usage: bool) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            whole = (await wire.chat("abc", **THREE)).json
+            options = {"stream_options": {"include_usage": True}} if include_usage else {}
+            await wire.open_stream("abc", **THREE, **options)
+            frames = await wire.rest()
+            assert frames.count(DONE) == 1
+            assert frames[-1] == DONE
+            chunks = [frame.json for frame in frames[:-1]]
+            assert len({chunk["id"] for chunk in chunks}) == 1
+            for index, choice in enumerate(whole["choices"]):
+                own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+                assert own[0]["delta"] == {"role": "assistant", "content": ""}
+                reasons = [part["finish_reason"] for part in own]
+                assert reasons == [None] * (len(own) - 1) + [choice["finish_reason"]]
+                assert text_of(frames, index) == choice["message"]["content"]
+            with_usage = [chunk for chunk in chunks if chunk.get("usage") is not None]
+            assert with_usage == chunks[-1:], "the usage is said once, at the end"
+            assert chunks[-1]["usage"] == whole["usage"]
+            assert (chunks[-1]["choices"] == []) is include_usage
+            assert sum("timings" in chunk for chunk in chunks) == 1
+
+    test()
+
+
+@in_a_loop
+async def test_choices_that_do_not_fit_together_come_one_after_another() -> None:
+    async with serving(max_batch_size=1) as served, await served.wire() as wire:
+        answer = (await wire.chat("abc", **THREE)).json
+        assert [c["message"]["content"] for c in answer["choices"]] == ["abc", "bc", "c"]
+        assert served.runner.num_prefill_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_choice_that_fails_ends_the_answer_with_one_error(stream: bool) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            served.runner.failing[2] = 5
+            await wire.send(chat_request("ab" + ENDLESS, n=3, stream=stream))
+            if stream:
+                assert (await wire.head()).status == 200
+                frames = await wire.rest()
+                assert_ends_with_an_error(frames, "this sequence has failed")
+                assert sum(frame.name == "error" for frame in frames) == 1
+                assert frames.count(DONE) == 1
+                assert len(text_of(frames, 1)) == 5
+                reasons = [c["finish_reason"] for f in frames[:-3] for c in f.json["choices"]]
+                assert set(reasons) == {None}
+            else:
+                answer = await wire.answer()
+                assert answer.status == 500
+                assert answer.error["message"] == "this sequence has failed"
+            await until(lambda: served.num_live == 0, "the others are not wanted any more")
+            assert served.num_ended("error") == 1
+            assert served.num_ended("abort") == 2
+            await until(lambda: not served.runner.prompts)
+            assert (await wire.chat("x")).status == 200
+
+    test()
+
+
+@in_a_loop
+async def test_a_choice_that_has_ended_is_in_no_ones_way_when_another_fails() -> None:
+    async with serving() as served, await served.wire() as wire:
+        served.runner.failing[1] = 2
+        await wire.open_stream("abc", **THREE)  # "c" has ended by then
+        frames = await wire.rest()
+        assert_ends_with_an_error(frames, "this sequence has failed")
+        assert text_of(frames, 2) == "c"
+        answer = await wire.chat("x")
+        assert answer.status == 200
+
+
+@in_a_loop
+async def test_cancel_ends_every_choice_of_an_answer() -> None:
+    async with serving() as served, await served.wire() as wire, await served.wire() as control:
+        await wire.open_stream("ab" + ENDLESS, n=3)
+        id = (await wire.frame()).json["id"]
+        await until(lambda: len(served.runner.num_drawn) == 3)
+        cancelled = await control.post("/v1/cancel", {"id": id})
+        assert cancelled.json == {"status": "cancelled", "cancelled_count": 1}
+        frames = await wire.rest()
+        assert frames.count(DONE) == 1
+        ends = [c for f in frames[:-1] for c in f.json["choices"] if c["finish_reason"]]
+        assert sorted(c["index"] for c in ends) == [0, 1, 2]
+        assert {c["finish_reason"] for c in ends} == {"abort"}
+        assert frames[-2].json["usage"]["prompt_tokens"] == 3
+        assert served.num_live == 0
+        assert served.num_ended("abort") == 3
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+def test_a_client_that_goes_takes_every_choice_with_it(max_batch_size: int, stream: bool) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving(max_batch_size=max_batch_size) as served:
+            wire = await served.wire()
+            await wire.send(chat_request(ENDLESS, n=4, stream=stream))
+            await until(lambda: served.runner.num_drawn.get(1, 0) > 0)
+            assert served.num_live == 4
+            wire.abort()
+            await until(lambda: served.num_live == 0, "every choice is gone")
+            assert served.num_ended("abort") == 4
+            await until(lambda: not served.runner.prompts)
+            async with await served.wire() as other:
+                assert (await other.chat("hello")).status == 200
+            assert served.runner.stems == set()
+
+    test()
+
+
+@in_a_loop
+async def test_choices_are_queued_all_or_none() -> None:
+    async with serving(max_batch_size=1, max_queue=3) as served:
+        running, wire, late = await served.wire(), await served.wire(), await served.wire()
+        await running.open_stream(ENDLESS)
+        await until(lambda: served.runner.num_drawn.get(1, 0) > 0)
+        await wire.send(chat_request("hello", n=2))
+        await until(lambda: served.num_live == 3)
+        assert (await late.chat("hello", n=2)).status == 429
+        assert served.num_live == 3
+        await running.close()
+        assert len((await wire.answer()).json["choices"]) == 2
+        await wire.close()
+        await late.close()
+
+
+@in_a_loop
+async def test_more_choices_than_the_queue_can_ever_hold_are_not_told_to_come_again() -> None:
+    async with serving(max_queue=2) as served, await served.wire() as wire:
+        answer = await wire.chat("hello", n=3)
+        assert answer.status in (200, 400), "a 429 says that waiting helps"
+        assert answer.status == 200 or answer.error["param"] == "n"
+
+
+# --- logprobs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "tokens"),
+    [
+        ("héllo", {}, "héllo"),
+        ("héllo", {"top_logprobs": 2}, "héllo"),
+        ("héllo", {"max_tokens": 2, "top_logprobs": 1}, "hé"),
+        ("hello", {"stop": "lo"}, "hello"),  # the tokens were drawn, though not all are shown
+        ("abc", {**THREE, "top_logprobs": 20}, "abc"),
+    ],
+)
+def test_logprobs_are_the_same_streamed_or_not(
+    content: str, fields: dict[str, Any], tokens: str
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        fields["logprobs"] = True
+        async with serving() as served, await served.wire() as wire:
+            whole = (await wire.chat(content, **fields)).json
+            await wire.open_stream(content, **fields)
+            chunks = [frame.json for frame in await wire.rest() if frame != DONE]
+            for index, choice in enumerate(whole["choices"]):
+                own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+                parts = [part["logprobs"]["content"] for part in own if part["logprobs"]]
+                entries = choice["logprobs"]["content"]
+                assert [entry for part in parts for entry in part] == entries
+                assert "".join(entry["token"] for entry in entries) == tokens[index:]
+                assert [entry["logprob"] for entry in entries] == [
+                    -0.5 - n for n in range(len(entries))
+                ]
+                num_top = fields.get("top_logprobs", 0)
+                assert {len(entry["top_logprobs"]) for entry in entries} == {num_top}
+
+    test()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_token_that_has_no_bytes_to_show_ends_its_answer_and_nobody_waits(stream: bool) -> None:
+    class Model(FakeModel):
+        def token_bytes(self, token: int) -> bytes:
+            raise KeyError(token)
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving(Model()) as served, await served.wire() as wire:
+            await wire.send(chat_request("hello" + ENDLESS, logprobs=True, stream=stream))
+            head = await asyncio.wait_for(wire.head(), 2)
+            assert head.status == (200 if stream else 500)
+            if stream:
+                assert (await asyncio.wait_for(wire.rest(), 2))[-1] == DONE
+            await until(lambda: served.num_live == 0)
+
+    test()
+
+
+@in_a_loop
+async def test_who_asks_and_gets_no_token_has_no_logprobs_but_a_place_for_them() -> None:
+    async with serving() as served, await served.wire() as wire:
+        answer = await wire.chat("hello", logprobs=True, stop_token_ids=[ord("h")])
+        (choice,) = answer.json["choices"]
+        assert choice["message"]["content"] == ""
+        assert choice["logprobs"] == {"content": []}
+
+
+@in_a_loop
+async def test_only_who_asks_gets_logprobs() -> None:
+    async with serving() as served, await served.wire() as wire:
+        assert (await wire.chat("hello")).json["choices"][0]["logprobs"] is None
+        await wire.open_stream("hello", logprobs=False)
+        chunks = [frame.json for frame in await wire.rest() if frame != DONE]
+        assert all(c["logprobs"] is None for chunk in chunks for c in chunk["choices"])
+
+
+# --- what ends an answer, and what steers it ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "reason", "num_tokens"),
+    [
+        ({"ignore_eos": True, "max_tokens": 9}, "hello", "length", 9),
+        ({"stop_token_ids": [ord("l")]}, "he", "stop", 3),
+        ({"stop_token_ids": [ord("z"), 2**31 - 1]}, "hello", "stop", 6),
+        ({"stop_token_ids": [ord("l")], "ignore_eos": True}, "he", "stop", 3),
+    ],
+)
+def test_end_tokens_are_the_models_and_the_requests(
+    fields: dict[str, Any], text: str, reason: str, num_tokens: int
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            answer = (await wire.chat("hello", **fields)).json
+            (choice,) = answer["choices"]
+            assert choice["message"]["content"] == text
+            assert choice["finish_reason"] == reason
+            assert answer["usage"]["completion_tokens"] == num_tokens
+
+    test()
+
+
+@in_a_loop
+async def test_a_bias_on_a_token_that_the_model_does_not_have_is_a_400() -> None:
+    async with serving(FakeModel(num_vocab=100)) as served, await served.wire() as wire:
+        assert (await wire.chat("x", logit_bias={"99": 1})).status == 200
+        for id in ("100", "999999", "9" * 4000):
+            answer = await wire.chat("x", logit_bias={"5": 1, id: 1})
+            assert answer.status == 400
+            assert answer.error["param"] == "logit_bias"
+            assert id[:6] in answer.error["message"]
+            assert len(answer.body) < 1000
+        assert served.num_ended("stop") == 1
+
+
+@in_a_loop
+async def test_an_urgent_request_overtakes_the_queue_and_not_who_is_as_urgent() -> None:
+    async with serving(max_batch_size=1) as served:
+        wires = [await served.wire() for _ in range(4)]
+        served.runner.hold()
+        for n, (wire, priority) in enumerate(zip(wires, (-10, 0, 5, -10), strict=True), 1):
+            await wire.send(chat_request(f"number {n}", priority=priority))
+            await until(lambda n=n: served.num_live == n)  # type: ignore[misc]
+        served.runner.release()
+        for n, wire in enumerate(wires, 1):
+            answer = await wire.answer()
+            assert answer.json["choices"][0]["message"]["content"] == f"number {n}"
+            await wire.close()
+        assert served.runner.admitted == [1, 4, 2, 3]
+
+
+@in_a_loop
+async def test_an_urgent_request_takes_the_place_of_another_which_loses_nothing() -> None:
+    async with serving(max_batch_size=1) as served:
+        async with await served.wire() as patient, await served.wire() as urgent:
+            await patient.open_stream("patience" + ENDLESS, max_tokens=300)
+            await until(lambda: served.runner.num_drawn.get(1, 0) > 10)
+            assert (await urgent.chat("now", priority=-10)).status == 200
+            frames = await patient.rest()
+            assert text_of(frames) == (("patience" + ENDLESS) * 34)[:300]
+            assert frames[-2].json["usage"]["completion_tokens"] == 300
+        assert served.runner.admitted == [1, 2, 1]
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -1147,6 +1456,82 @@ def test_a_silent_stream_is_kept_alive_by_comments(clock: Clock) -> None:
     test()
 
 
+def test_a_request_that_takes_too_long_ends_with_an_error_and_frees_its_row(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with (
+            serving(request_timeout_s=30, max_batch_size=2) as served,
+            await served.wire() as streamed,
+            await served.wire() as whole,
+        ):
+            served.runner.hold()
+            await streamed.open_stream("ab" + ENDLESS)
+            await whole.send(chat_request(ENDLESS, n=2))  # the second of them in the queue
+            await until(lambda: served.num_live == 3)
+            await pass_time(served, clock, 20)
+            late = await served.wire()
+            await late.send(chat_request("hello"))
+            await until(lambda: served.num_live == 4)
+            await pass_time(served, clock, 10.5)
+            served.runner.release()
+            assert_ends_with_an_error(await streamed.rest(), "longer than 30 s")
+            answer = await whole.answer()
+            assert answer.status == 500
+            assert "longer than 30 s" in answer.error["message"]
+            assert (await late.answer()).json["choices"][0]["message"]["content"] == "hello"
+            await late.close()
+            assert served.num_ended("error") == 3
+            assert served.num_live == 0
+            await until(lambda: not served.runner.prompts, "the rows are free")
+
+    test()
+
+
+def test_without_a_time_limit_a_request_may_take_for_ever(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            served.runner.hold()
+            await wire.send(chat_request("hello"))
+            await until(lambda: served.num_live == 1)
+            await pass_time(served, clock, 1e6)
+            served.runner.release()
+            assert (await wire.answer()).status == 200
+
+    test()
+
+
+def test_a_device_that_hangs_makes_health_fail_until_it_answers(clock: Clock) -> None:
+    async def health(served: Served) -> Any:
+        async with await served.wire() as wire:
+            answer = await wire.get("/health")
+            assert (answer.status == 200) is (answer.json["status"] == "ok")
+            return answer
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            served.runner.hold()
+            await wire.send(chat_request("hello"))
+            await until(lambda: served.num_live == 1)
+            await until(lambda: served.engine._lane_since is not None)
+            await pass_time(served, clock, 59)
+            assert (await health(served)).status == 200
+            await pass_time(served, clock, 3)
+            answer = await health(served)
+            assert answer.status == 503
+            assert answer.json["status"] == "error"
+            assert "the model has not answered for 62 s" in answer.json["reason"]
+            assert "retry-after" in answer
+            served.runner.release()
+            assert (await wire.answer()).status == 200
+            assert (await health(served)).status == 200
+            await pass_time(served, clock, 1e6)
+            assert (await health(served)).status == 200, "an idle device does not hang"
+
+    test()
+
+
 # --- clients that go ----------------------------------------------------------------------------
 
 
@@ -1371,6 +1756,64 @@ async def test_many_requests_at_once_each_get_their_own_answer() -> None:
         await asyncio.gather(*(one(n) for n in range(40)))
         assert served.num_live == 0
         assert served.num_ended("stop") == 40
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def memory_for(*lengths: int) -> Memory:
+    """Just as much as rows of so many tokens hold together."""
+    memory = Memory(row_bytes=100, layers=((10, None),))
+    return replace(memory, budget_bytes=memory.batch(lengths))
+
+
+@in_a_loop
+async def test_the_context_is_no_longer_than_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    runner = ScriptedRunner(memory_for(512))
+    async with serving(runner=runner) as served, await served.wire() as wire:
+        assert "memory limits the context to 512 tokens" in caplog.messages
+        assert (await wire.get("/v1/models")).json["data"][0]["max_model_len"] == 512
+        answer = await wire.chat("x" * 512)
+        assert answer.status == 400
+        assert answer.error["n_prompt_tokens"] == 512
+        assert answer.error["n_ctx"] == 512
+        answer = (await wire.chat("x" * 500 + ENDLESS, max_tokens=10_000)).json
+        assert answer["usage"]["total_tokens"] == 512
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@in_a_loop
+async def test_a_memory_that_holds_all_of_the_context_leaves_it_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving(FakeModel(context_size=512), ScriptedRunner(memory_for(512))) as served:
+        async with await served.wire() as wire:
+            assert (await wire.get("/v1/models")).json["data"][0]["max_model_len"] == 512
+        assert caplog.messages == []
+
+
+@in_a_loop
+async def test_a_memory_that_holds_no_sequence_is_no_server() -> None:
+    runner = ScriptedRunner(replace(memory_for(1), budget_bytes=150))
+    with pytest.raises(LoadError, match=r"insufficient memory: 0 tokens"):
+        async with serving(runner=runner):
+            pytest.fail("it could serve nobody")
+
+
+@in_a_loop
+async def test_rows_that_do_not_fit_together_wait_for_one_another() -> None:
+    """Two short rows fit; decoding outgrows it, and who gives way loses nothing."""
+    runner = ScriptedRunner(memory_for(100, 100))
+    async with serving(runner=runner) as served:
+        text = "abcdefgh" + ENDLESS
+
+        async def one() -> None:
+            async with await served.wire() as wire:
+                answer = (await wire.chat(text, max_tokens=300)).json
+                assert answer["choices"][0]["message"]["content"] == (text * 40)[:300]
+
+        await asyncio.gather(*(one() for _ in range(4)))
+        assert len(runner.admitted) > 4, "nobody had to give way"
 
 
 # --- failures -----------------------------------------------------------------------------------
