@@ -1,1 +1,1 @@
-"""Benchmarks and the training script of the demo model."""
+"""Benchmarks against mlx-lm's own loops, and the training script of the demo model."""

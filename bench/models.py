@@ -1,0 +1,133 @@
+"""What is measured: random checkpoints of known sizes, and prompts of a wanted length.
+
+A checkpoint is a directory that the real server and mlx-lm load like any other. Its weights are
+random, so its speed is a model's and its text is noise. The vocabulary is ASCII and has no special
+tokens, so that each token is text at once and a frame of the server is a token.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from bench.plan import Request
+
+NUM_VOCAB = 4096
+CONTEXT_SIZE = 8192
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+_ONSETS = ("b", "d", "f", "gr", "k", "l", "m", "n", "p", "r", "st", "t", "v", "w", "")
+_CODAS = ("a", "e", "i", "o", "u", "an", "el", "is", "or", "un")
+
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "medium": {  # 27M parameters, 2M of them the vocabulary's
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    },
+}
+
+
+def _words() -> list[str]:
+    """A language of two and three syllables, the same in each run."""
+    syllables = [onset + coda for onset, coda in product(_ONSETS, _CODAS)]
+    choose = random.Random(0)
+    return ["".join(choose.choices(syllables, k=choose.choice((2, 2, 3)))) for _ in range(6000)]
+
+
+WORDS = tuple(_words())
+
+
+def save_checkpoint(path: Path, size: str) -> None:
+    """A random float32 qwen3 with its tokenizer. Makes MLX objects: call it on the lane."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import qwen3
+
+    path.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": _save_tokenizer(path),
+        "max_position_embeddings": CONTEXT_SIZE,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,
+    }
+    settings |= SIZES[size]
+    (path / "config.json").write_text(json.dumps(settings))
+    mx.random.seed(0)
+    network = qwen3.Model(qwen3.ModelArgs.from_dict(settings))
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+
+
+def _save_tokenizer(path: Path) -> int:
+    """Train and save a byte-level BPE of `NUM_VOCAB` tokens; how many it has become."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]  # the byte level's names for ASCII
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_VOCAB, initial_alphabet=alphabet, show_progress=False
+    )
+    roles = ["user: ", "assistant: "] * 50
+    tokenizer.train_from_iterator([" ".join(WORDS), *roles], trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return int(tokenizer.get_vocab_size())
+
+
+class Writer:
+    """Writes requests, no two alike: a cache of prefixes must not help one arm of a comparison.
+
+    `render` is a chat of one message as the server's tokens.
+    """
+
+    def __init__(self, render: Callable[[str], tuple[int, ...]]) -> None:
+        self._render = render
+        self._random = random.Random(1)
+
+    def request(
+        self, num_tokens: int, max_tokens: int, settings: Mapping[str, Any] | None = None
+    ) -> Request:
+        """A request with a prompt of about `num_tokens`; greedy where no settings are given."""
+        words = self._random.choices(WORDS, k=num_tokens)
+        num_rendered = len(self._render(" ".join(words)))
+        text = " ".join(words[: max(1, num_tokens * num_tokens // num_rendered)])
+        tokens = self._render(text)
+        if settings is None:
+            return Request(text, tokens, max_tokens)
+        return Request(text, tokens, max_tokens, settings)
+
+    def clients(
+        self, num_clients: int, max_tokens: int, num_rounds: int = 1
+    ) -> list[list[Request]]:
+        """Prompts of 24 to 40 tokens, so that rows are padded as they are in life."""
+        lengths = self._lengths()
+        return [
+            [self.request(next(lengths), max_tokens) for _ in range(num_rounds)]
+            for _ in range(num_clients)
+        ]
+
+    def _lengths(self) -> Iterator[int]:
+        while True:
+            yield self._random.randint(24, 40)

@@ -1,0 +1,125 @@
+"""Where it was measured, and the figures as Markdown and JSON.
+
+A ratio is the median of the pairs' ratios with their range, never a ratio of medians: the two sides
+of a pair were measured within seconds of each other, on the same machine in the same mood.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mlxlite import __version__
+
+_PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """`figures` are the raw numbers behind the rows, by a name that says which; for the JSON."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def as_markdown(self) -> str:
+        lines = [f"### {self.title}", "", _row(self.columns)]
+        lines.append(_row(["---", *["---:"] * (len(self.columns) - 1)]))
+        lines += [_row(row) for row in self.rows]
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes), ""])
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"title": self.title, "rows": rows, "figures": dict(self.figures)}
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def rate(values: Sequence[float]) -> str:
+    return f"{median(values):.0f}"
+
+
+def ms(values: Sequence[float], digits: int = 1) -> str:
+    """The median of seconds, in milliseconds."""
+    return f"{median(values) * 1000:.{digits}f}"
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Median and range of the pairs' ratios."""
+    pairs = ratios(ours, theirs)
+    return f"{median(pairs):.2f} ({min(pairs):.2f}–{max(pairs):.2f})"
+
+
+# --- the header -------------------------------------------------------------------------------
+
+
+def header() -> dict[str, str]:
+    """The machine and the versions; the BLAS is known only once MLX is loaded."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "versions": ", ".join(
+            f"{name} {number}"
+            for name, number in {
+                "python": platform.python_version(),
+                "mlxlite": __version__,
+                **versions,
+            }.items()
+        ),
+        "BLAS": _blas(),
+        "load average before": load_average(),
+    }
+
+
+def header_markdown(fields: Mapping[str, str]) -> str:
+    return "\n".join(["## mlxlite bench", "", *(f"- {k}: {v}" for k, v in fields.items()), ""])
+
+
+def load_average() -> str:
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return name.strip() or platform.processor()
+
+
+def _blas() -> str:
+    """What is preloaded, what is mapped into this process, how many threads it may use."""
+    preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
+    threads = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _THREAD_VARIABLES)
+    try:
+        mapped = Path("/proc/self/maps").read_text().split()
+        paths = [Path(word).name for word in mapped if "/" in word]
+        names = sorted({name for name in paths if "blas" in name.lower()})
+    except OSError:
+        names = []
+    return f"preloaded {preloaded}; loaded {', '.join(names) or 'unknown'}; {threads}"
