@@ -248,7 +248,7 @@ async def burst(bench: Bench) -> Table:
     notes = [
         f"Places of first tokens, {NUM_BURST} requests, all pairs: rows of a step arrive together, "
         f"so up to {BURST_ROWS - 1} is FIFO. A request joins the queue, and its answer's head "
-        "leaves, when it is rendered, which two threads do."
+        "leaves, when it is rendered."
     ]
     return Table(f"{NUM_BURST} requests at once, {BURST_ROWS} rows", columns, [row], figures, notes)
 
