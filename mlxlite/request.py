@@ -243,10 +243,6 @@ def _object(value: Any, param: str) -> dict[str, Any]:
     return value
 
 
-def _anything(value: Any, param: str) -> Any:
-    return value
-
-
 def _integer(low: int, high: int) -> Reader:
     def read(value: Any, param: str) -> int:
         if isinstance(value, float) and value.is_integer():
@@ -383,7 +379,7 @@ def _off(*values: Any) -> Reader:
     """A field that is not supported yet: only a value that asks for nothing passes."""
 
     def read(value: Any, param: str) -> None:
-        # `is` for booleans: False == 0 must not let a wrong type through
+        # Types too: False == 0 must not let a wrong one through.
         if not any(
             value == off and isinstance(value, bool) == isinstance(off, bool) for off in values
         ):

@@ -145,12 +145,18 @@ class ModelRunner:
         for id in step.released:
             self._prefills.pop(id, None)
             self._failed.discard(id)
-        for admission in step.admitted:
-            self._admit(admission)
+        failed = [f for a in step.admitted if (f := self._admit(a)) is not None]
         for id in step.dropped_stems:
             self._stems.pop(id, None)
-        states, failed = self._prefill(step.chunks)
-        rows = tuple(id for id in step.rows if id not in self._failed)
+        chunks = [chunk for chunk in step.chunks if chunk.id not in self._failed]
+        states = [
+            state
+            for group in _pack(chunks, self._can_pack)
+            for state in self._prefill(group, failed)
+        ]
+        rows = step.rows
+        if self._failed:
+            rows = tuple(id for id in rows if id not in self._failed)
         self._regroup(rows, step.kept_stems)
         output, logprobs = self._decode() if self._ids else (None, None)
         launched_at = perf_counter()
@@ -161,33 +167,38 @@ class ModelRunner:
             mx.clear_cache()  # nobody is left: give the buffers back rather than sit on them
         build_s = launched_at - began_at
         return _InFlight(
-            step, rows, output, logprobs, states, failed, launched_at, build_s, dispatch_s
+            step, rows, output, logprobs, states, tuple(failed), launched_at, build_s, dispatch_s
         )
 
-    def _admit(self, admission: Admission) -> None:
+    def _admit(self, admission: Admission) -> tuple[int, str] | None:
+        """Make its cache; (id, reason) for a fork whose leader has failed in the meantime."""
         sequence = admission.sequence
         tokens = np.array(sequence.prompt.tokens + admission.outputs, np.uint32)
-        stem = None if admission.stem is None else self._stems[admission.stem]
+        stem = None if admission.stem is None else self._stems.get(admission.stem)
+        if stem is None and admission.stem is not None:
+            self._failed.add(sequence.id)
+            return sequence.id, "the prompt that it shares has failed"
         cache = self._new_cache() if stem is None else [copy(layer) for layer in stem]
         num_computed = 0 if stem is None else len(tokens) - 1
         self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed)
+        return None
 
-    def _prefill(self, chunks: tuple[Chunk, ...]) -> tuple[list[Any], tuple[tuple[int, str], ...]]:
-        """Run the chunks' tokens through the layers; the logits are never asked for.
+    def _prefill(self, group: list[Chunk], failed: list[tuple[int, str]]) -> list[Any]:
+        """Run chunks through the layers, and note in `failed` whose failed, with the reason.
 
-        The states that were written, and (id, reason) of the sequences that failed: they alone.
+        The states that were written; the logits are never asked for. Where several chunks fail
+        together, each is tried alone: packing must not make one sequence's fault another's.
         """
-        states: list[Any] = []
-        failed: list[tuple[int, str]] = []
-        for group in _pack([c for c in chunks if c.id not in self._failed], self._can_pack):
-            try:
-                states += self._prefill_together(group)
-            except (ValueError, RuntimeError, MemoryError) as error:
-                failed += [(chunk.id, f"{type(error).__name__}: {error}") for chunk in group]
-        for id, _ in failed:
+        try:
+            return self._prefill_together(group)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if len(group) > 1:
+                return [state for chunk in group for state in self._prefill([chunk], failed)]
+            id = group[0].id
             del self._prefills[id]
             self._failed.add(id)
-        return states, tuple(failed)
+            failed.append((id, f"{type(error).__name__}: {error}"))
+            return []
 
     def _prefill_together(self, group: list[Chunk]) -> list[Any]:
         """One forward pass: a chunk of one sequence, or the first chunks of several, padded."""

@@ -395,6 +395,12 @@ class Scheduler:
         self._stems[id] = num_tokens
         self._kept_stems.append(id)
 
+    def _forget_stem(self, leader: int) -> None:
+        """The leader has failed, so there is no stem: each fork still waiting prefills alone."""
+        if self._stems.pop(leader, None) is not None:
+            del self._forks[leader]
+            self._dropped_stems.append(leader)
+
     def _rows(self) -> tuple[int, ...]:
         rows = tuple(id for id, state in self._decoding.items() if state.has_row)
         for id in rows:
@@ -408,6 +414,7 @@ class Scheduler:
         events: list[Event] = []
         for id, error in outcome.failed:
             if state := self._states.get(id):
+                self._forget_stem(id)
                 events.append(self._finish(state, FinishReason.ERROR, error))
         assert len(outcome.tokens) == len(step.rows)
         for id, token in zip(step.rows, outcome.tokens, strict=True):

@@ -577,6 +577,39 @@ def test_a_prompt_that_fails_alone_costs_nobody_else_anything():
     assert again.tokens(9) == judge("qwen3", make_sequence(9, 5))
 
 
+class FailsTogether(Counting):
+    """A model that raises whenever several prompts come in one pass."""
+
+    def __call__(self, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
+        if tokens.shape[0] > 1 and tokens.shape[1] > 1:
+            self.shapes.append(tuple(tokens.shape))
+            raise RuntimeError("these prompts together")
+        return super().__call__(tokens, cache)
+
+
+def test_prompts_that_fail_together_are_tried_alone():
+    model = FailsTogether(build("qwen3"))
+    sequences = [make_sequence(i, n) for i, n in enumerate((10, 9, 8), start=1)]
+    commands = {0: [Add(s) for s in sequences]}
+    run = drive(Scheduler(Policy(max_rows=8)), ModelRunner(model), commands)
+    assert (3, 9) in model.shapes
+    for sequence in sequences:
+        assert run.tokens(sequence.id) == judge("qwen3", sequence)
+
+
+def test_a_leader_that_fails_takes_its_forks_with_it_and_nobody_else():
+    model = Counting(build("qwen3"), broken_length=21)
+    forks = make_forks(5, 22, first=10)
+    bystander = make_sequence(1, 60, 12)
+    scheduler, runner = Scheduler(Policy(max_rows=3)), ModelRunner(model)
+    run = drive(scheduler, runner, {0: [Add(bystander), *map(Add, forks)]})
+    for fork in forks:
+        assert [end.reason for end in run.ends(fork.id)] == [FinishReason.ERROR]
+    assert run.tokens(1) == judge("qwen3", bystander)
+    again = drive(scheduler, runner, {0: [Add(make_sequence(99, 5))]})
+    assert again.tokens(99) == judge("qwen3", make_sequence(99, 5))
+
+
 def test_a_runner_that_was_warmed_up_says_the_same():
     runner = ModelRunner(build("qwen3"))
     runner.warm_up()
