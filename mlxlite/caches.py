@@ -53,15 +53,21 @@ class BatchCache:
         self._num_merged = 0
         self._plain: list[Cache] = []
 
-    def forward(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        """Last-position logits `[B, V]` for input tokens `[B]`."""
+    def forward(
+        self, model: nn.Module, tokens: mx.array, deltas: mx.array | None = None
+    ) -> mx.array:
+        """Last-position logits `[B, V]` for input tokens `[B]`.
+
+        `deltas` `[B]` are what rows add to their positions, for a model that takes them.
+        """
+
+        def run(rows: slice, cache: Cache) -> mx.array:
+            more = {} if deltas is None else {"deltas": deltas[rows]}
+            return cast("mx.array", model(tokens[rows, None], cache=cache, **more)[:, -1])
+
         if self._merged is not None:
-            merged: mx.array = model(tokens[:, None], cache=self._merged)[:, -1]
-            return merged
-        logits: list[mx.array] = [
-            model(tokens[i : i + 1, None], cache=cache)[:, -1]
-            for i, cache in enumerate(self._plain)
-        ]
+            return run(slice(None), self._merged)
+        logits = [run(slice(i, i + 1), cache) for i, cache in enumerate(self._plain)]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
     def kept(self, row: int, start: int, stop: int, *, has_states: bool) -> "Kept":

@@ -3,13 +3,16 @@
 Every way in which there is none is a `LoadError` that says what to do about it.
 """
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from mlxlite.served import LoadError
 
 log = logging.getLogger("mlxlite.hub")
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 DEMO_PATH = Path(__file__).parent / "demo"
 # Everything mlx-lm reads, and nothing that would be code.
 _PATTERNS = [
@@ -81,6 +84,48 @@ def _http_error() -> type[Exception]:
     from huggingface_hub import errors
 
     return next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """config.json, after the checks that deserve a better message than the loader's.
+
+    Raises LoadError.
+    """
+
+    def unlike_mlx(what: str) -> LoadError:
+        needs = "a directory with config.json, model*.safetensors and a tokenizer"
+        return LoadError(f"{path} is not an MLX model: {what}; give {needs} (see mlx_lm.convert)")
+
+    settings = read_json(path / "config.json")
+    if settings is None:
+        hint = " (GGUF files are not MLX models)" if any(path.glob("*.gguf")) else ""
+        raise unlike_mlx(f"it has no config.json{hint}")
+    if not isinstance(settings.get("model_type"), str):
+        raise unlike_mlx("its config.json names no model_type")
+    if settings.get("model_file") is not None:
+        raise LoadError(
+            f"{path} wants to run code of its own (model_file), which is never done: "
+            "choose a model whose architecture mlx-lm has"
+        )
+    if not any(path.glob("model*.safetensors")):
+        raise unlike_mlx("it has no model*.safetensors")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise unlike_mlx(f"it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
+    return settings
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file; None if there is none. Raises LoadError if it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = reason_of(error)
+        raise LoadError(f"{path} cannot be read ({reason}): download or repair it") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} does not hold a JSON object: download or repair it")
+    return value
 
 
 def reason_of(error: BaseException) -> str:

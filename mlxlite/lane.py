@@ -110,7 +110,7 @@ class ChunkTuner:
 
     def measure(self, step: Step, device_s: float) -> int | None:
         """Take one step's time; a new chunk budget in tokens, or None for no change."""
-        if device_s <= 0.0:
+        if device_s <= 0.0 or step.looks:  # a picture's time says nothing about tokens
             return None
         if not step.num_prefill_tokens:
             if step.rows:

@@ -16,10 +16,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import mlx.core as mx
@@ -37,14 +38,20 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlxlite.config import Config
 from mlxlite.grammar import Grammars
-from mlxlite.hub import locate, reason_of
+from mlxlite.hub import locate, read_json, read_settings, reason_of
 from mlxlite.sequence import Grammar, Markers, Prompt, SamplingParams
 from mlxlite.served import Constraint, LoadError, PromptError
 
+if TYPE_CHECKING:
+    from mlxlite.vision import Reader
+
 log = logging.getLogger("mlxlite.model")
 
+LONE_PICTURE: list[Any] = [{"role": "user", "content": [{"type": "image"}]}]
+_PROBE = "mlxlite"  # a word that no template says by itself
+BLIND = "this model does not see pictures"
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+
 # The names under which configurations keep their longest sequence, by how often they are seen.
 _CONTEXT_KEYS = (
     "max_position_embeddings",
@@ -93,6 +100,13 @@ class Model:
     eos_tokens: frozenset[int]
     defaults: SamplingParams
     grammars: Grammars
+    sight: "Reader | str"  # what reads pictures, or why nothing does
+    wants_parts: bool = False  # its template knows content only as an array of parts
+
+    @property
+    def blind(self) -> str | None:
+        """See `served.ServedModel`."""
+        return self.sight if isinstance(self.sight, str) else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -157,8 +171,9 @@ class Model:
         template_kwargs: Mapping[str, Any],
         *,
         is_continuation: bool,
+        pictures: SequenceOf[Any] = (),
     ) -> Prompt:
-        """Chat messages through the template and the tokenizer.
+        """Chat messages through the template and the tokenizer, or the processor with `pictures`.
 
         `is_continuation` leaves the last message open, for the answer to go on from it. Raises
         PromptError when there is no template, when it refuses the messages, and for a template
@@ -170,20 +185,26 @@ class Model:
             )
         if template_kwargs and (reserved := _renderer_arguments().intersection(template_kwargs)):
             raise PromptError(f"a request may not set the template argument {min(reserved)!r}")
-        try:
-            text = self._apply_template(list(messages), dict(template_kwargs), is_continuation)
-        except _TEMPLATE_ERRORS as error:
-            reason = reason_of(error)
-            raise PromptError(f"the chat template refused the messages: {reason}") from error
+        text = self._apply(list(messages), dict(template_kwargs), is_continuation)
+        start = self.markers.think_start
+        is_thinking = bool(start) and text.rstrip().endswith(start)
+        if pictures:
+            if isinstance(self.sight, str):
+                raise PromptError(self.sight)
+            prompt = self.sight.read(text, self._apply(LONE_PICTURE, {}, False), pictures)
+        else:
+            prompt = Prompt(self._encode(text))
+        return replace(prompt, heads=self._heads(list(prompt.tokens)), is_thinking=is_thinking)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """A rendered chat's tokens. Raises PromptError."""
         try:
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise PromptError("the messages hold half a character (a lone surrogate)") from error
         if not tokens:
             raise PromptError("the chat template made an empty prompt of the messages")
-        start = self.markers.think_start
-        is_thinking = bool(start) and text.rstrip().endswith(start)
-        return Prompt(tuple(tokens), heads=self._heads(tokens), is_thinking=is_thinking)
+        return tuple(tokens)
 
     def _heads(self, tokens: list[int]) -> tuple[int, ...]:
         """Where messages begin, by the special tokens that templates begin them with.
@@ -198,6 +219,16 @@ class Model:
         if mark is not None:
             return tuple(i for i in found if i and tokens[i] == mark)
         return tuple(i for i in found if i and tokens[i] not in self.eos_tokens)
+
+    def _apply(self, messages: list[Any], kwargs: dict[str, Any], is_continuation: bool) -> str:
+        """The template's text. Raises PromptError."""
+        if self.wants_parts:
+            messages = [_in_parts(message) for message in messages]
+        try:
+            return self._apply_template(messages, kwargs, is_continuation)
+        except _TEMPLATE_ERRORS as error:
+            reason = reason_of(error)
+            raise PromptError(f"the chat template refused the messages: {reason}") from error
 
     def _apply_template(
         self, messages: list[Any], kwargs: dict[str, Any], is_continuation: bool
@@ -235,9 +266,9 @@ def load(config: Config) -> Model:
     maybe_set_recommended_wired_limit()
     template = _read_template(config.chat_template)
     path = locate(config.model)
-    settings = _read_settings(path)
-    generation = _read_json(path / "generation_config.json") or {}
-    network, tokenizer = _load_parts(path, generation)
+    settings = read_settings(path)
+    generation = read_json(path / "generation_config.json") or {}
+    network, tokenizer, processor = _load_parts(path, generation, settings)
     adapter = Path(config.adapter_path).expanduser() if config.adapter_path else None
     if adapter is not None:
         _apply_adapter(network, adapter)
@@ -259,7 +290,13 @@ def load(config: Config) -> Model:
         eos_tokens=frozenset(tokenizer.eos_token_ids),
         defaults=_sampling_defaults(generation),
         grammars=_grammars(tokenizer, num_vocab),
+        sight=BLIND,
     )
+    if not isinstance(processor, str):
+        model = replace(model, wants_parts=_wants_parts(model))
+        model = replace(model, sight=_sight(model, processor))
+    else:
+        model = replace(model, sight=processor)
     if template is not None:
         _check_template(model)
     elif not model.has_chat_template:
@@ -267,10 +304,17 @@ def load(config: Config) -> Model:
     return model
 
 
-def _load_parts(path: Path, generation: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    """The network and mlx-lm's tokenizer. Raises LoadError, whatever mlx-lm raises."""
+def _load_parts(
+    path: Path, generation: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[nn.Module, Any, Any]:
+    """The network, mlx-lm's tokenizer, and mlx-vlm's processor or why there is none.
+
+    Raises LoadError, whatever the libraries raise.
+    """
     try:
-        network, settings = load_model(path)
+        network, processor = _load_vision(path, settings)
+        if network is None:
+            network, _ = load_model(path)
         eos = generation.get("eos_token_id")
         tokenizer = load_tokenizer(
             path,
@@ -284,11 +328,68 @@ def _load_parts(path: Path, generation: Mapping[str, Any]) -> tuple[nn.Module, A
                 f"insufficient memory for the model at {path} ({reason}): "
                 "choose a smaller one, or one with fewer bits"
             ) from error
+        needs = f"mlx-lm {mlx_lm.__version__} supports the model"
+        if _has_vision(settings) and not _has_mlx_vlm():
+            needs += ", or pip install 'mlxlite[vision]' for its pictures"
         raise LoadError(
             f"cannot load the model at {path}: {reason.rstrip('.')}; check that the download is "
-            f"complete and that mlx-lm {mlx_lm.__version__} supports the model"
+            f"complete and that {needs}"
         ) from error
-    return network, tokenizer
+    return network, tokenizer, processor
+
+
+def _has_vision(settings: Mapping[str, Any]) -> bool:
+    return isinstance(settings.get("vision_config"), Mapping)
+
+
+def _has_mlx_vlm() -> bool:
+    return find_spec("mlx_vlm") is not None and find_spec("PIL") is not None
+
+
+def _load_vision(path: Path, settings: Mapping[str, Any]) -> tuple[nn.Module | None, Any]:
+    """An image-text model's network and processor; None where text is all that can be served."""
+    if not _has_vision(settings):
+        return None, BLIND
+    if not _has_mlx_vlm():
+        return None, f"{BLIND} here: pip install 'mlxlite[vision]'"
+    from mlxlite import vision
+
+    try:
+        return vision.load(path)
+    except Exception as error:  # as above; what mlx-lm makes of it is still to be seen
+        log.warning("pictures are off: mlx-vlm cannot load it: %s", reason_of(error))
+        return None, f"{BLIND}: mlx-vlm cannot load it"
+
+
+def _sight(model: Model, processor: Any) -> "Reader | str":
+    """What reads pictures for this model, tried out; or why nothing does."""
+    from mlxlite import vision
+
+    try:
+        if not model.has_chat_template:
+            raise PromptError("it has no chat template")
+        lone = model._apply(LONE_PICTURE, {}, False)
+        return vision.reader(model.network, processor, lone)
+    except Exception as error:  # a foreign network, on the first picture it gets
+        log.warning("pictures are off: %s", reason_of(error))
+        return f"{BLIND}: {reason_of(error)}"
+
+
+def _wants_parts(model: Model) -> bool:
+    """Whether the template leaves out content that is a string, as some of image models do."""
+    if not model.has_chat_template:
+        return False
+    try:
+        return _PROBE not in model._apply([{"role": "user", "content": _PROBE}], {}, False)
+    except PromptError:
+        return True
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return dict(message)
 
 
 def _apply_adapter(network: nn.Module, path: Path) -> None:
@@ -402,45 +503,6 @@ def _device_limit() -> int:
     if recommended is not None:
         return int(recommended)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 10
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """config.json, after the checks that deserve a better message than the loader's."""
-
-    def unlike_mlx(what: str) -> LoadError:
-        needs = "a directory with config.json, model*.safetensors and a tokenizer"
-        return LoadError(f"{path} is not an MLX model: {what}; give {needs} (see mlx_lm.convert)")
-
-    settings = _read_json(path / "config.json")
-    if settings is None:
-        hint = " (GGUF files are not MLX models)" if any(path.glob("*.gguf")) else ""
-        raise unlike_mlx(f"it has no config.json{hint}")
-    if not isinstance(settings.get("model_type"), str):
-        raise unlike_mlx("its config.json names no model_type")
-    if settings.get("model_file") is not None:
-        raise LoadError(
-            f"{path} wants to run code of its own (model_file), which is never done: "
-            "choose a model whose architecture mlx-lm has"
-        )
-    if not any(path.glob("model*.safetensors")):
-        raise unlike_mlx("it has no model*.safetensors")
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise unlike_mlx(f"it has no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
-    return settings
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is none. Raises LoadError if it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        reason = reason_of(error)
-        raise LoadError(f"{path} cannot be read ({reason}): download or repair it") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} does not hold a JSON object: download or repair it")
-    return value
 
 
 def _read_template(given: str | None) -> str | None:

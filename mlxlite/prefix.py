@@ -151,11 +151,12 @@ class PrefixCache:
         missing = tuple(id for id in wanted if not self._payloads[id][0].is_held)
         return Hit(num_tokens, tuple(segments), checkpoint or None, missing)
 
-    def enter(self, blocks: Blocks, limit: int) -> Hit:
-        """`match` for a sequence that now begins: what it finds is used, and counted."""
+    def enter(self, blocks: Blocks, limit: int, least: int = 0) -> Hit:
+        """`match` for a sequence that now begins: what it finds, if enough, is used and counted."""
         hit = self.match(blocks, limit)
         if hit.missing:
             hit = self._without_missing(hit)
+        hit = hit if hit.num_tokens >= least else Hit()
         self._clock += 1
         self.stats.num_asked += limit
         self.stats.num_hit += hit.num_tokens

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +22,7 @@ import numpy.typing as npt
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxlite.blocks import CacheOp, Drop, Fetch, Hit, Save, Split, Stored, Unlink
-from mlxlite.blocks import Store as StoreOp
+from mlxlite.blocks import Hit, Stored
 from mlxlite.caches import (
     BatchCache,
     Cache,
@@ -31,12 +30,12 @@ from mlxlite.caches import (
     KVBits,
     can_pack,
     copy,
-    fill,
     kept,
     layer_sizes,
     merge,
     quantized,
 )
+from mlxlite.payloads import Payloads, Write
 from mlxlite.sampling import Draw, LogprobArrays, Sampler
 from mlxlite.sequence import (
     Admission,
@@ -44,6 +43,7 @@ from mlxlite.sequence import (
     Command,
     Launched,
     Logprobs,
+    Look,
     Matcher,
     Memory,
     Outcome,
@@ -53,19 +53,13 @@ from mlxlite.sequence import (
     Sequence,
     Step,
 )
-from mlxlite.store import Array, File, Store
+from mlxlite.store import Store
+
+if TYPE_CHECKING:
+    from mlxlite.vision import Sight
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
 _FAULTS = (ValueError, RuntimeError, MemoryError)  # of one sequence: the others go on
-_DTYPES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.uint8: "U8",
-    mx.bool_: "BOOL",
-}  # in safetensors' words
 
 
 @dataclass(slots=True)
@@ -76,6 +70,7 @@ class _Prefill:
     tokens: npt.NDArray[np.uint32]
     cache: Cache
     num_computed: int = 0
+    sight: "Sight | None" = None  # of its pictures
 
 
 @dataclass(slots=True)
@@ -89,7 +84,7 @@ class _InFlight:
     states: list[Any]
     failed: tuple[tuple[int, str], ...]
     lost: tuple[int, ...]
-    writes: list[tuple[int, Stored, Kept]]  # for the store, once they are computed
+    writes: list[Write]  # for the store, once they are computed
     launched_at: float
     build_s: float
     dispatch_s: float
@@ -119,14 +114,13 @@ class ModelRunner:
         self._failed: set[int] = set()  # given up, and not released yet
         self._store = store
         self._embedding: dict[int, tuple[Cache | None, mx.array]] = {}  # long inputs, half done
-        self._kept: dict[int, Kept] = {}  # the prefix cache's payloads
-        self._lost: list[int] = []  # payloads that this step should have had
-        self._writes: list[tuple[int, Stored, Kept]] = []  # that this step brings
-        self._last_writes: list[tuple[int, Stored, Kept]] = []  # those of the step in flight
         self._matchers: dict[int, Matcher] = {}  # of the rows that are constrained
         self._ids: list[int] = []
         self._batch = BatchCache()
         self._tokens: mx.array | None = None  # [B]: each row's next input
+        # [B]: what rows add to their positions, where the model counts those in pictures.
+        self._deltas: mx.array | None = None
+        self._has_deltas = bool(getattr(model, "has_positions", False))
         self._sampler = Sampler(self.num_vocab)
         self._done_at = 0.0
         self.memory = self._measure(memory_bytes)
@@ -137,7 +131,7 @@ class ModelRunner:
         cache = self._new_cache()
         self._model(mx.zeros((1, 2), mx.uint32), cache=cache)
         mx.eval([layer.state for layer in cache])
-        self._like = kept(cache, 0, 2, has_states=True)
+        self._payloads = Payloads(kept(cache, 0, 2, has_states=True), self._store)
         sizes = [size for layer in cache for size in layer_sizes(layer)]
         growing = [(per_token, most) for per_token, most, _ in sizes if per_token]
         caps = dict.fromkeys(most for _, most in growing)
@@ -176,15 +170,15 @@ class ModelRunner:
         self._prefills.clear()
         self._stems.clear()
         self._failed.clear()
-        self._kept.clear()
+        self._payloads.clear()
         self._matchers.clear()
         self._embedding.clear()
-        self._writes.clear()
-        self._lost.clear()
         self._ids = []
         self._batch = BatchCache()
-        self._tokens = None
+        self._tokens = self._deltas = None
         self._sampler = Sampler(self.num_vocab)
+        if (forget := getattr(self._model, "forget", None)) is not None:
+            forget()  # what was seen in pictures
         mx.clear_cache()
 
     def advance(
@@ -235,17 +229,19 @@ class ModelRunner:
 
     def _launch(self, step: Step, in_flight: _InFlight | None) -> _InFlight:
         began_at = perf_counter()
-        states = self._work_on_prefixes(step.before)
+        states = self._payloads.work_on(step.before, self._take)
         for id in step.released:
             self._prefills.pop(id, None)
             self._failed.discard(id)
         failed = [f for a in step.admitted if (f := self._admit(a)) is not None]
         for id in step.dropped_stems:
             self._stems.pop(id, None)
+        for look in step.looks:
+            states += self._look(look, failed)
         chunks = [chunk for chunk in step.chunks if chunk.id not in self._failed]
-        for group in _pack(chunks, self._can_pack):
+        for group in self._pack(chunks):
             states += self._prefill(group, failed)
-        states += self._work_on_prefixes(step.after)
+        states += self._payloads.work_on(step.after, self._take)
         rows = step.rows
         if self._failed:
             rows = tuple(id for id in rows if id not in self._failed)
@@ -257,9 +253,7 @@ class ModelRunner:
         dispatch_s = perf_counter() - launched_at
         if not self._ids and not self._prefills:
             mx.clear_cache()  # nobody is left: give the buffers back rather than sit on them
-        lost, self._lost = tuple(self._lost), []
-        writes, self._writes = self._writes, []
-        self._last_writes = writes
+        lost, writes = self._payloads.told()
         times = launched_at, launched_at - began_at, dispatch_s
         return _InFlight(step, rows, output, logprobs, states, tuple(failed), lost, writes, *times)
 
@@ -272,89 +266,56 @@ class ModelRunner:
             self._failed.add(sequence.id)
             return sequence.id, "the prompt that it shares has failed"
         num_computed = 0 if stem is None else len(tokens) - 1
+        sight = None
         try:
+            if sequence.prompt.images:
+                sight = self._model.begin(sequence.prompt, tokens)
             cache = self._new_cache() if stem is None else [copy(layer) for layer in stem]
             if admission.hit.num_tokens:
                 num_computed = admission.hit.num_tokens
-                self._resume(cache, admission.hit, tokens)
+                self._resume(cache, admission.hit, tokens, sight)
         except _FAULTS as error:
             return self._give_up(sequence.id, error)
-        self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed)
+        self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed, sight)
         return None
 
     # --- prefixes ---------------------------------------------------------------------------
 
-    def _resume(self, cache: Cache, hit: Hit, tokens: npt.NDArray[np.uint32]) -> None:
+    def _resume(
+        self, cache: Cache, hit: Hit, tokens: npt.NDArray[np.uint32], sight: "Sight | None"
+    ) -> None:
         """Fill a new cache with what is kept, or compute it after all where that is lost."""
-        wanted = [(segment.extent, segment.stop) for segment in hit.segments]
-        if hit.checkpoint is not None:
-            wanted.append((hit.checkpoint, hit.num_tokens))
-        missing = [id for id, _ in wanted if self._payload(id) is None]
-        if missing:
-            self._lost += missing
-            self._model(mx.array(tokens[None, : hit.num_tokens]), cache=cache)
-        else:
-            fill(cache, [(self._kept[id], stop) for id, stop in wanted], hit.num_tokens)
+        if self._payloads.fill(cache, hit):
+            return
+        stop = hit.num_tokens
+        inputs = {} if sight is None else sight.look_and_window(stop)
+        self._model(mx.array(tokens[None, :stop]), cache=cache, **inputs)
 
-    def _payload(self, id: int) -> Kept | None:
-        """What is kept in memory under an id, or has just come from disk."""
-        if id not in self._kept and self._store and (file := self._store.take(id)) is not None:
-            payload, stop = _kept_of(file), len(file.stored.words) // 4
-            is_like = payload is not None and payload.is_like(self._like)
-            if payload is not None and is_like and payload.is_of(file.stored.start, stop):
-                self._kept[id] = payload
-        return self._kept.get(id)
+    def _take(self, id: int, start: int, stop: int, *, has_states: bool) -> Kept | None:
+        """See `payloads.Take`."""
+        if (prefill := self._prefills.get(id)) is not None:
+            return kept(prefill.cache, start, stop, has_states=has_states)
+        if id not in self._ids:
+            return None
+        return self._batch.kept(self._ids.index(id), start, stop, has_states=has_states)
 
-    def _work_on_prefixes(self, ops: tuple[CacheOp, ...]) -> list[mx.array]:
-        """Do what the prefix cache has decided; the arrays that this makes."""
-        made: list[mx.array] = []
-        for op in ops:
-            match op:
-                case Save():
-                    made += self._save(op)
-                case Split(extent, at, rest):
-                    if (whole := self._payload(extent)) is None:
-                        self._lost += [extent, rest]
-                        continue
-                    parts = whole.split(at - whole.start)
-                    self._kept[extent], self._kept[rest] = parts
-                    made += parts[0].arrays() + parts[1].arrays()
-                case Drop(id):
-                    self._payload(id)  # from the store's hands too
-                    self._kept.pop(id, None)
-                case StoreOp(id, stored) if self._store and (whole := self._payload(id)):
-                    self._writes.append((id, stored, whole))
-                case Unlink(id) if self._store:
-                    for writes in (self._writes, self._last_writes):  # not yet the store's
-                        writes[:] = [write for write in writes if write[0] != id]
-                    self._store.unlink(id)
-                case Fetch(id, stored) if self._store:
-                    self._store.fetch(id, stored)
-        return made
+    # --- prefill ----------------------------------------------------------------------------
 
-    def _save(self, save: Save) -> list[mx.array]:
-        prefill = self._prefills.get(save.id)
-        row = self._ids.index(save.id) if save.id in self._ids else None
+    def _look(self, look: Look, failed: list[tuple[int, str]]) -> list[mx.array]:
+        """Run the vision tower on one picture; the arrays that this makes."""
+        prefill = self._prefills.get(look.id)
+        if prefill is None or prefill.sight is None:  # it has failed
+            return []
+        try:
+            return prefill.sight.look(look.image)
+        except _FAULTS as error:
+            failed.append(self._give_up(look.id, error))
+            return []
 
-        def take(start: int, stop: int, *, has_states: bool) -> Kept:
-            if prefill is not None:
-                return kept(prefill.cache, start, stop, has_states=has_states)
-            assert row is not None
-            return self._batch.kept(row, start, stop, has_states=has_states)
-
-        made: list[mx.array] = []
-        for id, start, stop in (
-            (save.extent, save.start, save.stop),
-            (save.checkpoint, save.stop, save.position),
-        ):
-            if id is None:
-                continue
-            if prefill is None and row is None:  # it has failed
-                self._lost.append(id)
-                continue
-            self._kept[id] = take(start, stop, has_states=id == save.checkpoint)
-            made += self._kept[id].arrays()
-        return made
+    def _pack(self, chunks: SequenceOf[Chunk]) -> list[list[Chunk]]:
+        """Chunks that run in one pass; those of prompts with pictures run alone."""
+        alone = {c.id for c in chunks if self._prefills[c.id].sight or not self._can_pack}
+        return _pack(chunks, alone)
 
     def _prefill(self, group: list[Chunk], failed: list[tuple[int, str]]) -> list[Any]:
         """Run chunks through the layers, and note in `failed` whose failed, with the reason.
@@ -386,7 +347,9 @@ class ModelRunner:
         for i, (chunk, prefill) in enumerate(zip(group, prefills, strict=True)):
             tokens[i, : chunk.stop - start] = prefill.tokens[start : chunk.stop]
         if len(group) == 1:
-            self._model(mx.array(tokens), cache=prefills[0].cache)
+            sight = prefills[0].sight
+            inputs = {} if sight is None else sight.window(start, stop)
+            self._model(mx.array(tokens), cache=prefills[0].cache, **inputs)
         else:
             lengths = [chunk.stop for chunk in group]
             padding = [stop - length for length in lengths]
@@ -406,7 +369,7 @@ class ModelRunner:
         self, in_flight: _InFlight | None, states: list[Any], failed: list[tuple[int, str]]
     ) -> tuple[mx.array, LogprobArrays | None]:
         assert self._tokens is not None
-        logits = self._batch.forward(self._model, self._tokens)
+        logits = self._batch.forward(self._model, self._tokens, self._deltas)
         masks = self._masks(logits, in_flight, states, failed) if self._matchers else None
         self._tokens, logprobs = self._sampler(logits, masks)
         return self._tokens, logprobs
@@ -473,6 +436,17 @@ class ModelRunner:
             assert self._tokens is not None
             inputs.insert(0, self._tokens[mx.array(keep)])
         self._tokens = mx.concatenate(inputs) if inputs else None
+        if self._has_deltas:
+            self._join_deltas(keep, joining)
+
+    def _join_deltas(self, keep: list[int], joining: list[_Prefill]) -> None:
+        deltas = [
+            mx.zeros(1, mx.int32) if prefill.sight is None else prefill.sight.delta
+            for prefill in joining
+        ]
+        if keep and self._deltas is not None:
+            deltas.insert(0, self._deltas[mx.array(keep)])
+        self._deltas = mx.concatenate(cast("list[mx.array]", deltas)) if deltas else None
 
     def _join_matcher(self, prefill: _Prefill) -> None:
         """A constrained row begins where its outputs, of before a preemption, have brought it."""
@@ -498,9 +472,7 @@ class ModelRunner:
         # The device takes steps in turn: this one had it from its launch or the last one's end.
         device_s = -max(in_flight.launched_at, self._done_at)
         self._done_at = perf_counter()
-        for id, stored, payload in in_flight.writes:
-            assert self._store is not None
-            self._store.write(id, _file_of(stored, payload))
+        self._payloads.write(in_flight.writes)
         # The handle goes back to the loop thread; its arrays must not.
         in_flight.tokens, in_flight.logprobs = None, None
         in_flight.states, in_flight.writes = [], []
@@ -516,37 +488,10 @@ class ModelRunner:
         )
 
 
-def _file_of(stored: Stored, payload: Kept) -> File:
-    """A copy of a payload that is no MLX object, and so may leave the lane."""
-    arrays, values = {}, {}
-    for name, leaf in payload.leaves().items():
-        if isinstance(leaf, mx.array):
-            dtype = _DTYPES[leaf.dtype]
-            plain = leaf.view(mx.uint16) if leaf.dtype == mx.bfloat16 else leaf
-            data = np.array(plain).reshape(-1).view(np.uint8).data
-            arrays[name] = Array(dtype, tuple(leaf.shape), data)
-        else:
-            values[name] = leaf
-    return File(stored, arrays, {"start": payload.start, "leaves": values})
-
-
-def _kept_of(file: File) -> Kept | None:
-    """A payload out of its file, or None where that makes no sense."""
-    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
-    try:
-        leaves = dict(file.values["leaves"])
-        for name, array in file.arrays.items():
-            dtype = dtypes[array.dtype]
-            word = np.uint16 if dtype == mx.bfloat16 else np.dtype(str(dtype).split(".")[-1])
-            plain = mx.array(np.frombuffer(array.data, word).reshape(array.shape))
-            leaves[name] = plain.view(dtype) if dtype == mx.bfloat16 else plain
-        return Kept.of_leaves(int(file.values["start"]), leaves)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
-        return None
-
-
 def _states_of(model: nn.Module) -> Callable[..., mx.array] | None:
     """The part of a model that gives the last layer's states, as mlx-lm's models call it."""
+    if (states := getattr(model, "states", None)) is not None:
+        return cast("Callable[..., mx.array]", states)
     inner = getattr(model, "language_model", model)
     for name in ("model", "backbone", "transformer"):
         if isinstance(found := getattr(inner, name, None), nn.Module):
@@ -580,9 +525,9 @@ def _report(ids: tuple[int, ...], arrays: LogprobArrays | None) -> dict[int, Log
     return {ids[row]: logprobs for row, logprobs in zip(arrays.rows, rows, strict=True)}
 
 
-def _pack(chunks: SequenceOf[Chunk], can_pack: bool) -> list[list[Chunk]]:
+def _pack(chunks: SequenceOf[Chunk], alone: set[int]) -> list[list[Chunk]]:
     """Chunks that run in one pass: first chunks of like length, with at most a quarter padding."""
-    first = [chunk for chunk in chunks if chunk.start == 0 and can_pack]
+    first = [chunk for chunk in chunks if chunk.start == 0 and chunk.id not in alone]
     groups = [[chunk] for chunk in chunks if chunk not in first]
     group: list[Chunk] = []
     for chunk in sorted(first, key=lambda chunk: chunk.stop, reverse=True):

@@ -27,7 +27,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mlxlite.blocks import Blocks, CacheOp, Hit, extended, num_common, pauses
+from mlxlite.blocks import CacheOp, Hit, num_common, pauses
+from mlxlite.prefill import State, by_turn, share
 from mlxlite.prefix import PrefixCache
 from mlxlite.sequence import (
     Add,
@@ -42,6 +43,7 @@ from mlxlite.sequence import (
     Finished,
     FinishReason,
     Logprobs,
+    Look,
     Lost,
     Memory,
     Outcome,
@@ -56,8 +58,6 @@ from mlxlite.sequence import (
 # A waiting sequence gains one priority level on the newcomers in so many steps, so that low levels
 # progress: about half a minute at 30 steps a second.
 STEPS_PER_LEVEL = 1000
-# The shortest prompt goes first, but none is passed over in more steps than this.
-MAX_DEFERRALS = 8
 # A prompt waits for another one's prefill when it so saves at least this many tokens.
 MIN_SHARED = 64
 
@@ -87,66 +87,17 @@ class Policy:
         assert self.first_chunk_budget >= 1
 
 
-@dataclass(slots=True)
-class _State:
-    """One live sequence. `num_launched` rows are in steps so far, `outputs` have come back.
-
-    `num_computed` tokens of the present stay are in the runner's cache or in a step: of the prompt
-    and, after a preemption, of the outputs.
-    """
-
-    sequence: Sequence
-    key: tuple[int, int]  # priority with ageing, then order of arrival: the lowest goes first
-    status: Status = Status.WAITING
-    num_computed: int = 0
-    num_launched: int = 0
-    num_deferred: int = 0
-    outputs: list[int] = field(default_factory=list)
-    stops: set[int] = field(default_factory=set)  # where its prefill pauses, to be kept so far
-    waits_for: tuple[int, int] | None = None  # (id, tokens that it will have computed)
-
-    def blocks(self) -> Blocks | None:
-        """Of prompt and outputs."""
-        blocks = self.sequence.prompt.blocks
-        return extended(blocks, self.outputs) if blocks and self.outputs else blocks
-
-    @property
-    def num_launched_tokens(self) -> int:
-        """What the runner has computed, or will have with the steps that it has been given."""
-        if self.status is Status.DECODE:
-            return len(self.sequence.prompt.tokens) + self.num_launched - 1
-        return self.num_computed
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.sequence.prompt.tokens) + len(self.outputs)
-
-    @property
-    def num_to_prefill(self) -> int:
-        """The last token is the first row's input, so it is never prefilled."""
-        return self.num_tokens - 1 - self.num_computed
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache once its next row has run."""
-        return len(self.sequence.prompt.tokens) + self.num_launched
-
-    @property
-    def has_row(self) -> bool:
-        return self.num_launched < self.sequence.max_tokens
-
-
 class Scheduler:
     """See the module's docstring for the calling order."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._chunk_budget = min(policy.first_chunk_budget, policy.chunk_size)
-        self._states: dict[int, _State] = {}
+        self._states: dict[int, State] = {}
         self._queue: list[tuple[tuple[int, int], int]] = []  # (key, id), sorted
-        self._prefilling: dict[int, _State] = {}  # in order of admission
-        self._decoding: dict[int, _State] = {}  # in order of joining: the runner's row order
-        self._leaving: dict[int, _State] = {}
+        self._prefilling: dict[int, State] = {}  # in order of admission
+        self._decoding: dict[int, State] = {}  # in order of joining: the runner's row order
+        self._leaving: dict[int, State] = {}
         self._released: list[int] = []
         self._forks: dict[int, list[int]] = {}  # leader → its forks that have not left the queue
         self._stems: dict[int, int] = {}  # leader → tokens of the prompt cache kept for its forks
@@ -234,7 +185,7 @@ class Scheduler:
     def _add(self, sequence: Sequence) -> None:
         assert sequence.id not in self._states, f"sequence {sequence.id} was added twice"
         aged = sequence.priority * STEPS_PER_LEVEL + self.num_steps
-        state = _State(sequence, (aged, self._num_arrivals))
+        state = State(sequence, (aged, self._num_arrivals))
         self._num_arrivals += 1
         self._states[sequence.id] = state
         insort(self._queue, (state.key, sequence.id))
@@ -246,7 +197,7 @@ class Scheduler:
 
     def _finish(
         self,
-        state: _State,
+        state: State,
         reason: FinishReason,
         error: str | None = None,
         *,
@@ -271,7 +222,7 @@ class Scheduler:
             self._forks.pop(id, None)  # it never got through its prompt: each fork does it alone
         return Finished(id, reason, error)
 
-    def _forked(self, state: _State) -> None:
+    def _forked(self, state: State) -> None:
         """A fork has left the queue: the last one takes the stem with it."""
         leader = state.sequence.fork_of
         forks = self._forks.get(leader, []) if leader is not None else []
@@ -289,28 +240,31 @@ class Scheduler:
         """Decide the next step and count its work as launched.
 
         In this order: make room for what runs, because its growth comes before newcomers; admit,
-        so that who comes now is in this step; chunks before rows, because a prompt that is through
-        decodes at once. The prefix cache has what all these leave.
+        so that who comes now is in this step; looks and chunks before rows, because a prompt that
+        is through decodes at once. The prefix cache has what all these leave.
         """
         self._shrink()
         entering = self._admit()
         before = self.prefix.take_ops()
         admitted = tuple(self._admission(state) for state in entering)
-        chunks = self._chunk()
+        looks, chunks = self._prefill()
         rows = self._rows()
         after = self._prefix_ops()
         released, self._released = tuple(self._released), []
         kept, self._kept_stems = tuple(self._kept_stems), []
         dropped, self._dropped_stems = tuple(self._dropped_stems), []
-        if not (released or dropped or chunks or rows or before or after):
-            assert not admitted, "an admitted sequence always has a chunk or a row"
+        if not (released or dropped or looks or chunks or rows or before or after):
+            assert not admitted, "an admitted sequence always has a look, a chunk or a row"
             return None
         self.num_steps += 1
-        return Step(self.num_steps, before, released, admitted, dropped, chunks, after, kept, rows)
+        return Step(
+            *(self.num_steps, before, released, admitted, dropped),
+            *(tuple(looks), tuple(chunks), after, kept, rows),
+        )
 
     # --- prefixes ---------------------------------------------------------------------------
 
-    def _keep(self, state: _State) -> None:
+    def _keep(self, state: State) -> None:
         """What a sequence has computed is there for the next one that begins like it."""
         is_running = state.status in (Status.PREFILL, Status.DECODE)
         if is_running and self._policy.prefix_bytes and (blocks := state.blocks()) is not None:
@@ -322,7 +276,7 @@ class Scheduler:
             self.prefix.shrink(budget - self.num_bytes)
         return self.prefix.take_ops()
 
-    def _is_waiting_for_prefix(self, state: _State) -> bool:
+    def _is_waiting_for_prefix(self, state: State) -> bool:
         """Whether somebody is computing what this prompt begins with, or it comes from disk."""
         blocks = state.sequence.prompt.blocks
         is_off = not self._policy.prefix_bytes or not self._policy.continuous
@@ -335,6 +289,8 @@ class Scheduler:
             state.waits_for = None
         limit = state.num_tokens - 1
         hit = self.prefix.match(blocks, limit)
+        if hit.num_tokens < state.sequence.prompt.unbroken:
+            return False  # and none that is longer is to come
         if hit.missing and self.prefix.fetch(hit.missing):
             return True
         for id, other in self._prefilling.items():
@@ -343,6 +299,8 @@ class Scheduler:
                 continue
             most = min(limit, other.num_tokens - 1) // blocks.size * blocks.size
             common = min(num_common(blocks, theirs), most)
+            if common < max(state.sequence.prompt.unbroken, other.sequence.prompt.unbroken):
+                continue
             if common > other.num_computed and common >= hit.num_tokens + MIN_SHARED:
                 other.stops.add(common)
                 state.waits_for = id, common
@@ -351,7 +309,7 @@ class Scheduler:
 
     # --- room -------------------------------------------------------------------------------
 
-    def _num_bytes(self, running: Iterable[_State]) -> int:
+    def _num_bytes(self, running: Iterable[State]) -> int:
         """What these hold, and the stems; a prompt counts as the padded row it will be."""
         memory = self._policy.memory
         if memory.budget_bytes is None:
@@ -359,7 +317,7 @@ class Scheduler:
         rows = memory.batch(max(state.length, state.num_tokens) + 1 for state in running)
         return rows + sum(map(memory.row, self._stems.values()))
 
-    def _fits(self, newcomer: _State, running: list[_State]) -> bool:
+    def _fits(self, newcomer: State, running: list[State]) -> bool:
         """Whether there is room for one more beside these."""
         budget = self._policy.memory.budget_bytes
         if budget is None or not running:
@@ -380,19 +338,19 @@ class Scheduler:
             else:
                 return
 
-    def _preempt(self, state: _State) -> None:
+    def _preempt(self, state: State) -> None:
         """Back to the queue, once the row that is in flight has brought its token."""
         id = state.sequence.id
         self._keep(state)
         self._prefilling.pop(id, None)
         self._decoding.pop(id, None)
         self._released.append(id)
-        state.num_computed = 0
+        state.resume(0)
         state.status = Status.LEAVING
         self._leaving[id] = state
         self._requeue(state)
 
-    def _requeue(self, state: _State) -> None:
+    def _requeue(self, state: State) -> None:
         if state.status is Status.LEAVING and len(state.outputs) == state.num_launched:
             del self._leaving[state.sequence.id]
             state.status = Status.WAITING
@@ -400,12 +358,12 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------
 
-    def _admit(self) -> list[_State]:
+    def _admit(self) -> list[State]:
         """Take from the head of the queue who has a place; make one for who may preempt."""
         if not self._policy.continuous and (self.num_running or self.is_gathering):
             return []
         self._is_batch_closed = False
-        entering: list[_State] = []
+        entering: list[State] = []
         for _, id in list(self._queue):
             state = self._states[id]
             if self._is_waiting_for_leader(state) or self._is_waiting_for_prefix(state):
@@ -416,17 +374,17 @@ class Scheduler:
             entering.append(state)
         return entering
 
-    def _is_waiting_for_leader(self, state: _State) -> bool:
+    def _is_waiting_for_leader(self, state: State) -> bool:
         leader = state.sequence.fork_of
         if leader is None or state.sequence.id not in self._forks.get(leader, ()):
             return False
         return leader not in self._stems
 
-    def _has_place(self, state: _State) -> bool:
+    def _has_place(self, state: State) -> bool:
         """Whether there is a place, if need be made by those who rank lower: by all or none."""
         running = [*self._prefilling.values(), *self._decoding.values()]
         running.sort(key=lambda running: running.key)
-        victims: list[_State] = []
+        victims: list[State] = []
         while len(running) >= self._policy.max_rows or not self._fits(state, running):
             victim = running.pop()
             is_higher = state.sequence.priority < victim.sequence.priority
@@ -437,64 +395,54 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _enter(self, state: _State) -> None:
+    def _enter(self, state: State) -> None:
         id = state.sequence.id
         del self._queue[bisect_left(self._queue, (state.key, id))]
         state.status = Status.PREFILL
         state.num_deferred = 0
         self._prefilling[id] = state
 
-    def _admission(self, state: _State) -> Admission:
+    def _admission(self, state: State) -> Admission:
         """Once it is sure who else enters and who leaves: what it need not compute."""
-        stem, hit = state.sequence.fork_of, Hit()
+        stem, hit, limit = state.sequence.fork_of, Hit(), state.num_tokens - 1
         blocks = state.blocks()
         if stem in self._stems and not state.outputs:
-            state.num_computed = state.num_tokens - 1
+            state.resume(state.num_tokens - 1)
         else:
             stem = None
+            unbroken = state.sequence.prompt.unbroken
             if blocks is not None:
-                hit = self.prefix.enter(blocks, state.num_tokens - 1)
-            state.num_computed = hit.num_tokens
+                hit = self.prefix.enter(blocks, limit, unbroken)
+            state.resume(hit.num_tokens)
             if blocks is not None and self.prefix.has_checkpoints:
-                state.stops |= pauses(blocks, state.num_tokens)
+                state.stops |= {at for at in pauses(blocks, state.num_tokens) if at >= unbroken}
         self._forked(state)
         return Admission(state.sequence, tuple(state.outputs), stem, hit)
 
-    # --- chunks and rows --------------------------------------------------------------------
+    # --- looks, chunks and rows -------------------------------------------------------------
 
-    def _chunk(self) -> tuple[Chunk, ...]:
-        """Share this step's prefill tokens among the prompts: shortest first, none starved.
+    def _prefill(self) -> tuple[list[Look], list[Chunk]]:
+        """What this step looks at and prefills: shortest first, none starved.
 
-        While rows decode, their next token waits for the chunks of the step, so these are held
-        to the measured budget. A prompt that is through joins the rows of this same step.
+        While rows decode, their next token waits for the step's chunks, so these are held to the
+        measured budget. A prompt that is through joins the rows of this same step.
         """
         is_anybody_decoding = any(state.has_row for state in self._decoding.values())
         budget = self._chunk_budget if is_anybody_decoding else self._policy.chunk_size
-        chunks: list[Chunk] = []
-        for state in sorted(self._prefilling.values(), key=_prefill_order):
+        states = by_turn(self._prefilling.values())
+        looks, chunks = share(states, budget, is_anybody_decoding=is_anybody_decoding)
+        has_chunk = {chunk.id for chunk in chunks}
+        for state in states:
             id = state.sequence.id
-            num_tokens = min(budget, state.num_to_prefill, self._until_stop(state))
-            if num_tokens:
-                start = state.num_computed
-                state.num_computed += num_tokens
-                state.num_deferred = 0
-                budget -= num_tokens
-                chunks.append(Chunk(id, start, state.num_computed))
-                if state.num_computed in state.stops or not state.num_to_prefill:
-                    self._keep(state)
-            elif state.num_to_prefill:
-                state.num_deferred += 1
-            if not state.num_to_prefill:
+            is_through = not state.num_to_prefill
+            if id in has_chunk and (is_through or state.num_computed in state.stops):
+                self._keep(state)
+            if is_through:
                 state.status = Status.DECODE
                 self._decoding[id] = self._prefilling.pop(id)
                 if id in self._forks and not state.outputs:
                     self._keep_stem(id, state.num_tokens - 1)
-        return tuple(chunks)
-
-    def _until_stop(self, state: _State) -> int:
-        """Tokens to the next place where it is kept."""
-        later = (stop for stop in state.stops if stop > state.num_computed)
-        return min(later, default=state.num_tokens) - state.num_computed
+        return looks, chunks
 
     def _keep_stem(self, id: int, num_tokens: int) -> None:
         memory = self._policy.memory
@@ -533,7 +481,7 @@ class Scheduler:
                 events.extend(self._take(state, token, outcome.logprobs.get(id)))
         return events
 
-    def _take(self, state: _State, token: int, logprobs: Logprobs | None) -> list[Event]:
+    def _take(self, state: State, token: int, logprobs: Logprobs | None) -> list[Event]:
         state.outputs.append(token)
         # Beside the row's own input: its output is in no cache yet.
         state.num_computed += state.status is Status.DECODE
@@ -590,8 +538,3 @@ class Scheduler:
             assert state.status is Status.LEAVING
             assert len(state.outputs) < state.num_launched
             assert id not in self._decoding
-
-
-def _prefill_order(state: _State) -> tuple[bool, int, tuple[int, int]]:
-    """Who was passed over too often, then the shortest, then the first in order."""
-    return state.num_deferred < MAX_DEFERRALS, state.num_to_prefill, state.key

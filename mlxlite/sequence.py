@@ -9,6 +9,8 @@ Everything here is immutable and free of MLX, sockets and clocks, so a log of co
 outcomes replays a run exactly. Ranges are `[start, stop)`; counts are `num_*`.
 """
 
+import hashlib
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -65,21 +67,54 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Image:
+    """A picture in a prompt: what the model sees of it stands at tokens in `[start, stop)`.
+
+    `digest` names the picture; `inputs` are what the vision tower reads, opaque but to the lane.
+    """
+
+    start: int
+    stop: int
+    digest: bytes
+    inputs: Any = field(default=None, repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a model reads: at least one token id. Without `blocks` the prefix cache is not used.
 
-    `heads` are the positions at which its messages begin, as far as the renderer can tell.
+    `heads` are the positions at which its messages begin, as far as the renderer can tell. `images`
+    stand in their order, and never at the last token; `layout` is what the network needs to know of
+    them together. The first `unbroken` tokens must be prefilled at once.
     """
 
     tokens: tuple[int, ...]
     blocks: Blocks | None = None
     heads: tuple[int, ...] = ()
+    images: tuple[Image, ...] = ()
+    layout: Any = field(default=None, repr=False, compare=False)
+    unbroken: int = 0
     is_thinking: bool = False  # it ends inside a block of reasoning, which the answer goes on with
     grammar: "Grammar | None" = None  # what the answer must match
 
     def __post_init__(self) -> None:
         assert self.tokens, "a prompt has at least one token"
+        assert all(image.stop < len(self.tokens) for image in self.images)
+
+    def names(self) -> tuple[int, ...]:
+        """What tells the prompt from others: its tokens and, for those of images, their digests.
+
+        Where an image stands, words of 31 bits are spun from its digest, with a bit that no token
+        has: another image of the same size differs from the first word on.
+        """
+        names = list(self.tokens)
+        for image in self.images:
+            num = image.stop - image.start
+            data = hashlib.shake_128(image.digest).digest(4 * num)
+            words = struct.unpack(f"<{num}I", data)
+            names[image.start : image.stop] = [word | 1 << 31 for word in words]
+        return tuple(names)
 
 
 class Matcher(Protocol):
@@ -267,6 +302,14 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """Run the vision tower on image number `image` of one admitted sequence."""
+
+    id: int
+    image: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Prefill the tokens `[start, stop)` of one admitted sequence.
 
@@ -294,6 +337,7 @@ class Step:
     released: tuple[int, ...] = ()
     admitted: tuple[Admission, ...] = ()
     dropped_stems: tuple[int, ...] = ()
+    looks: tuple[Look, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     after: tuple[CacheOp, ...] = ()
     kept_stems: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
 # Plus __init__ and __main__. The design says 16; with files of at most 600 lines three of its rows
 # were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`.
-MAX_MODULES = 32
+MAX_MODULES = 35
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
@@ -37,19 +37,21 @@ LAYERS: dict[int, dict[str, str]] = {
         "prefix": "sequence blocks | numpy",
     },
     2: {
-        "scheduler": "sequence blocks prefix |",
+        "prefill": "sequence blocks |",
+        "scheduler": "sequence blocks prefill prefix |",
         "prompts": "config sequence served blocks api request plain dialects responses text"
         " tools |",
     },
     3: {
         "sampling": "sequence | mlx numpy",
         "hub": "served | huggingface_hub",
-        "model": "config sequence served grammar hub | mlx mlx_lm mlx_vlm numpy"
+        "model": "config sequence served grammar hub vision | mlx mlx_lm numpy"
         " huggingface_hub transformers jinja2",
-        "vision": "sequence | mlx mlx_vlm numpy",
+        "vision": "sequence served | mlx mlx_lm mlx_vlm numpy PIL",
         "caches": "| mlx mlx_lm",
         "store": "sequence blocks | orjson",
-        "runner": "sequence blocks sampling caches store model vision | mlx mlx_lm numpy",
+        "payloads": "blocks caches store | mlx numpy",
+        "runner": "sequence blocks sampling caches payloads store vision | mlx mlx_lm numpy",
     },
     4: {
         "lane": "sequence |",

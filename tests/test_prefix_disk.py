@@ -259,15 +259,15 @@ def test_a_model_in_bfloat16_comes_back_from_disk_to_the_bit(kind: str, tmp_path
     again = Life(network, tmp_path)
     assert [again.ask(prompt, 6, heads) for prompt, heads in asked] == warm
     assert again.stats.num_from_disk > 0
-    for id, kept in again.runner._kept.items():
+    for id, kept in again.runner._payloads.kept.items():
         for name, leaf in kept.leaves().items():
-            other = first.runner._kept[id].leaves()[name]
+            other = first.runner._payloads.kept[id].leaves()[name]
             if isinstance(leaf, mx.array):
                 assert leaf.dtype == other.dtype
                 assert leaf.tolist() == other.tolist(), name
             else:
                 assert leaf == other
-    arrays = [a for kept in again.runner._kept.values() for a in kept.arrays()]
+    arrays = [a for kept in again.runner._payloads.kept.values() for a in kept.arrays()]
     assert mx.bfloat16 in {array.dtype for array in arrays}
 
 
@@ -420,7 +420,7 @@ def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
     again = start()
     shutil.rmtree(again.directory)
     for prompt, heads in asked:
-        again.runner._kept.clear()
+        again.runner._payloads.kept.clear()
         again.directory.mkdir(exist_ok=True)
         again.ask(prompt, 6, heads)
 

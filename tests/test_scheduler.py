@@ -23,7 +23,8 @@ from fakes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxlite.scheduler import MAX_DEFERRALS, STEPS_PER_LEVEL, Policy, Scheduler
+from mlxlite.prefill import MAX_DEFERRALS
+from mlxlite.scheduler import STEPS_PER_LEVEL, Policy, Scheduler
 from mlxlite.sequence import (
     Add,
     Chunk,

@@ -1,0 +1,297 @@
+"""Rows with pictures and rows without, in one batch, read as mlx-vlm reads each alone.
+
+Greedy, float32, for a checkpoint of each kind that pictures make harder: positions that count rows
+and columns (qwen3_vl, qwen3_5), states of the first layers (qwen3_vl), recurrent layers (qwen3_5),
+attention that looks ahead inside of pictures (gemma4), and pictures in tiles (smolvlm).
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_vlm")
+pytest.importorskip("PIL")
+
+import mlx_vlm
+import tiny_vlms
+from fakes import Run, drive
+from mlx_vlm.generate import generate_step
+from PIL import Image
+
+from mlxlite.blocks import blocks_of
+from mlxlite.config import Config
+from mlxlite.model import Model, load
+from mlxlite.runner import ModelRunner
+from mlxlite.scheduler import Policy, Scheduler
+from mlxlite.sequence import (
+    Add,
+    Command,
+    Finish,
+    FinishReason,
+    Prompt,
+    SamplingParams,
+    Sequence,
+)
+from mlxlite.vision import VisionNetwork
+
+# Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
+pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
+
+BLOCK = 4
+NUM_TOKENS = 12
+GREEDY = SamplingParams(temperature=0.0)
+Part = str | Image.Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    pixels: Image.Image
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.pixels.tobytes() + repr(self.pixels.size).encode()).digest()
+
+
+def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """A chequered picture of random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+
+
+def messages_of(*turns: SequenceOf[Part]) -> list[dict[str, Any]]:
+    """A chat: the user's turns and the assistant's, one after the other."""
+    return [
+        {
+            "role": "assistant" if i % 2 else "user",
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in turn
+            ],
+        }
+        for i, turn in enumerate(turns)
+    ]
+
+
+def pictures_of(*turns: SequenceOf[Part]) -> list[Image.Image]:
+    return [part for turn in turns for part in turn if not isinstance(part, str)]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One as this server loads it, and as mlx-vlm does."""
+
+    name: str
+    model: Model
+    theirs: Any
+    processor: Any
+    known: dict[str, list[int]] = field(default_factory=dict)
+
+    def prompt(self, *turns: SequenceOf[Part]) -> Prompt:
+        pictures = [Picture(pixels) for pixels in pictures_of(*turns)]
+        prompt = self.model.render(
+            messages_of(*turns), {}, is_continuation=False, pictures=pictures
+        )
+        return replace(prompt, blocks=blocks_of(prompt.names(), 0, BLOCK, prompt.heads))
+
+    def expected(self, *turns: SequenceOf[Part], num: int = NUM_TOKENS) -> list[int]:
+        """mlx-vlm's own tokens, as it makes them alone."""
+        pictures = [Picture(pixels).digest for pixels in pictures_of(*turns)]
+        key = repr((messages_of(*turns), pictures))
+        if len(self.known.get(key, ())) < num:
+            self.known[key] = self._generate(*turns, num=max(num, NUM_TOKENS))
+        return self.known[key][:num]
+
+    def _generate(self, *turns: SequenceOf[Part], num: int) -> list[int]:
+        text = self.processor.tokenizer.apply_chat_template(
+            messages_of(*turns), tokenize=False, add_generation_prompt=True
+        )
+        pictures = pictures_of(*turns) or None
+        inputs = self.processor(text=[text], images=pictures, add_special_tokens=False)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        ids, mask = mx.array(inputs.pop("input_ids")), inputs.pop("attention_mask")
+        pixels = inputs.pop("pixel_values", None)
+        steps = generate_step(
+            ids, self.theirs, pixels, mask, max_tokens=num, temperature=0.0, **inputs
+        )
+        return [int(token) for token, _ in steps]
+
+    def server(self, **settings: Any) -> "Server":
+        return Server(self, **settings)
+
+
+class Server:
+    """A scheduler and a runner over one checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, chunk: int = 2048, max_rows: int = 4, cache: int = 1 << 30
+    ) -> None:
+        network = checkpoint.model.network
+        assert isinstance(network, VisionNetwork)
+        network.forget()
+        network.num_looks = 0
+        self.network = network
+        self.runner = ModelRunner(network)
+        policy = Policy(
+            max_rows,
+            chunk_size=chunk,
+            first_chunk_budget=chunk,
+            memory=self.runner.memory,
+            prefix_bytes=cache,
+            block_size=BLOCK,
+        )
+        self.scheduler = Scheduler(policy)
+        self.num_sequences = 0
+
+    def sequence(self, prompt: Prompt, max_tokens: int = NUM_TOKENS, **more: Any) -> Sequence:
+        self.num_sequences += 1
+        return Sequence(self.num_sequences, prompt, GREEDY, max_tokens, **more)
+
+    def drive(self, log: Mapping[int, SequenceOf[Command]]) -> Run:
+        return drive(self.scheduler, self.runner, log)
+
+    def ask(self, prompt: Prompt, max_tokens: int = NUM_TOKENS) -> list[int]:
+        sequence = self.sequence(prompt, max_tokens)
+        self.steps = (run := self.drive({0: [Add(sequence)]})).steps
+        return run.tokens(sequence.id)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Checkpoint]]:
+    mx.disable_compile()
+    out = tmp_path_factory.mktemp("vlms")
+    loaded = {}
+    for name in tiny_vlms.NAMES:
+        tiny_vlms.save(out / name, name)
+        model = load(Config(model=str(out / name)))
+        loaded[name] = Checkpoint(
+            name, model, *mlx_vlm.load(str(out / name), trust_remote_code=False)
+        )
+    yield loaded
+    mx.enable_compile()
+
+
+@pytest.fixture(params=tiny_vlms.NAMES)
+def checkpoint(request: pytest.FixtureRequest, checkpoints: dict[str, Checkpoint]) -> Checkpoint:
+    return checkpoints[request.param]
+
+
+ONE = [[picture(1), "What is in the picture?"]]
+OTHER = [["Look at ", picture(2, 128, 64), " and say what you see."]]
+TWO = [[picture(3), "and", picture(4, 64, 112), "differ in what?"]]
+TEXT = [["Hello, how are you today?"]]
+
+
+def test_the_model_sees(checkpoint: Checkpoint):
+    assert checkpoint.model.blind is None
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 2048])
+def test_alone_each_reads_as_mlx_vlm_has_it(checkpoint: Checkpoint, chunk: int):
+    for turns in (ONE, OTHER, TWO, TEXT):
+        server = checkpoint.server(chunk=chunk)
+        assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
+
+
+@pytest.mark.parametrize("chunk", [7, 2048])
+def test_pictures_and_text_in_one_batch_read_as_each_alone(checkpoint: Checkpoint, chunk: int):
+    server = checkpoint.server(chunk=chunk)
+    asked = [ONE, OTHER, TWO, TEXT]
+    sequences = [server.sequence(checkpoint.prompt(*turns), 40) for turns in asked]
+    run = server.drive({0: [Add(sequence) for sequence in sequences]})
+    assert max(len(step.rows) for step in run.steps) == 4
+    for turns, sequence in zip(asked, sequences, strict=True):
+        assert run.tokens(sequence.id) == checkpoint.expected(*turns, num=40)
+
+
+def test_rows_that_come_and_go_do_not_disturb_the_others(checkpoint: Checkpoint):
+    server = checkpoint.server(chunk=9, max_rows=3)
+    wanted = [ONE, TEXT, OTHER, TWO, ONE, TEXT]
+    lengths = [12, 3, 9, 12, 5, 12]
+    sequences = [
+        server.sequence(checkpoint.prompt(*turns), length)
+        for turns, length in zip(wanted, lengths, strict=True)
+    ]
+    log: dict[int, list[Command]] = {3 * i: [Add(s)] for i, s in enumerate(sequences)}
+    log.setdefault(10, []).append(Finish(sequences[0].id, FinishReason.CANCELLED))
+    run = server.drive(log)
+    for turns, sequence in zip(wanted, sequences, strict=True):
+        expected = checkpoint.expected(*turns, num=sequence.max_tokens)
+        tokens = run.tokens(sequence.id)
+        assert tokens == expected[: len(tokens)]
+        if sequence is not sequences[0]:
+            assert tokens == expected
+
+
+# --- what is kept -----------------------------------------------------------------------------
+
+
+def test_a_second_question_about_a_picture_looks_no_more(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    first = [picture(1), "What is in the picture?"]
+    server.ask(checkpoint.prompt(first))
+    assert server.network.num_looks == 1
+    turns = [first, ["A cat."], ["And what colour has it?"]]
+    prompt = checkpoint.prompt(*turns)
+    server.network.forget()
+    assert server.ask(prompt) == checkpoint.expected(*turns)
+    assert server.network.num_looks == 1
+    assert server.scheduler.prefix.stats.num_hit > prompt.images[0].stop // 2
+    assert not any(step.looks for step in server.steps)
+
+
+def test_another_picture_of_the_same_size_shares_nothing_from_its_first_token_on(
+    checkpoint: Checkpoint,
+):
+    server = checkpoint.server()
+    for seed in (1, 2, 1):
+        turns = [["Now ", picture(seed), "what is it?"]]
+        prompt = checkpoint.prompt(*turns)
+        before = server.scheduler.prefix.stats.num_hit
+        assert server.ask(prompt) == checkpoint.expected(*turns)
+        num_hit = server.scheduler.prefix.stats.num_hit - before
+        if seed == 2:
+            assert num_hit <= prompt.images[0].start
+    assert num_hit >= prompt.images[0].stop // BLOCK * BLOCK - BLOCK
+    assert server.network.num_looks == 2
+
+
+def test_a_picture_after_other_words_is_not_looked_at_again(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    for words in ("One: ", "Something else altogether: "):
+        turns = [[words, picture(5), "?"]]
+        assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
+    assert server.network.num_looks == 1
+
+
+@pytest.mark.parametrize("chunk", [6, 2048])
+def test_a_picture_is_added_to_a_conversation_that_has_one(checkpoint: Checkpoint, chunk: int):
+    server = checkpoint.server(chunk=chunk)
+    turns: list[list[Part]] = [[picture(1), "What is this?"]]
+    for seed in (2, 3):
+        server.ask(checkpoint.prompt(*turns))
+        turns += [["A thing."], [picture(seed), "And this?"]]
+        assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
+    assert server.network.num_looks == 3
+
+
+def test_a_prefix_that_ends_inside_a_picture_is_gone_on_from(checkpoint: Checkpoint):
+    turns = [["Say: ", picture(6, 128, 128), "?"]]
+    prompt = checkpoint.prompt(*turns)
+    image = prompt.images[0]
+    num_inside = 0
+    for ticks in range(2, 14, 2):
+        server = checkpoint.server(chunk=4)
+        sequence = server.sequence(prompt)
+        end = Finish(sequence.id, FinishReason.CANCELLED)
+        server.drive({0: [Add(sequence)], ticks: [end]})
+        assert server.ask(prompt) == checkpoint.expected(*turns)
+        num_hit = server.scheduler.prefix.stats.num_hit
+        num_inside += image.start < num_hit < image.stop
+    # Where attention looks ahead in pictures, nothing before the last one's end is gone on from.
+    assert (num_inside > 0) == (checkpoint.name != "gemma4")
