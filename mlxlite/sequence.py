@@ -67,7 +67,7 @@ class SamplingParams:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Image:
     """A picture in a prompt: what the model sees of it stands at tokens in `[start, stop)`.
 
@@ -77,7 +77,7 @@ class Image:
     start: int
     stop: int
     digest: bytes
-    inputs: Any = field(default=None, repr=False)
+    inputs: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

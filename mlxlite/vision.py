@@ -195,6 +195,30 @@ def _own(layer: Any) -> Any:
     return layer
 
 
+class _Unpadded:
+    """A batch's cache without its padding, of which the mask alone should tell.
+
+    Some of mlx-vlm's models go ways of their own where they see padding: row by row, waiting for
+    the device at each step, and past the mask where keys are quantised.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "left_padding":
+            raise AttributeError(name)
+        return getattr(self._layer, name)
+
+
+def _unpadded(cache: SequenceOf[Any]) -> SequenceOf[Any]:
+    """The same list where nothing is padded: some models replace its entries."""
+    is_padded = [isinstance(getattr(c, "left_padding", None), mx.array) for c in cache]
+    if not any(is_padded):
+        return cache
+    return [_Unpadded(c) if padded else c for c, padded in zip(cache, is_padded, strict=True)]
+
+
 class VisionNetwork(nn.Module):
     """An mlx-vlm model that is called like one of mlx-lm's. Lives on the lane.
 
@@ -236,6 +260,7 @@ class VisionNetwork(nn.Module):
         language = self.network.language_model
         if self.has_positions and "position_ids" not in inputs:
             inputs["position_ids"] = _positions(tokens.shape, cache, deltas)
+        cache = _unpadded(cache) if cache is not None else None
         logits = language(tokens, cache=cache, **inputs).logits
         self._forget_positions()
         return cast("mx.array", logits)

@@ -24,8 +24,10 @@ from mlxlite.sequence import (
     Done,
     Event,
     Finished,
+    Image,
     Launched,
     Logprobs,
+    Look,
     Memory,
     Outcome,
     Output,
@@ -53,11 +55,16 @@ def make_sequence(
     eos_tokens: frozenset[int] = frozenset(),
     priority: int = 0,
     fork_of: int | None = None,
+    images: SequenceOf[tuple[int, int]] = (),
+    is_unbroken: bool = False,
 ) -> Sequence:
     """A sequence whose prompt, if none is given, is like no other id's but its leader's."""
     like = id if fork_of is None else fork_of
     tokens = tuple(prompt) or tuple((7 * like + 3 * i) % NUM_LETTERS for i in range(num_prompt))
-    return Sequence(id, Prompt(tokens), sampling, max_tokens, eos_tokens, priority, fork_of)
+    seen = tuple(Image(start, stop, b"%d" % start) for start, stop in images)
+    unbroken = seen[-1].stop if is_unbroken else 0
+    made = Prompt(tokens, images=seen, unbroken=unbroken)
+    return Sequence(id, made, sampling, max_tokens, eos_tokens, priority, fork_of)
 
 
 def make_forks(
@@ -121,6 +128,7 @@ class _Known:
     admission: Admission
     num_computed: int = 0
     has_row: bool = False
+    seen: set[int] = field(default_factory=set)  # images, by number
 
     @property
     def sequence(self) -> Sequence:
@@ -231,7 +239,7 @@ class FakeRunner:
         self.steps.append(step)
         assert step.number > self._last_number, "step numbers rise"
         self._last_number = step.number
-        has_work = step.released or step.dropped_stems or step.chunks or step.rows
+        has_work = step.released or step.dropped_stems or step.looks or step.chunks or step.rows
         has_work = has_work or step.before or step.after
         assert has_work, "an empty step is not launched"
         self._work_on_prefixes(step.before)
@@ -276,6 +284,7 @@ class FakeRunner:
             assert [start, *tokens] == [at, *own[at : hit.num_tokens]]
             at = hit.num_tokens
         assert at == hit.num_tokens
+        assert not at or at >= known.sequence.prompt.unbroken
         assert self.memory.has_state <= (hit.checkpoint is not None or not hit.num_tokens)
         known.num_computed = known.num_computed or hit.num_tokens
 
@@ -322,9 +331,19 @@ class FakeRunner:
     def _launch(self, step: Step) -> FakeLaunched:
         if step.number in self._lost_in_launch:
             raise RuntimeError(f"step {step.number} could not be launched")
+        self._take_looks(step.looks)
         self._take_chunks(step.chunks)
         self._work_on_prefixes(step.after)
         return self._take_rows(step)
+
+    def _take_looks(self, looks: SequenceOf[Look]) -> None:
+        for look in looks:
+            known = self._known[look.id]
+            assert not known.has_row, "its prompt is through"
+            assert look.image not in known.seen, "one look at each"
+            image = known.sequence.prompt.images[look.image]
+            assert image.stop > known.num_computed, "nobody needs it any more"
+            known.seen.add(look.image)
 
     def _take_chunks(self, chunks: SequenceOf[Chunk]) -> None:
         assert len({chunk.id for chunk in chunks}) == len(chunks), "one chunk a prompt"
@@ -333,6 +352,13 @@ class FakeRunner:
             assert not known.has_row, "its prompt is through"
             assert chunk.start == known.num_computed, "chunks are contiguous"
             assert chunk.start < chunk.stop <= known.num_to_compute
+            prompt = known.sequence.prompt
+            for number, image in enumerate(prompt.images):
+                is_outside = image.stop <= chunk.start or image.start >= chunk.stop
+                assert is_outside or number in known.seen, "a picture is looked at first"
+            if chunk.start < prompt.unbroken:
+                assert chunk.start == 0, "what looks ahead is one chunk"
+                assert chunk.stop == prompt.unbroken
             known.num_computed = chunk.stop
 
     def _take_rows(self, step: Step) -> FakeLaunched:

@@ -622,6 +622,9 @@ def random_log(seed: int) -> dict[int, list[Command]]:
             eos_tokens=frozenset({0, 1}),
             priority=chance.randrange(3),
         )
+        if id % 4 == 0:
+            images = [(2, 9), (9, 30), (40, 41)]
+            sequence = make_sequence(id, 70, 5, images=images, is_unbroken=id % 8 == 0)
         log.setdefault(tick, []).append(Add(sequence))
         if chance.random() < 0.3:
             log.setdefault(tick + chance.randrange(9), []).append(Finish(id, CANCELLED))
@@ -650,17 +653,28 @@ def policies(pick: st.DrawFn) -> Policy:
 
 
 @st.composite
+def images(pick: st.DrawFn, num_prompt: int) -> list[tuple[int, int]]:
+    """Places of pictures in a prompt, none of which is its last token."""
+    edges = sorted(pick(st.sets(st.integers(0, num_prompt - 1), max_size=6)))
+    return list(zip(edges[::2], edges[1::2], strict=False))
+
+
+@st.composite
 def logs(pick: st.DrawFn) -> dict[int, list[Command]]:
     """Adds, cancels at any time (before the add too), budgets and closings, over 30 ticks."""
     ticks = st.integers(0, 30)
     log: dict[int, list[Command]] = {}
     for id in range(pick(st.integers(1, 8))):
+        num_prompt = pick(st.integers(1, 30))
+        places = pick(images(num_prompt))
         sequence = make_sequence(
             id,
-            pick(st.integers(1, 30)),
+            num_prompt,
             pick(st.integers(1, 8)),
             eos_tokens=frozenset(pick(st.sets(st.integers(0, 25), max_size=4))),
             priority=pick(st.integers(-1, 1)),
+            images=places,
+            is_unbroken=bool(places) and pick(st.booleans()),
         )
         log.setdefault(pick(ticks), []).append(Add(sequence))
         for tick in pick(st.lists(ticks, max_size=2)):

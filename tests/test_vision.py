@@ -6,9 +6,12 @@ attention that looks ahead inside of pictures (gemma4), and pictures in tiles (s
 """
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +28,7 @@ from mlx_vlm.generate import generate_step
 from PIL import Image
 
 from mlxlite.blocks import blocks_of
+from mlxlite.caches import KVBits
 from mlxlite.config import Config
 from mlxlite.model import Model, load
 from mlxlite.runner import ModelRunner
@@ -38,6 +42,7 @@ from mlxlite.sequence import (
     SamplingParams,
     Sequence,
 )
+from mlxlite.served import LoadError, PromptError
 from mlxlite.vision import VisionNetwork
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
@@ -295,3 +300,157 @@ def test_a_prefix_that_ends_inside_a_picture_is_gone_on_from(checkpoint: Checkpo
         num_inside += image.start < num_hit < image.stop
     # Where attention looks ahead in pictures, nothing before the last one's end is gone on from.
     assert (num_inside > 0) == (checkpoint.name != "gemma4")
+
+
+# --- as any other sequence --------------------------------------------------------------------
+
+
+def test_several_answers_to_one_picture_cost_one_look_and_one_prefill(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    prompt = checkpoint.prompt(*OTHER)
+    leader = server.sequence(prompt)
+    forks = [leader, *(server.sequence(prompt, fork_of=leader.id) for _ in range(2))]
+    run = server.drive({0: [Add(sequence) for sequence in forks]})
+    for sequence in forks:
+        assert run.tokens(sequence.id) == checkpoint.expected(*OTHER)
+    assert sum(step.num_prefill_tokens for step in run.steps) == len(prompt.tokens) - 1
+    assert server.network.num_looks == 1
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_who_gives_way_in_the_middle_goes_on_as_if_nothing_had_been(
+    checkpoint: Checkpoint, has_cache: bool
+):
+    for tick in (2, 4, 6, 9, 15):
+        server = checkpoint.server(max_rows=1, chunk=16, cache=has_cache << 30)
+        prompt = checkpoint.prompt(*ONE)
+        low = server.sequence(prompt if has_cache else replace(prompt, blocks=None))
+        high = server.sequence(checkpoint.prompt(*TEXT), 3, priority=-1)
+        run = server.drive({0: [Add(low)], tick: [Add(high)]})
+        assert run.tokens(low.id) == checkpoint.expected(*ONE)
+        assert run.tokens(high.id) == checkpoint.expected(*TEXT, num=3)
+
+
+def test_what_was_kept_and_is_lost_is_computed_again(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    turns = [*ONE, ["A thing."], ["And?"]]
+    server.ask(checkpoint.prompt(*ONE))
+    server.runner._payloads.kept.clear()
+    server.network.forget()
+    assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
+    assert server.network.num_looks == 2
+
+
+def test_a_tower_that_fails_costs_its_own_sequence_only(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    server = checkpoint.server()
+    look = VisionNetwork._look
+
+    def fail(self: VisionNetwork, inputs: Any) -> Any:
+        if inputs is prompts[1].images[0].inputs:
+            raise RuntimeError("[malloc] Unable to allocate")
+        return look(self, inputs)
+
+    prompts = [checkpoint.prompt(*turns) for turns in (ONE, OTHER, TEXT)]
+    monkeypatch.setattr(VisionNetwork, "_look", fail)
+    sequences = [server.sequence(prompt) for prompt in prompts]
+    run = server.drive({0: [Add(sequence) for sequence in sequences]})
+    assert run.tokens(sequences[0].id) == checkpoint.expected(*ONE)
+    assert run.tokens(sequences[2].id) == checkpoint.expected(*TEXT)
+    (end,) = run.ends(sequences[1].id)
+    assert end.reason is FinishReason.ERROR
+    assert "Unable to allocate" in (end.error or "")
+
+
+def test_what_is_kept_of_pictures_is_bounded(checkpoint: Checkpoint):
+    server = checkpoint.server(cache=0)
+    server.network._max_bytes = 1  # only the newest
+    for seed in (1, 2, 1):
+        turns = [[picture(seed), "?"]]
+        assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
+    assert server.network.num_looks == 3
+    assert len(server.network._seen) == 1
+    server.network._max_bytes = 1 << 20
+
+
+def test_a_reset_forgets_pictures_too(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    server.ask(checkpoint.prompt(*ONE))
+    server.runner.reset()
+    assert not server.network._seen
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "smolvlm"])
+def test_keys_and_values_may_be_kept_in_few_bits(name: str, checkpoints: dict[str, Checkpoint]):
+    checkpoint = checkpoints[name]
+    runner = ModelRunner(checkpoint.model.network, kv_bits=KVBits(8, 32))
+
+    def tokens(*asked: list[list[Part]]) -> list[list[int]]:
+        scheduler = Scheduler(Policy(max_rows=4, memory=runner.memory))
+        sequences = [
+            Sequence(i, replace(checkpoint.prompt(*turns), blocks=None), GREEDY, NUM_TOKENS)
+            for i, turns in enumerate(asked)
+        ]
+        run = drive(scheduler, runner, {0: [Add(sequence) for sequence in sequences]})
+        return [run.tokens(sequence.id) for sequence in sequences]
+
+    assert tokens(ONE, TEXT, TWO) == [tokens(turns)[0] for turns in (ONE, TEXT, TWO)]
+
+
+def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
+    server = checkpoint.server()
+    inputs = [tuple(range(9)), tuple(range(20))]
+    if checkpoint.name == "smolvlm":
+        with pytest.raises(NotImplementedError):
+            server.runner.embed(inputs, is_mean=True)
+        return
+    together = server.runner.embed(inputs, is_mean=True)
+    alone = [server.runner.embed([tokens], is_mean=True)[0] for tokens in inputs]
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.allclose(np.linalg.norm(together, axis=1), 1.0)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_a_template_that_leaves_a_picture_out_is_a_clear_error(checkpoint: Checkpoint):
+    model = replace(checkpoint.model, chat_template="{{ messages[0].content[0].type }}")
+    messages = messages_of([picture(1), "?"])
+    with pytest.raises(PromptError, match="picture|image"):
+        model.render(messages, {}, is_continuation=False, pictures=[Picture(picture(1))])
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Path):
+    path = tmp_path / "hostile"
+    shutil.copytree(checkpoint.model.path, path)
+    (path / "evil.py").write_text("raise SystemExit('it was run')")
+    settings = json.loads((path / "config.json").read_text())
+    auto = {"AutoProcessor": "evil.Processor", "AutoConfig": "evil.Config"}
+    (path / "config.json").write_text(json.dumps(settings | {"model_file": "evil.py"}))
+    with pytest.raises(LoadError, match="model_file"):
+        load(Config(model=str(path)))
+    (path / "config.json").write_text(json.dumps(settings | {"auto_map": auto}))
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if (path / name).exists():
+            own = json.loads((path / name).read_text())
+            (path / name).write_text(json.dumps(own | {"auto_map": auto}))
+    assert load(Config(model=str(path))).id  # with or without pictures, but never run
+
+
+def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mlxlite.model._has_mlx_vlm", lambda: False)
+    config = Config(model=str(checkpoint.model.path))
+    if checkpoint.name == "smolvlm":  # mlx-lm has no such text model
+        with pytest.raises(LoadError, match=r"mlxlite\[vision\]"):
+            load(config)
+        return
+    model = load(config)
+    assert "pip install 'mlxlite[vision]'" in (model.blind or "")
+    server = Checkpoint(checkpoint.name, model, checkpoint.theirs, checkpoint.processor)
+    scheduler, runner = Scheduler(Policy()), ModelRunner(model.network)
+    prompt = replace(server.prompt(*TEXT), blocks=None)
+    run = drive(scheduler, runner, {0: [Add(Sequence(1, prompt, GREEDY, NUM_TOKENS))]})
+    assert run.tokens(1) == checkpoint.expected(*TEXT)
