@@ -31,7 +31,8 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.http1 import sse_event
-from mlxlite.request import FIELDS, ChatRequest, Message, Role, ToolCall, options_of
+from mlxlite.messages import Message, Role, ToolCall
+from mlxlite.request import FIELDS, ChatRequest, options_of
 from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
 from mlxlite.tools import Tool, array_of, function_of, json_schema, tools_of
 

@@ -46,7 +46,8 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.http1 import sse_event
-from mlxlite.request import FIELDS, ChatRequest, Message, Role, ToolCall
+from mlxlite.messages import Message, Role, ToolCall
+from mlxlite.request import FIELDS, ChatRequest
 from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
 from mlxlite.tools import Tool, array_of, function_of, response_format
 

@@ -32,7 +32,8 @@ from mlxlite.dialects import (
     token_count,
 )
 from mlxlite.fields import Field, Use, markdown
-from mlxlite.request import ChatRequest, Message, Role, ToolCall, chat_of
+from mlxlite.messages import Message, Role, ToolCall
+from mlxlite.request import ChatRequest, chat_of
 from mlxlite.responses import (
     RESPONSES_FIELDS,
     Conversations,

@@ -10,8 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
 # Plus __init__ and __main__. The design says 16; with files of at most 600 lines three of its rows
-# were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`.
-MAX_MODULES = 32
+# were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`; at 600
+# `request` gave `messages` before they learnt of pictures.
+MAX_MODULES = 33
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
@@ -27,10 +28,11 @@ LAYERS: dict[int, dict[str, str]] = {
         "fields": "api | orjson",
         "served": "sequence |",
         "tools": "api fields served | orjson",
-        "request": "sequence api fields served tools | orjson",
-        "plain": "sequence api fields http1 request | orjson",
-        "dialects": "sequence http1 api fields request served tools | orjson",
-        "responses": "sequence http1 api fields request dialects served tools | orjson",
+        "messages": "api fields | orjson",
+        "request": "sequence api fields messages served tools |",
+        "plain": "sequence api fields http1 messages request | orjson",
+        "dialects": "sequence http1 api fields messages request served tools | orjson",
+        "responses": "sequence http1 api fields messages request dialects served tools | orjson",
         "openapi": "fields request plain dialects responses | orjson",
         "text": "sequence | orjson",
         "grammar": "sequence served | llguidance numpy",

@@ -11,6 +11,7 @@ import pytest
 
 from mlxlite.api import APIError, StreamOptions
 from mlxlite.fields import Use
+from mlxlite.messages import Message, Role, ToolCall
 from mlxlite.request import (
     EFFORTS,
     FIELDS,
@@ -20,9 +21,6 @@ from mlxlite.request import (
     MAX_STOP_STRINGS,
     CancelRequest,
     ChatRequest,
-    Message,
-    Role,
-    ToolCall,
     field_table,
     parse_cancel,
     parse_chat,
