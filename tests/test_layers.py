@@ -11,8 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
 # Plus __init__ and __main__. The design says 16; with files of at most 600 lines three of its rows
 # were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`; at 600
-# `request` gave `messages` before they learnt of pictures.
-MAX_MODULES = 33
+# `request` gave `messages` before they learnt of pictures. `media` is what of pictures is not MLX:
+# the design had it in `vision`, where requests could not read a source without loading MLX.
+MAX_MODULES = 34
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
@@ -28,6 +29,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "fields": "api | orjson",
         "served": "sequence |",
         "tools": "api fields served | orjson",
+        "media": "api fields | h11 PIL",
         "messages": "api fields | orjson",
         "request": "sequence api fields messages served tools |",
         "plain": "sequence api fields http1 messages request | orjson",
