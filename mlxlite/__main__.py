@@ -88,6 +88,7 @@ def main() -> None:
 
     import asyncio
     import logging
+    import warnings
 
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -95,6 +96,8 @@ def main() -> None:
         stream=sys.stderr,
     )
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # What Pillow says of odd pictures is the clients' doing: no log, nor a list of all it has said.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         code = asyncio.run(_serve(config))
     except KeyboardInterrupt:  # before the signal handlers are in place

@@ -30,6 +30,7 @@ from mlxlite.fields import (
     works,
     wrong,
 )
+from mlxlite.media import Source
 from mlxlite.messages import Message as Message  # `routes` and `prompts` know it from here
 from mlxlite.messages import Role, messages_of
 from mlxlite.sequence import SamplingParams
@@ -128,6 +129,11 @@ class ChatRequest(Options):
     tools: tuple[Tool, ...] = ()  # those that may be called
     max_calls: int | None = None
     splits_reasoning: bool = True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Of all pictures, in the order of the messages."""
+        return tuple(source for message in self.messages for source in message.sources)
 
     @property
     def is_continuation(self) -> bool:
@@ -362,7 +368,10 @@ _TOKENS_NOTE = "at least 1; default: what is left of the context"
 
 FIELDS: Final[Mapping[str, Field]] = {
     "model": works(text, "any name is answered by the served model, which the answer names"),
-    "messages": works(messages_of, "string, null or text parts; every role; tool history"),
+    "messages": works(
+        messages_of,
+        "string, null or parts: text, and pictures of users and tools; every role; tool history",
+    ),
     "max_tokens": works(_max_tokens, _TOKENS_NOTE),
     "max_completion_tokens": works(_max_tokens, "the same", "max_tokens"),
     "max_output_tokens": works(_max_tokens, "the same", "max_tokens"),
