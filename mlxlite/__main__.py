@@ -12,7 +12,8 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mlxlite.config import USAGE_STATUS, Config, ConfigError, parse_args
+from mlxlite.config import USAGE_STATUS, Config, parse_args
+from mlxlite.flags import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
