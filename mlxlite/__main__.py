@@ -12,7 +12,8 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mlxlite.config import USAGE_STATUS, Config, ConfigError, parse_args
+from mlxlite.config import USAGE_STATUS, Config, parse_args
+from mlxlite.flags import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
@@ -88,6 +89,7 @@ def main() -> None:
 
     import asyncio
     import logging
+    import warnings
 
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -95,6 +97,8 @@ def main() -> None:
         stream=sys.stderr,
     )
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # What Pillow says of odd pictures is the clients' doing: no log, nor a list of all it has said.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         code = asyncio.run(_serve(config))
     except KeyboardInterrupt:  # before the signal handlers are in place

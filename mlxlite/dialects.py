@@ -7,6 +7,7 @@ what they need, and what is open is closed before another begins or the answer e
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import orjson
@@ -31,7 +32,9 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.http1 import sse_event
-from mlxlite.request import FIELDS, ChatRequest, Message, Role, ToolCall, options_of
+from mlxlite.media import Source, source_of, source_of_base64
+from mlxlite.messages import Message, Part, Role, ToolCall, bounded, turn
+from mlxlite.request import FIELDS, ChatRequest, options_of
 from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
 from mlxlite.tools import Tool, array_of, function_of, json_schema, tools_of
 
@@ -95,6 +98,7 @@ def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> di
     return given
 
 
+NO_PICTURES: Final[Mapping[str, Reader]] = {}
 _TEXT_PARTS: Final = {  # type → where its text is
     "text": "text",
     "input_text": "text",
@@ -105,16 +109,23 @@ _TEXT_PARTS: Final = {  # type → where its text is
 }
 
 
+def said_of(value: Any, param: str, pictures: Mapping[str, Reader] = NO_PICTURES) -> Iterator[Part]:
+    """A string, or parts of text, and of the pictures that there may be: type → its reader."""
+    if isinstance(value, str):
+        yield value
+        return
+    for kind, part, name in parts(value, param):
+        if (read := pictures.get(kind)) is not None:
+            yield read(part, name)
+        elif (key := _TEXT_PARTS.get(kind)) is not None:
+            yield text(part.get(key), f"{name}.{key}")
+        else:
+            raise unsupported(kind, name)
+
+
 def texts_of(value: Any, param: str) -> str:
     """A string, or text parts, joined by newlines as a chat's are."""
-    if isinstance(value, str):
-        return value
-    texts = []
-    for kind, part, name in parts(value, param):
-        if (key := _TEXT_PARTS.get(kind)) is None:
-            raise unsupported(kind, name)
-        texts.append(text(part.get(key), f"{name}.{key}"))
-    return "\n".join(texts)
+    return "\n".join(map(str, said_of(value, param)))
 
 
 def role_of(value: Any, param: str, *roles: Role) -> Role:
@@ -196,7 +207,8 @@ def _turns(value: Any, param: str) -> tuple[Message, ...]:
         raise wrong(param, "an array", value)
     if not value:
         raise bad(f"'{param}' must hold at least one message.", param)
-    return tuple(turn for i, item in enumerate(value) for turn in _turn(item, f"{param}[{i}]"))
+    turns = (one for i, item in enumerate(value) for one in _turn(item, f"{param}[{i}]"))
+    return tuple(bounded(turns))
 
 
 def _turn(value: Any, param: str) -> list[Message]:
@@ -212,28 +224,48 @@ def _turn(value: Any, param: str) -> list[Message]:
 
 
 def _user(content: Any, param: str) -> list[Message]:
+    """What is said between results is one turn."""
     turns: list[Message] = []
-    for kind, block, name in parts(content, param):
-        if kind == "tool_result":
-            turns.append(_tool_result(block, name))
-        elif kind != "text":
-            raise unsupported(kind, name)
-        elif turns and turns[-1].role is Role.USER:
-            said = f"{turns[-1].content}\n{text(block.get('text'), f'{name}.text')}"
-            turns[-1] = Message(Role.USER, said)
+    for is_result, run in groupby(parts(content, param), lambda part: part[0] == "tool_result"):
+        if is_result:
+            turns += [_tool_result(block, name) for _, block, name in run]
         else:
-            turns.append(Message(Role.USER, text(block.get("text"), f"{name}.text")))
+            turns.append(turn(Role.USER, (_said(*part) for part in run)))
     return turns or [Message(Role.USER, "")]
+
+
+def _said(kind: str, block: Mapping[str, Any], param: str) -> Part:
+    match kind:
+        case "text":
+            return text(block.get("text"), f"{param}.text")
+        case "image":
+            return _image(block, param)
+    raise unsupported(kind, param)
+
+
+def _image(block: Mapping[str, Any], param: str) -> Source:
+    """What it is called (`media_type`) is not believed; its bytes say what it is."""
+    param = f"{param}.source"
+    given = json_object(block.get("source"), param)
+    match text(given.get("type"), f"{param}.type"):
+        case "base64":
+            text(given.get("media_type") or "", f"{param}.media_type")
+            return source_of_base64(text(given.get("data"), f"{param}.data"), param)
+        case "url":
+            return source_of(text(given.get("url"), f"{param}.url"), param)
+        case kind:
+            raise unsupported(kind, param)
 
 
 def _tool_result(block: Mapping[str, Any], param: str) -> Message:
     """A failure is told in words: templates have no field for it."""
-    content = block.get("content")
-    said = "" if content is None else texts_of(content, f"{param}.content")
+    content = "" if block.get("content") is None else block["content"]
+    said = list(said_of(content, f"{param}.content", {"image": _image}))
     if (error := block.get("is_error")) is not None and flag(error, f"{param}.is_error"):
-        said = f"Error: {said}"
+        first = said.pop(0) if said and isinstance(said[0], str) else ""
+        said.insert(0, f"Error: {first}")
     id = text(block.get("tool_use_id"), f"{param}.tool_use_id")
-    return Message(Role.TOOL, said, tool_call_id=id)
+    return turn(Role.TOOL, said, tool_call_id=id)
 
 
 def _assistant(content: Any, param: str) -> Message:
@@ -319,7 +351,7 @@ def _edits(value: Any, param: str) -> None:
 
 MESSAGES_FIELDS: Final[Mapping[str, Field]] = {
     "model": FIELDS["model"],
-    "messages": works(_turns, "text, thinking, tool_use and tool_result blocks"),
+    "messages": works(_turns, "text, image, thinking, tool_use and tool_result blocks"),
     "system": works(texts_of, "a string or text blocks"),
     "max_tokens": works(integer(1, 2**31 - 1), "required, but not to count tokens"),
     "temperature": works(number(0, 1), "0 is greedy; default: the model's, else 1"),

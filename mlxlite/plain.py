@@ -41,7 +41,8 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.http1 import SSE_DONE
-from mlxlite.request import FIELDS, Message, Options, check_together, messages_of, options_of
+from mlxlite.messages import Message, messages_of
+from mlxlite.request import FIELDS, Options, check_together, options_of
 from mlxlite.sequence import Delta, Done, Logprobs, Progress, Usage
 
 MAX_PROMPTS = 256  # in one request

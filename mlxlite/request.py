@@ -9,14 +9,9 @@ to the model's own template (`Message.as_template`, `template_kwargs`).
 """
 
 import math
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
 from typing import Any, ClassVar, Final
-
-import orjson
 
 from mlxlite.api import StreamOptions, bad, clip
 from mlxlite.fields import (
@@ -35,6 +30,9 @@ from mlxlite.fields import (
     works,
     wrong,
 )
+from mlxlite.media import Source
+from mlxlite.messages import Message as Message  # `routes` and `prompts` know it from here
+from mlxlite.messages import Role, messages_of
 from mlxlite.sequence import SamplingParams
 from mlxlite.served import Constraint
 from mlxlite.tools import (
@@ -60,63 +58,6 @@ MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's and vLLM's
 MAX_LOGIT_BIAS = 1024  # tokens (vLLM has no bound, OpenAI's is about 300)
 MAX_PENALTY_WINDOW = 8192  # tokens, kept for each row
-
-
-# Claude Code's first line, different in each request: no prefix would ever be found again.
-_BILLING = re.compile(r"\A(?:x-anthropic-billing-header:[^\n]*(?:\n|\Z))+\n*", re.IGNORECASE)
-
-
-class Role(Enum):
-    """Who speaks. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
-
-    SYSTEM = "system"
-    DEVELOPER = "developer"
-    USER = "user"
-    ASSISTANT = "assistant"
-    TOOL = "tool"
-    FUNCTION = "function"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call in the history. `arguments` is the parsed object, or the text if it is none."""
-
-    id: str
-    name: str
-    arguments: Any
-
-    def as_template(self) -> dict[str, Any]:
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.id, "type": "function", "function": function}
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn. `content` None is an assistant's turn that only called tools."""
-
-    role: Role
-    content: str | None
-    name: str | None = None
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-
-    def as_template(self) -> dict[str, Any]:
-        """The dict that chat templates read; templates know neither developer nor function."""
-        roles = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
-        role, content = roles.get(self.role, self.role), self.content or ""
-        if role is Role.SYSTEM:
-            content = _BILLING.sub("", content)
-        message: dict[str, Any] = {"role": role.value, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_template() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +129,11 @@ class ChatRequest(Options):
     tools: tuple[Tool, ...] = ()  # those that may be called
     max_calls: int | None = None
     splits_reasoning: bool = True
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Of all pictures, in the order of the messages."""
+        return tuple(source for message in self.messages for source in message.sources)
 
     @property
     def is_continuation(self) -> bool:
@@ -413,89 +359,6 @@ def _token_ids(value: Any, param: str) -> tuple[int, ...]:
     return tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
 
 
-# --- messages ---------------------------------------------------------------------------------
-
-
-def messages_of(value: Any, param: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise wrong(param, "an array", value)
-    if not value:
-        raise bad(f"'{param}' must hold at least one message.", param)
-    return tuple(_message(item, f"{param}[{i}]") for i, item in enumerate(value))
-
-
-def _message(value: Any, param: str) -> Message:
-    fields = {name: item for name, item in json_object(value, param).items() if item is not None}
-    roles = ", ".join(role.value for role in Role)
-    try:
-        role = Role(fields.get("role"))
-    except ValueError:
-        raise bad(f"'{param}.role' must be one of {roles}.", f"{param}.role") from None
-    content = _content(fields.get("content"), f"{param}.content")
-    tool_calls = _tool_calls(fields.get("tool_calls", []), f"{param}.tool_calls")
-    if "function_call" in fields:  # what tool_calls were before
-        old_call = {"function": fields["function_call"]}
-        tool_calls += (_tool_call(old_call, f"{param}.function_call"),)
-    if role is not Role.ASSISTANT:
-        if tool_calls:
-            raise bad(f"only an assistant's message has '{param}.tool_calls'.", param)
-        if content is None:
-            raise bad(f"'{param}.content' is required.", f"{param}.content")
-
-    def given(name: str) -> str | None:
-        return text(fields[name], f"{param}.{name}") if name in fields else None
-
-    return Message(
-        role,
-        content,
-        name=given("name"),
-        reasoning=given("reasoning_content") or given("reasoning"),
-        tool_calls=tool_calls,
-        tool_call_id=given("tool_call_id"),
-    )
-
-
-def _content(value: Any, param: str) -> str | None:
-    """A string, null, or an array of text parts, which are joined by newlines."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise wrong(param, "a string or an array of parts", value)
-    return "\n".join(_part(item, f"{param}[{i}]") for i, item in enumerate(value))
-
-
-def _part(value: Any, param: str) -> str:
-    part = json_object(value, param)
-    match part.get("type"):
-        case "text" | "input_text" | "output_text":
-            return text(part.get("text"), f"{param}.text")
-        case "refusal":
-            return text(part.get("refusal"), f"{param}.refusal")
-        case str(kind):
-            raise bad(f"content parts of type {clip(kind)!r} are not supported.", f"{param}.type")
-    raise bad(f"'{param}.type' must be a string.", f"{param}.type")
-
-
-def _tool_calls(value: Any, param: str) -> tuple[ToolCall, ...]:
-    if not isinstance(value, list):
-        raise wrong(param, "an array", value)
-    return tuple(_tool_call(item, f"{param}[{i}]") for i, item in enumerate(value))
-
-
-def _tool_call(value: Any, param: str) -> ToolCall:
-    call = json_object(value, param)
-    function = json_object(call.get("function"), f"{param}.function")
-    arguments = function.get("arguments") or {}
-    if not isinstance(arguments, str | dict):
-        raise wrong(f"{param}.function.arguments", "a string or an object", arguments)
-    if isinstance(arguments, str):
-        with suppress(orjson.JSONDecodeError):  # a model's own broken call stays text
-            value = orjson.loads(arguments)
-            arguments = value if isinstance(value, dict) else arguments
-    name = text(function.get("name"), f"{param}.function.name")
-    return ToolCall(text(call.get("id") or "", f"{param}.id"), name, arguments)
-
-
 # --- the table --------------------------------------------------------------------------------
 
 
@@ -505,7 +368,10 @@ _TOKENS_NOTE = "at least 1; default: what is left of the context"
 
 FIELDS: Final[Mapping[str, Field]] = {
     "model": works(text, "any name is answered by the served model, which the answer names"),
-    "messages": works(messages_of, "string, null or text parts; every role; tool history"),
+    "messages": works(
+        messages_of,
+        "string, null or parts: text, and pictures of users and tools; every role; tool history",
+    ),
     "max_tokens": works(_max_tokens, _TOKENS_NOTE),
     "max_completion_tokens": works(_max_tokens, "the same", "max_tokens"),
     "max_output_tokens": works(_max_tokens, "the same", "max_tokens"),

@@ -14,6 +14,7 @@ import orjson
 from mlxlite.api import APIError, Cause, Choice, Envelope, TokenBytes, bad, clip, logprobs_json
 from mlxlite.dialects import (
     EFFORT,
+    NO_PICTURES,
     ONE_CHOICE,
     OWN,
     chat_options,
@@ -25,6 +26,7 @@ from mlxlite.dialects import (
     parts,
     retold,
     role_of,
+    said_of,
     template_kwargs,
     texts_of,
     unsupported,
@@ -46,7 +48,8 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.http1 import sse_event
-from mlxlite.request import FIELDS, ChatRequest, Message, Role, ToolCall
+from mlxlite.messages import SHOWS, Message, Role, ToolCall, bounded, input_image, turn
+from mlxlite.request import FIELDS, ChatRequest
 from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
 from mlxlite.tools import Tool, array_of, function_of, response_format
 
@@ -80,7 +83,7 @@ def _input(value: Any, param: str) -> tuple[Message, ...]:
         _add(turns, reader(item, name))
     if not turns:
         raise bad(f"'{param}' must hold at least one message.", param)
-    return tuple(turns)
+    return tuple(bounded(turns))
 
 
 def _add(turns: list[Message], new: Message | None) -> None:
@@ -100,7 +103,8 @@ def _add(turns: list[Message], new: Message | None) -> None:
 def _item_message(item: Mapping[str, Any], param: str) -> Message:
     roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
     role = role_of(item.get("role"), f"{param}.role", *roles)
-    return Message(role, texts_of(item.get("content"), f"{param}.content"))
+    pictures = _PICTURES if role in SHOWS else NO_PICTURES
+    return turn(role, said_of(item.get("content"), f"{param}.content", pictures))
 
 
 def _item_call(item: Mapping[str, Any], param: str) -> Message:
@@ -110,9 +114,9 @@ def _item_call(item: Mapping[str, Any], param: str) -> Message:
 
 
 def _item_output(item: Mapping[str, Any], param: str) -> Message:
-    output = texts_of(item.get("output"), f"{param}.output")
+    output = said_of(item.get("output"), f"{param}.output", _PICTURES)
     id = text(item.get("call_id"), f"{param}.call_id")
-    return Message(Role.TOOL, output, tool_call_id=id)
+    return turn(Role.TOOL, output, tool_call_id=id)
 
 
 def _item_reasoning(item: Mapping[str, Any], param: str) -> Message | None:
@@ -123,6 +127,7 @@ def _item_reasoning(item: Mapping[str, Any], param: str) -> Message | None:
     return None
 
 
+_PICTURES: Final[Mapping[str, Reader]] = {"input_image": input_image}
 _ITEMS: Final[Mapping[str, Callable[[Mapping[str, Any], str], Message | None]]] = {
     "message": _item_message,
     "function_call": _item_call,
@@ -179,7 +184,9 @@ def _format(value: Any, param: str) -> dict[str, Any]:
 
 RESPONSES_FIELDS: Final[Mapping[str, Field]] = {
     "model": FIELDS["model"],
-    "input": works(_input, "a string or items: messages, calls and their outputs, reasoning"),
+    "input": works(
+        _input, "a string or items: messages, pictures in them, calls and their outputs, reasoning"
+    ),
     "instructions": works(text, "a system message before all others"),
     "previous_response_id": works(text, "the conversation that goes on, if it is still stored"),
     "store": works(flag, "default true; the oldest are dropped first"),
@@ -518,26 +525,6 @@ class ResponsesWriter:
 # --- what is kept -----------------------------------------------------------------------------
 
 
-def _num_bytes(messages: Sequence[Message]) -> int:
-    """Of text, which is at any depth of a call's arguments."""
-    total = 0
-    left: list[Any] = []
-    for message in messages:
-        left += (message.content, message.reasoning, message.name, message.tool_call_id)
-        for call in message.tool_calls:
-            left += (call.id, call.name, call.arguments)
-    while left:
-        match left.pop():
-            case str(said):
-                total += len(said.encode())
-            case dict(values):
-                left += values
-                left += values.values()
-            case list(values):
-                left += values
-    return total
-
-
 @dataclass(frozen=True, slots=True)
 class _Kept:
     messages: tuple[Message, ...]
@@ -548,7 +535,7 @@ class _Kept:
 class Conversations:
     """Answers by id, with all that was said up to them; the oldest go first when there are many.
 
-    What turns of one conversation share is counted for each of them.
+    What turns of one conversation share, pictures too, is counted for each of them.
     """
 
     def __init__(
@@ -575,7 +562,8 @@ class Conversations:
     def put(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
         """Keep one more; one that is larger than the bound is not kept, and costs no other."""
         self.delete(id)
-        kept = _Kept(tuple(messages), body, _num_bytes(messages) + len(body))
+        num_bytes = sum(message.num_bytes for message in messages) + len(body)
+        kept = _Kept(tuple(messages), body, num_bytes)
         if kept.num_bytes > self._max_bytes:
             return
         self._kept[id] = kept

@@ -2,7 +2,8 @@
 
 from dataclasses import fields
 
-from mlxlite.config import Config, _default_text, _env_names, _meta, _option_strings
+from mlxlite.config import Config
+from mlxlite.flags import default_text, env_names, meta, option_strings
 
 
 def flag_table() -> str:
@@ -10,14 +11,14 @@ def flag_table() -> str:
     rows = ["| Flag | Default | Environment | Meaning |", "|---|---|---|---|"]
     group = None
     for f in fields(Config):
-        flag = _meta(f)
+        flag = meta(f)
         if flag.group != group:
             group = flag.group
             rows.append(f"| **{group}** | | | |")
-        names = ", ".join(f"`{name}`" for name in _option_strings(f))
-        env = ", ".join(f"`{name}`" for name in _env_names(f))
+        names = ", ".join(f"`{name}`" for name in option_strings(f))
+        env = ", ".join(f"`{name}`" for name in env_names(f))
         is_literal = flag.default_text is None and f.default not in (None, ())
-        default = f"`{_default_text(f)}`" if is_literal else _default_text(f)
+        default = f"`{default_text(f)}`" if is_literal else default_text(f)
         cells = [cell.replace("|", r"\|") for cell in (names, default, env, flag.help)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tables import flag_table
 
 import mlxlite
-from mlxlite.config import Config, ConfigError, parse_args
+from mlxlite.config import Config, parse_args
+from mlxlite.flags import ConfigError
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "h11", "orjson", "huggingface_hub", "asyncio"}

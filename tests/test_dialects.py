@@ -6,6 +6,7 @@ are checked event by event against the vendors' own types, and read by their own
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,9 @@ from mlxlite.dialects import (
     token_count,
 )
 from mlxlite.fields import Field, Use, markdown
-from mlxlite.request import ChatRequest, Message, Role, ToolCall, chat_of
+from mlxlite.media import Source
+from mlxlite.messages import Message, Role, ToolCall
+from mlxlite.request import ChatRequest, chat_of
 from mlxlite.responses import (
     RESPONSES_FIELDS,
     Conversations,
@@ -698,6 +701,80 @@ def test_thoughts_text_and_calls_are_one_turn_and_results_are_turns_of_tools() -
     )
 
 
+CAT = {"type": "base64", "media_type": "image/png", "data": "Y2F0"}
+DOG = "https://example.com/dog.png"
+
+
+def image(**source: Any) -> dict[str, Any]:
+    return {"type": "image", "source": source}
+
+
+def result(*content: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "toolu_1", "content": list(content), **more}
+
+
+def test_a_users_pictures_stay_among_the_words_about_them() -> None:
+    content = (block("a"), block("b"), image(**CAT), block("c"), image(type="url", url=DOG))
+    request = messages(messages=[said("user", *content)])
+    cat = Source(b"cat", None, "messages[0].content[2].source")
+    dog = Source(None, DOG, "messages[0].content[4].source")
+    assert request.messages == (Message(Role.USER, "a\nb\nc", parts=("a\nb", cat, "c", dog)),)
+    assert request.sources == (cat, dog)
+
+
+def test_a_tools_pictures_are_its_results_and_a_failure_is_told_before_them() -> None:
+    results = (
+        result(image(**CAT), block("x")),
+        result(image(**CAT), is_error=True),
+        result(block("x"), image(**CAT), is_error=True),
+    )
+    turns = messages(messages=[said("user", *results, block("why?"), image(**CAT))]).messages
+    assert [turn.role for turn in turns] == [Role.TOOL] * 3 + [Role.USER]
+    assert [turn.content for turn in turns] == ["x", "Error: ", "Error: x", "why?"]
+    place = "messages[0].content[{}].content[{}].source".format
+    cats = [Source(b"cat", None, place(*at)) for at in ((0, 0), (1, 0), (2, 1))]
+    cats.append(Source(b"cat", None, "messages[0].content[4].source"))
+    assert [turn.parts for turn in turns] == [
+        (cats[0], "x"),
+        ("Error: ", cats[1]),
+        ("Error: x", cats[2]),
+        ("why?", cats[3]),
+    ]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_results"), [(64, 0), (0, 64), (32, 32)])
+def test_messages_have_at_most_64_pictures(num_blocks: int, num_results: int) -> None:
+    content = [result(image(**CAT))] * num_results + [image(**CAT)] * num_blocks
+    assert len(messages(messages=[said("user", *content)]).sources) == 64
+    error = refusal(messages, messages=[said("user", *content, image(**CAT))])
+    assert "at most 64" in error.message
+    assert error.param == "messages[0].content[64].source"
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(["base64", "url", DOG]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(JUNK, JUNK, JUNK)
+def test_junk_in_a_picture_of_anthropics_is_read_or_refused(kind: Any, data: Any, url: Any) -> None:
+    source = {"type": kind, "data": data, "url": url, "media_type": data}
+    for part in (image(**source), {"type": "image", "source": data}, {"type": kind}):
+        for turn in (said("user", part), said("user", result(part))):
+            with suppress(APIError):
+                assert len(messages(messages=[turn]).sources) <= 1
+
+
+@given(JUNK, JUNK)
+def test_junk_in_a_picture_of_responses_is_read_or_refused(url: Any, detail: Any) -> None:
+    for part in (item("input_image", image_url=url, detail=detail), item("input_image", **SHOWN)):
+        for value in (item("message", role="user", content=[part]), {**OUTPUT, "output": [part]}):
+            with suppress(APIError):
+                assert len(response(input=[value]).sources) <= 1
+
+
 def test_a_turn_that_only_calls_has_no_text_and_one_of_nothing_has_an_empty_one() -> None:
     request = messages(messages=[*HELLO, said("assistant", CALL), said("assistant")])
     assert [turn.content for turn in request.messages] == ["hello", None, ""]
@@ -706,7 +783,19 @@ def test_a_turn_that_only_calls_has_no_text_and_one_of_nothing_has_an_empty_one(
 @pytest.mark.parametrize(
     ("turn", "param"),
     [
-        (said("user", {"type": "image", "source": {}}), "messages[0].content[0].type"),
+        (said("user", {"type": "image"}), "messages[0].content[0].source"),
+        (said("user", {"type": "image", "source": {}}), "messages[0].content[0].source.type"),
+        (said("user", image(type="file", file_id="x")), "messages[0].content[0].source.type"),
+        (said("user", image(type="base64")), "messages[0].content[0].source.data"),
+        (said("user", image(type="base64", data="*")), "messages[0].content[0].source"),
+        (
+            said("user", image(**(CAT | {"media_type": 5}))),
+            "messages[0].content[0].source.media_type",
+        ),
+        (said("user", image(type="url")), "messages[0].content[0].source.url"),
+        (said("user", image(type="url", url="file:///x")), "messages[0].content[0].source"),
+        (said("assistant", image(**CAT)), "messages[0].content[0].type"),
+        (said("system", image(**CAT)), "messages[0].content[0].type"),
         (said("user", block("a"), {"type": "document"}), "messages[0].content[1].type"),
         (said("user", CALL), "messages[0].content[0].type"),
         (said("user", {"type": 5}), "messages[0].content[0].type"),
@@ -720,6 +809,11 @@ def test_a_turn_that_only_calls_has_no_text_and_one_of_nothing_has_an_empty_one(
             said(
                 "user", {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"}]}
             ),
+            "messages[0].content[0].content[0].source",
+        ),
+        (said("user", result({"type": "document"})), "messages[0].content[0].content[0].type"),
+        (
+            said("user", result({"type": "search_result"})),
             "messages[0].content[0].content[0].type",
         ),
         (said("assistant", {"type": "server_tool_use"}), "messages[0].content[0].type"),
@@ -781,6 +875,38 @@ def test_items_become_turns_and_those_of_one_turn_are_one() -> None:
     assert not request.is_continuation
 
 
+SHOWN = item("input_image", image_url="data:image/png;base64,Y2F0")
+
+
+def show(*parts: Any, role: str = "user") -> dict[str, Any]:
+    return item("message", role=role, content=list(parts))
+
+
+def test_pictures_of_users_and_of_functions_stay_among_the_words_about_them() -> None:
+    words = item("input_text", text="a")
+    link = item("input_image", image_url=DOG, detail="low", file_id=None)
+    request = response(input=[show(words, SHOWN, words, link), {**OUTPUT, "output": [SHOWN]}])
+    cat = Source(b"cat", None, "input[0].content[1].image_url")
+    dog = Source(None, DOG, "input[0].content[3].image_url", "low")
+    other = Source(b"cat", None, "input[1].output[0].image_url")
+    assert request.messages == (
+        Message(Role.USER, "a\na", parts=("a", cat, "a", dog)),
+        Message(Role.TOOL, "", tool_call_id="call_1", parts=(other,)),
+    )
+    assert request.sources == (cat, dog, other)
+
+
+def test_the_pictures_of_a_conversation_are_those_of_its_history_too() -> None:
+    before, now = (response(input=[show(SHOWN)]) for _ in range(2))
+    assert now.after(before.conversation).sources == before.sources + now.sources
+
+
+def test_responses_have_at_most_64_pictures() -> None:
+    half, rest = show(*[SHOWN] * 32), {**OUTPUT, "output": [SHOWN] * 32}
+    assert len(response(input=[half, rest]).sources) == 64
+    assert "at most 64" in refusal(response, input=[half, rest, show(SHOWN)]).message
+
+
 def test_two_answers_in_a_row_stay_two_and_text_after_a_call_begins_another() -> None:
     request = response(input=[*HELLO, ANSWER, ANSWER, FUNCTION, ANSWER])
     assert [bool(turn.tool_calls) for turn in request.messages] == [False, False, True, False]
@@ -799,7 +925,16 @@ def test_thoughts_are_told_apart_from_their_summary_and_empty_ones_are_left_out(
     [
         (item("item_reference", id="msg_1"), "input[0].type"),
         (item("custom_tool_call", name="x"), "input[0].type"),
-        (item("message", role="user", content=[item("input_image")]), "input[0].content[0].type"),
+        (show(item("input_image")), "input[0].content[0].image_url"),
+        (show(item("input_image", image_url={"url": DOG})), "input[0].content[0].image_url"),
+        (show(item("input_image", image_url="file:///x")), "input[0].content[0].image_url"),
+        (show(item("input_image", file_id="file-1")), "input[0].content[0].file_id"),
+        (show({**SHOWN, "detail": "original"}), "input[0].content[0].detail"),
+        (show(SHOWN, role="assistant"), "input[0].content[0].type"),
+        (show(SHOWN, role="system"), "input[0].content[0].type"),
+        (show(item("input_file", file_id="file-1")), "input[0].content[0].type"),
+        (show(item("input_audio")), "input[0].content[0].type"),
+        ({**OUTPUT, "output": [item("input_file")]}, "input[0].output[0].type"),
         (item("message", role="user", content=5), "input[0].content"),
         ({**FUNCTION, "call_id": None}, "input[0].call_id"),
         ({**FUNCTION, "arguments": {}}, "input[0].arguments"),
@@ -1737,6 +1872,17 @@ def test_all_text_of_a_conversation_counts() -> None:
     kept = Conversations()
     kept.put("resp_0", (message, Message(Role.TOOL, "r", name="n", tool_call_id="id")))
     assert kept.num_bytes == 5 + 6 + 3 + 4
+
+
+def test_the_pictures_of_a_conversation_count_and_are_bounded() -> None:
+    shown = Message(Role.USER, "", parts=(Source(bytes(100), None, "p"),))
+    kept = Conversations(max_bytes=250)
+    for i in range(3):
+        kept.put(f"resp_{i}", (shown,))
+    assert (len(kept), kept.num_bytes) == (2, 202)
+    kept.put("resp_3", (shown,) * 3)
+    assert kept.get("resp_3") is None
+    assert len(kept) == 2
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.text(max_size=8), st.booleans())))

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
-# Plus __init__ and __main__. The design says 16; with files of at most 600 lines three of its rows
-# were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`.
-MAX_MODULES = 35
+# Plus __init__ and __main__. The design says 16; with files of at most 600 lines its rows gave others:
+# server `connection`, api `request`, request `messages`, runner `caches` and `payloads`, scheduler
+# `prefill`, config `flags`. `media` is what of pictures is not MLX: the design had it in `vision`,
+# where requests could not read a source without loading MLX.
+MAX_MODULES = 38
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
 LAYERS: dict[int, dict[str, str]] = {
     0: {
-        "config": "|",
+        "flags": "|",
+        "config": "flags |",
         "blocks": "| numpy",
         "sequence": "blocks |",
     },
@@ -27,10 +30,12 @@ LAYERS: dict[int, dict[str, str]] = {
         "fields": "api | orjson",
         "served": "sequence |",
         "tools": "api fields served | orjson",
-        "request": "sequence api fields served tools | orjson",
-        "plain": "sequence api fields http1 request | orjson",
-        "dialects": "sequence http1 api fields request served tools | orjson",
-        "responses": "sequence http1 api fields request dialects served tools | orjson",
+        "media": "api fields | h11 PIL",
+        "messages": "api fields media | orjson",
+        "request": "sequence api fields media messages served tools |",
+        "plain": "sequence api fields http1 messages request | orjson",
+        "dialects": "sequence http1 api fields media messages request served tools | orjson",
+        "responses": "sequence http1 api fields messages request dialects served tools | orjson",
         "openapi": "fields request plain dialects responses | orjson",
         "text": "sequence | orjson",
         "grammar": "sequence served | llguidance numpy",

@@ -23,6 +23,7 @@ from test_request import (
 from mlxlite import api, plain
 from mlxlite.api import APIError, Choice, Envelope, StreamOptions, Writer
 from mlxlite.fields import Field, Use, markdown
+from mlxlite.messages import Message, Role
 from mlxlite.plain import (
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
@@ -37,7 +38,7 @@ from mlxlite.plain import (
     parse_embedding,
     parse_tokenize,
 )
-from mlxlite.request import FIELDS, Message, Role
+from mlxlite.request import FIELDS
 from mlxlite.sequence import Delta, Done, FinishReason, Logprobs, Progress, Usage
 
 ENVELOPE = Envelope("cmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")

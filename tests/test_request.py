@@ -4,13 +4,18 @@ The cases are tables keyed by field; a field of `FIELDS` that has no case fails.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlxlite.api import APIError, StreamOptions
 from mlxlite.fields import Use
+from mlxlite.media import Source
+from mlxlite.messages import Message, Role, ToolCall
 from mlxlite.request import (
     EFFORTS,
     FIELDS,
@@ -20,9 +25,7 @@ from mlxlite.request import (
     MAX_STOP_STRINGS,
     CancelRequest,
     ChatRequest,
-    Message,
-    Role,
-    ToolCall,
+    chat_of,
     field_table,
     parse_cancel,
     parse_chat,
@@ -31,9 +34,21 @@ from mlxlite.sequence import SamplingParams
 from mlxlite.served import Constraint, Kind
 from mlxlite.tools import CONSTRAINTS, MAX_DEPTH, MAX_TOOLS, Tool
 
+CAT = "data:image/png;base64,Y2F0"  # whether it is a picture is not the parser's to see
+DOG = "https://example.com/dog.png"
+URLS = st.sampled_from([CAT, DOG, "data:", "file:///x", "http://", "http://[", "data:;base64,x"])
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | URLS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
 HELLO = [{"role": "user", "content": "hello"}]
 BEGUN = [*HELLO, {"role": "assistant", "content": "Once"}]
 SILENT = ChatRequest(messages=(Message(Role.USER, "hello"),))
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def parse(**fields: Any) -> ChatRequest:
@@ -1105,13 +1120,143 @@ def test_content_is_a_string_or_its_parts_joined(content: Any, expected: str) ->
         ([{"type": "refusal", "text": "x"}], "content[0].refusal"),
         ([{"text": "x"}], "content[0].type"),
         ([{"type": 5, "text": "x"}], "content[0].type"),
-        ([{"type": "image_url", "image_url": {"url": "data:"}}], "content[0].type"),
+        ([{"type": "image_url"}], "content[0].image_url"),
+        ([{"type": "image_url", "image_url": 5}], "content[0].image_url"),
+        ([{"type": "image_url", "image_url": {}}], "content[0].image_url.url"),
+        ([{"type": "image_url", "image_url": {"url": 5}}], "content[0].image_url.url"),
+        ([{"type": "image_url", "image_url": {"url": "data:"}}], "content[0].image_url"),
+        ([{"type": "image_url", "image_url": "file:///etc/passwd"}], "content[0].image_url"),
+        (
+            [{"type": "image_url", "image_url": {"url": CAT, "detail": "most"}}],
+            "content[0].image_url.detail",
+        ),
+        ([{"type": "input_image"}], "content[0].image_url"),
+        ([{"type": "input_image", "image_url": {"url": CAT}}], "content[0].image_url"),
+        ([{"type": "input_image", "image_url": CAT, "detail": 5}], "content[0].detail"),
+        ([{"type": "input_image", "file_id": "file-1"}], "content[0].file_id"),
+        ([{"type": "input_audio", "input_audio": {"data": "AAAA"}}], "content[0].type"),
+        ([{"type": "file", "file": {"file_id": "x"}}], "content[0].type"),
         ([{"type": "text", "text": "x"}, {"type": "input_audio"}], "content[1].type"),
     ],
 )
 def test_content_of_another_kind_is_refused_by_its_path(content: Any, path: str) -> None:
     error = refusal(messages=[*HELLO, {"role": "user", "content": content}])
     assert error.param == f"messages[1].{path}"
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": CAT}}
+OTHER = {"type": "image_url", "image_url": DOG}
+
+
+def test_text_and_pictures_keep_their_order() -> None:
+    content = [said("a"), said("b"), PICTURE, OTHER, said("c"), PICTURE]
+    found = message(role="user", content=content, name="Bo")
+    place = "messages[0].content[{}].image_url".format
+    cat, other = (Source(b"cat", None, place(i)) for i in (2, 5))
+    dog = Source(None, DOG, place(3))
+    parts = ("a\nb", cat, dog, "c", other)
+    assert found == Message(Role.USER, "a\nb\nc", name="Bo", parts=parts)
+    assert found.sources == (cat, dog, other)
+    assert found.as_template() == {
+        "role": "user",
+        "name": "Bo",
+        "content": [
+            {"type": "text", "text": "a\nb"},
+            *({"type": "image"}, {"type": "image"}),
+            {"type": "text", "text": "c"},
+            {"type": "image"},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "detail"),
+    [
+        (PICTURE, "auto"),
+        ({"type": "image_url", "image_url": CAT}, "auto"),
+        ({"type": "image_url", "image_url": {"url": CAT, "detail": None}}, "auto"),
+        ({"type": "image_url", "image_url": {"url": CAT, "detail": "low"}}, "low"),
+        ({"type": "image_url", "image_url": {"url": CAT, "detail": "high"}}, "high"),
+        ({"type": "input_image", "image_url": CAT, "file_id": None}, "auto"),
+        ({"type": "input_image", "image_url": CAT, "detail": "low"}, "low"),
+    ],
+)
+def test_a_picture_has_several_forms(part: Any, detail: str) -> None:
+    (source,) = message(role="user", content=[part]).sources
+    assert source == Source(b"cat", None, "messages[0].content[0].image_url", detail)
+
+
+def test_a_message_without_pictures_is_its_text() -> None:
+    found = message(role="user", content=[said("a"), said("b")])
+    assert (found.parts, found.sources) == ((), ())
+    assert found.as_template() == {"role": "user", "content": "a\nb"}
+
+
+def test_a_picture_alone_is_a_message() -> None:
+    found = message(role="user", content=[PICTURE])
+    assert found.content == ""
+    assert found.as_template()["content"] == [{"type": "image"}]
+
+
+@pytest.mark.parametrize("role", [role.value for role in Role])
+@pytest.mark.parametrize("part", [PICTURE, {"type": "input_image", "image_url": CAT}])
+def test_only_users_and_tools_show_pictures(role: str, part: Any) -> None:
+    body = [*HELLO, {"role": role, "content": [said("a"), part]}]
+    if role in ("user", "tool", "function"):
+        assert len(parse(messages=body).messages[1].sources) == 1
+    else:
+        error = refusal(messages=body)
+        assert (error.param, error.code) == (
+            "messages[1].content[1].type",
+            "unsupported_parameter",
+        )
+
+
+def test_a_requests_pictures_come_in_the_order_of_its_messages() -> None:
+    show = [{"role": "user", "content": [PICTURE, OTHER]}, *BEGUN]
+    result = {"role": "tool", "content": [said("x"), PICTURE], "tool_call_id": "1"}
+    places = [source.param for source in parse(messages=[*show, result]).sources]
+    assert places == [
+        "messages[0].content[0].image_url",
+        "messages[0].content[1].image_url",
+        "messages[3].content[1].image_url",
+    ]
+    assert parse().sources == ()
+
+
+@pytest.mark.parametrize("num_messages", [1, 2, 65])
+def test_a_request_has_at_most_64_pictures(num_messages: int) -> None:
+    def show(num_pictures: int) -> list[dict[str, Any]]:
+        turns: list[dict[str, Any]] = [
+            {"role": "user", "content": [said("x")]} for _ in range(num_messages)
+        ]
+        for i in range(num_pictures):
+            turns[i % num_messages]["content"].append(PICTURE)
+        return turns
+
+    assert len(parse(messages=show(64)).sources) == 64
+    assert "at most 64" in refusal(messages=show(65)).message
+
+
+def test_pictures_weigh_what_they_hold() -> None:
+    plain = Message(Role.USER, "ab")
+    shown = replace(plain, parts=("ab", Source(b"12345", None, "p"), Source(None, "http", "p")))
+    assert (plain.num_bytes, shown.num_bytes) == (2, 2 + 2 + 5 + 1 + 4 + 1)
+
+
+@given(JUNK, JUNK, st.sampled_from(["image_url", "input_image", "text", "image", "file"]))
+def test_junk_in_a_part_is_read_or_refused(one: Any, other: Any, kind: str) -> None:
+    parts = [
+        {"type": kind, kind: one, "image_url": one, "detail": other, "file_id": None},
+        {"type": kind, kind: {"url": one, "detail": other}},
+        {"type": "image_url", "image_url": {"url": one, "detail": other}},
+        {"type": other, "image_url": one},
+        one,
+    ]
+    for part in parts:
+        with suppress(APIError):
+            request = chat_of({"messages": [{"role": "user", "content": [part]}]})
+            assert len(request.sources) <= 1
 
 
 @pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])

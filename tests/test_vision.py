@@ -417,7 +417,7 @@ def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
 def test_a_template_that_leaves_a_picture_out_is_a_clear_error(checkpoint: Checkpoint):
     model = replace(checkpoint.model, chat_template="{{ messages[0].content[0].type }}")
     messages = messages_of([picture(1), "?"])
-    with pytest.raises(PromptError, match="picture|image"):
+    with pytest.raises(PromptError, match=r"picture|image"):
         model.render(messages, {}, is_continuation=False, pictures=[Picture(picture(1))])
 
 
