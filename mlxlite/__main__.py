@@ -39,9 +39,8 @@ def load(config: Config) -> "tuple[ServedModel, Runner]":
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
     store = _open_store(config, model.fingerprint)
     try:
-        runner = ModelRunner(
-            model.network, kv_bits=kv_bits, memory_bytes=memory_budget(config), store=store
-        )
+        budget = memory_budget(config, model.network)
+        runner = ModelRunner(model.network, kv_bits=kv_bits, memory_bytes=budget, store=store)
         runner.warm_up()
     except (ValueError, RuntimeError) as error:
         if kv_bits is None:

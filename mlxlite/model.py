@@ -479,8 +479,10 @@ def _byte_alphabet(tokenizer: Any) -> Mapping[str, int] | None:
     return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def memory_budget(config: Config) -> int:
+def memory_budget(config: Config, network: nn.Module) -> int:
     """Bytes that sequences may hold: the limit, less the weights and a reserve for the work.
+
+    What is kept of pictures has its part too, which the network is told.
 
     The default limit is what the device recommends, or 70 % of the RAM on a CPU. The reserve is a
     tenth of the limit, at most 2 GiB: activations of a prefill chunk, and the copy of a layer's
@@ -489,7 +491,10 @@ def memory_budget(config: Config) -> int:
     limit = config.memory_limit_bytes() or _device_limit()
     mx.clear_cache()
     weights = mx.get_active_memory()
-    budget = limit - weights - min(limit // 10, 2 << 30)
+    pictures = min(getattr(network, "max_bytes", 0), limit // 20)
+    if pictures:
+        network.max_bytes = pictures
+    budget = limit - weights - pictures - min(limit // 10, 2 << 30)
     if budget <= 0:
         raise LoadError(
             f"insufficient memory: the weights take {weights / 1e9:.2f} GB of a limit of "

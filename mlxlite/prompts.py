@@ -2,7 +2,8 @@
 
 Parses, renders through the model's template or tokenizer, and cuts into blocks for the prefix
 cache, which is where it is decided whose prefixes a request may find. Raises APIError for all that
-is the client's mistake; holds nothing.
+is the client's mistake; holds nothing. Pictures take longer, and one that is fetched as long as
+somebody else's server likes: they are for threads of their own, which is what `HasPictures` says.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from mlxlite import api
 from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
 from mlxlite.dialects import parse_count_tokens, parse_messages
+from mlxlite.media import Limits, MediaError, Picture, Source, load
 from mlxlite.plain import (
     CompletionRequest,
     DetokenizeRequest,
@@ -34,27 +36,34 @@ from mlxlite.text import Channels
 from mlxlite.tools import repaired
 
 
+class HasPictures(Exception):
+    """The same once more, please, with `is_patient`: in a thread that may take long."""
+
+
 def prepare_chat(
-    model: ServedModel, body: bytes, tenant: bytes, config: Config
+    model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, Prompt]:
     """A chat's body to its prompt: the part of a request that costs time and needs no loop."""
     request = parse_chat(body)
-    prompt = render(model, request)
+    prompt = render(model, request, config, is_patient=is_patient)
     return request, cacheable(model, prompt, request, tenant, config)
 
 
 def prepare_messages(
-    model: ServedModel, body: bytes, tenant: bytes, config: Config
+    model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, Prompt]:
     """The same for Anthropic's dialect."""
     request = parse_messages(body)
-    return request, cacheable(model, render(model, request), request, tenant, config)
+    prompt = render(model, request, config, is_patient=is_patient)
+    return request, cacheable(model, prompt, request, tenant, config)
 
 
-def prepare_count(model: ServedModel, body: bytes) -> tuple[ChatRequest, int]:
+def prepare_count(
+    model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
+) -> tuple[ChatRequest, int]:
     """How many tokens a message's prompt has."""
     request = parse_count_tokens(body)
-    return request, len(render(model, request).tokens)
+    return request, len(render(model, request, config, is_patient=is_patient).tokens)
 
 
 def prepare_response(
@@ -63,6 +72,8 @@ def prepare_response(
     tenant: bytes,
     config: Config,
     recall: Callable[[str], tuple[Message, ...] | None],
+    *,
+    is_patient: bool = False,
 ) -> tuple[ResponsesRequest, Prompt]:
     """The same for OpenAI's Responses; `recall` knows what was said up to an earlier one."""
     request = parse_responses(body)
@@ -71,18 +82,41 @@ def prepare_response(
             message = f"there is no response {api.clip(id)!r} here (any more)"
             raise api.APIError(api.Cause.NOT_FOUND, message, param="previous_response_id")
         request = request.after(history)
-    return request, cacheable(model, render(model, request), request, tenant, config)
+    prompt = render(model, request, config, is_patient=is_patient)
+    return request, cacheable(model, prompt, request, tenant, config)
 
 
-def render(model: ServedModel, request: ChatRequest) -> Prompt:
+def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
+    """A chat's prompt. Raises APIError and, unless `is_patient`, HasPictures."""
+    messages = [message.as_template() for message in request.messages]
+    arguments = _with_tools(model, request)
+    pictures = _pictures(model, request.sources, config, is_patient=is_patient)
+    more = {"pictures": pictures} if pictures else {}
     try:
-        return model.render(
-            [message.as_template() for message in request.messages],
-            _with_tools(model, request),
-            is_continuation=request.is_continuation,
-        )
+        return model.render(messages, arguments, is_continuation=request.is_continuation, **more)
     except PromptError as error:
         raise api.bad(str(error), "messages") from error
+
+
+def _pictures(
+    model: ServedModel, sources: tuple[Source, ...], config: Config, *, is_patient: bool
+) -> tuple[Picture, ...]:
+    if not sources:
+        return ()
+    if model.blind is not None:
+        raise api.APIError(api.Cause.UNSUPPORTED, model.blind, param=sources[0].param)
+    if not is_patient:
+        raise HasPictures
+    limits = Limits(
+        max_images=config.max_images,
+        max_pixels=config.max_image_pixels,
+        max_bytes=config.max_image_mb << 20,
+        allow_remote=config.allow_remote_images,
+    )
+    try:
+        return load(sources, limits)
+    except MediaError as error:
+        raise api.bad(str(error), error.param) from error
 
 
 def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:
@@ -133,7 +167,7 @@ def cacheable(
     if not config.enable_prefix_caching or not request.cache_prompt:
         return prompt
     scope = _cache_scope(model, tenant, request.cache_salt, config)
-    blocks = blocks_of(prompt.tokens, scope, config.kv_block_size, prompt.heads)
+    blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.heads)
     return replace(prompt, blocks=blocks)
 
 
@@ -176,7 +210,9 @@ def prepare_embedding(
     return request, [_encode(model, text, "input") for text in request.inputs]
 
 
-def prepare_tokens(model: ServedModel, body: bytes) -> tuple[TokenizeRequest, tuple[int, ...]]:
+def prepare_tokens(
+    model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
+) -> tuple[TokenizeRequest, tuple[int, ...]]:
     request = parse_tokenize(body)
     if request.content is None:
         chat = ChatRequest(
@@ -184,7 +220,7 @@ def prepare_tokens(model: ServedModel, body: bytes) -> tuple[TokenizeRequest, tu
             template_kwargs=request.template_kwargs,
             continue_final=True if request.is_open else None,
         )
-        return request, render(model, chat).tokens
+        return request, render(model, chat, config, is_patient=is_patient).tokens
     try:
         return request, model.encode(request.content, add_special=request.add_special)
     except PromptError as error:

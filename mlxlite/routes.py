@@ -28,6 +28,7 @@ from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
 from mlxlite.metrics import Metrics
 from mlxlite.prompts import (
+    HasPictures,
     listener,
     prepare_chat,
     prepare_completion,
@@ -96,7 +97,7 @@ class Home(Protocol):
     metrics: Metrics
 
     served: Ready | None
-    executors: tuple[Executor, ...]  # one for short bodies, one for long ones
+    executors: tuple[Executor, ...]  # for short bodies, for long ones, for pictures
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
@@ -298,10 +299,14 @@ class Routes:
         self._home.spawn(task(), lambda _: exchange.fail(internal))
 
     async def _off_loop(self, body: bytes, work: Callable[..., T], *args: Any) -> T:
-        """Parse and render in a thread: short bodies in order of arrival, long ones beside."""
+        """Parse and render in a thread: short bodies in order of arrival, others beside."""
         loop = asyncio.get_running_loop()
         executor = self._home.executors[len(body) > LONG_BODY_BYTES]
-        return await loop.run_in_executor(executor, partial(work, *args))
+        try:
+            return await loop.run_in_executor(executor, partial(work, *args))
+        except HasPictures:
+            patient = partial(work, *args, is_patient=True)
+            return await loop.run_in_executor(self._home.executors[2], patient)
 
     async def _begin_chat(self, ready: Ready, exchange: Exchange, body: bytes) -> None:
         tenant = self._tenant(exchange)
@@ -334,7 +339,9 @@ class Routes:
         self._generate(ready, exchange, request, [prompt], "msg_", write, listen=listen)
 
     async def _count_message(self, ready: Ready, exchange: Exchange, body: bytes) -> None:
-        request, num_tokens = await self._off_loop(body, prepare_count, ready.model, body)
+        request, num_tokens = await self._off_loop(
+            body, prepare_count, ready.model, body, self._config
+        )
         self._note_ignored(exchange, request.ignored)
         exchange.respond(200, token_count(num_tokens))
 
@@ -395,7 +402,9 @@ class Routes:
             exchange.respond(200, answer)
 
     async def _count(self, ready: Ready, exchange: Exchange, body: bytes) -> None:
-        request, tokens = await self._off_loop(body, prepare_tokens, ready.model, body)
+        request, tokens = await self._off_loop(
+            body, prepare_tokens, ready.model, body, self._config
+        )
         self._note_ignored(exchange, request.ignored)
         size = ready.card.context_size
         answer = await self._off_loop(

@@ -72,6 +72,11 @@ class ServedModel(Protocol):
     @property
     def markers(self) -> Markers: ...
 
+    @property
+    def blind(self) -> str | None:
+        """Why it sees no pictures; None: it does."""
+        ...
+
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
     ) -> Grammar:
@@ -101,6 +106,10 @@ class ServedModel(Protocol):
         template_kwargs: Mapping[str, Any],
         *,
         is_continuation: bool,
+        pictures: SequenceOf[Any] = (),
     ) -> Prompt:
-        """Chat messages through the template and the tokenizer. Raises PromptError."""
+        """Chat messages through the template and the tokenizer. Raises PromptError.
+
+        `pictures` are those of the messages' parts of type image, in their order.
+        """
         ...

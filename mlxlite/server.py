@@ -91,9 +91,10 @@ class Server:
             )
         self.phase = Phase.LOADING
         self._lane = Lane()
-        # One thread for short bodies, in order of arrival, and one for long ones, which take long.
+        # One thread for short bodies, in order of arrival, one for long ones, which take long, and
+        # some for pictures, which may have to be fetched.
         self.executors = tuple(
-            ThreadPoolExecutor(1, thread_name_prefix="mlxlite-render") for _ in range(2)
+            ThreadPoolExecutor(num, thread_name_prefix="mlxlite-render") for num in (1, 1, 4)
         )
         self._loaded = loop.create_future()
         self.spawn(self._live(), self._died)

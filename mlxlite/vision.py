@@ -229,7 +229,7 @@ class VisionNetwork(nn.Module):
     def __init__(self, network: Any, *, max_bytes: int = SEEN_BYTES) -> None:
         super().__init__()
         self.network = network
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
         self.num_looks = 0  # of the tower, since the start
         language = network.language_model
@@ -295,7 +295,7 @@ class VisionNetwork(nn.Module):
             seen = self._look(image.inputs)
             self.num_looks += 1
         self._seen[image.digest] = seen
-        while len(self._seen) > 1 and sum(s.nbytes for s in self._seen.values()) > self._max_bytes:
+        while len(self._seen) > 1 and sum(s.nbytes for s in self._seen.values()) > self.max_bytes:
             self._seen.popitem(last=False)
         return seen
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
-# Plus __init__ and __main__. The design says 16; with files of at most 600 lines its rows gave others:
-# server `connection`, api `request`, request `messages`, runner `caches` and `payloads`, scheduler
-# `prefill`, config `flags`. `media` is what of pictures is not MLX: the design had it in `vision`,
-# where requests could not read a source without loading MLX.
+# Plus __init__ and __main__. The design says 16; with files of at most 600 lines its rows gave
+# others: server `connection`, api `request`, request `messages`, runner `caches` and `payloads`,
+# scheduler `prefill`, config `flags`. `media` is what of pictures is not MLX: the design had it in
+# `vision`, where requests could not read a source without loading MLX.
 MAX_MODULES = 38
 MAX_LINES = 600
 
@@ -44,8 +44,8 @@ LAYERS: dict[int, dict[str, str]] = {
     2: {
         "prefill": "sequence blocks |",
         "scheduler": "sequence blocks prefill prefix |",
-        "prompts": "config sequence served blocks api request plain dialects responses text"
-        " tools |",
+        "prompts": "config sequence served blocks api media messages request plain dialects"
+        " responses text tools |",
     },
     3: {
         "sampling": "sequence | mlx numpy",

@@ -43,7 +43,7 @@ from mlxlite.sequence import (
     Sequence,
 )
 from mlxlite.served import LoadError, PromptError
-from mlxlite.vision import VisionNetwork
+from mlxlite.vision import SEEN_BYTES, VisionNetwork
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -365,13 +365,13 @@ def test_a_tower_that_fails_costs_its_own_sequence_only(
 
 def test_what_is_kept_of_pictures_is_bounded(checkpoint: Checkpoint):
     server = checkpoint.server(cache=0)
-    server.network._max_bytes = 1  # only the newest
+    server.network.max_bytes = 1  # only the newest
     for seed in (1, 2, 1):
         turns = [[picture(seed), "?"]]
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
     assert server.network.num_looks == 3
     assert len(server.network._seen) == 1
-    server.network._max_bytes = 1 << 20
+    server.network.max_bytes = SEEN_BYTES
 
 
 def test_a_reset_forgets_pictures_too(checkpoint: Checkpoint):
