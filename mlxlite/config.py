@@ -32,6 +32,7 @@ _SCHEDULING = "Scheduling"
 _MEMORY = "Memory"
 _PREFIXES = "Prefix cache"
 _LIMITS = "Limits"
+_PICTURES = "Pictures"
 _PROCESS = "Process"
 _BOOL = "true|false"
 
@@ -207,6 +208,22 @@ class Config:
         64, _LIMITS, "MB", "largest request body; beyond that the answer is 413", minimum=1
     )
     max_connections: int = flag(1024, _LIMITS, "N", "connections open at a time", minimum=1)
+
+    allow_remote_images: bool = flag(
+        False,
+        _PICTURES,
+        _BOOL,
+        "fetch pictures that a request names by a URL, from public addresses alone",
+    )
+    max_images: int = flag(
+        16, _PICTURES, "N", "pictures in a request, its history included", minimum=1, maximum=64
+    )
+    max_image_pixels: int = flag(
+        1_600_000, _PICTURES, "PIXELS", "a picture of more is scaled down to so many", minimum=1
+    )
+    max_image_mb: int = flag(
+        20, _PICTURES, "MB", "largest picture, as it is encoded", minimum=1, maximum=32
+    )
 
     shutdown_grace_s: float = flag(
         1.2, _PROCESS, "S", "how long running requests may go on after SIGTERM"

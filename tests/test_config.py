@@ -18,6 +18,7 @@ from tables import flag_table
 import mlxlite
 from mlxlite.config import Config, parse_args
 from mlxlite.flags import ConfigError
+from mlxlite.media import MAX_BYTES, MAX_PICTURES, Limits
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "h11", "orjson", "huggingface_hub", "asyncio"}
@@ -48,6 +49,12 @@ BAD_VALUES = [
     ("enable-prefix-caching", "maybe", "must be true or false"),
     ("max-body-mb", "0", "must be at least 1"),
     ("max-connections", "0", "must be at least 1"),
+    ("allow-remote-images", "maybe", "must be true or false"),
+    ("max-images", "0", "must be between 1 and 64"),
+    ("max-images", "65", "must be between 1 and 64"),
+    ("max-image-pixels", "0", "must be at least 1"),
+    ("max-image-mb", "0", "must be between 1 and 32"),
+    ("max-image-mb", "33", "must be between 1 and 32"),
     ("kv-block-size", "0", "must be at least 1"),
     ("kv-bits", "3", "must be one of 0, 4, 8"),
     ("kv-bits", "eight", "must be a whole number"),
@@ -99,6 +106,15 @@ def test_without_flags_and_environment_everything_is_the_default() -> None:
     assert (config.max_batch_size, config.enable_continuous_batching) == (8, True)
     assert config.api_keys() == ()
     assert (config.strict_model_id, config.embedding) == (False, False)
+
+
+def test_pictures_are_bounded_as_their_loader_bounds_them_and_none_is_fetched() -> None:
+    config, limits = from_args(), Limits()
+    assert (config.max_images, config.max_image_pixels) == (limits.max_images, limits.max_pixels)
+    assert (config.max_image_mb << 20, config.allow_remote_images) == (limits.max_bytes, False)
+    assert not limits.allow_remote
+    most = from_args("--max-images", str(MAX_PICTURES), "--max-image-mb", str(MAX_BYTES >> 20))
+    assert (most.max_images, most.max_image_mb << 20) == (MAX_PICTURES, MAX_BYTES)
 
 
 def test_a_flag_beats_the_environment_which_beats_the_default() -> None:
