@@ -128,6 +128,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def read_template(given: str | None) -> str | None:
+    """--chat-template: a path, or the template itself (which has braces, as no path does).
+
+    Raises LoadError.
+    """
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(
+            f"--chat-template {given[:300]}: {reason_of(error)}; give a path or a template's text"
+        ) from error
+
+
 def reason_of(error: BaseException) -> str:
     """The reason in one line of bounded length, with its kind where the text alone says little."""
     text = " ".join(str(error).split())[:300]

@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlxlite.config import Config
 from mlxlite.grammar import Grammars
-from mlxlite.hub import locate, read_json, read_settings, reason_of
+from mlxlite.hub import locate, read_json, read_settings, read_template, reason_of
 from mlxlite.sequence import Grammar, Markers, Prompt, SamplingParams
 from mlxlite.served import Constraint, LoadError, PromptError
 
@@ -264,7 +264,7 @@ def load(config: Config) -> Model:
     """
     _disable_compile_without_compiler()
     maybe_set_recommended_wired_limit()
-    template = _read_template(config.chat_template)
+    template = read_template(config.chat_template)
     path = locate(config.model)
     settings = read_settings(path)
     generation = read_json(path / "generation_config.json") or {}
@@ -508,18 +508,6 @@ def _device_limit() -> int:
     if recommended is not None:
         return int(recommended)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 10
-
-
-def _read_template(given: str | None) -> str | None:
-    """--chat-template: a path, or the template itself (which has braces, as no path does)."""
-    if given is None or "{" in given:
-        return given
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(
-            f"--chat-template {given[:300]}: {reason_of(error)}; give a path or a template's text"
-        ) from error
 
 
 def _check_template(model: Model) -> None:
