@@ -1,10 +1,9 @@
 """OpenAI's Responses: read as a chat, written as items and events, kept for the next turn. Pure.
 
-As a dialect it is like Messages (`dialects`). What it adds is a memory: `Conversations` holds, for
-a while, what was said up to each answer, for requests that name it in `previous_response_id`.
+As a dialect it is like Messages (`dialects`). What it adds is a memory: a request may name an
+earlier answer in `previous_response_id`, and goes on from what `conversations` has kept of it.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -51,8 +50,6 @@ from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress,
 from mlxlite.tools import Tool, array_of, function_of, response_format
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
-MAX_CONVERSATIONS = 1024
-MAX_CONVERSATION_BYTES = 64 * 2**20
 
 # --- requests ---------------------------------------------------------------------------------
 
@@ -513,82 +510,6 @@ class ResponsesWriter:
         self.done(0, choice.done, total)
         assert self.body is not None
         return self.body
-
-
-# --- what is kept -----------------------------------------------------------------------------
-
-
-def _num_bytes(messages: Sequence[Message]) -> int:
-    """Of text, which is at any depth of a call's arguments."""
-    total = 0
-    left: list[Any] = []
-    for message in messages:
-        left += (message.content, message.reasoning, message.name, message.tool_call_id)
-        for call in message.tool_calls:
-            left += (call.id, call.name, call.arguments)
-    while left:
-        match left.pop():
-            case str(said):
-                total += len(said.encode())
-            case dict(values):
-                left += values
-                left += values.values()
-            case list(values):
-                left += values
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    messages: tuple[Message, ...]
-    body: bytes
-    num_bytes: int
-
-
-class Conversations:
-    """Answers by id, with all that was said up to them; the oldest go first when there are many.
-
-    What turns of one conversation share is counted for each of them.
-    """
-
-    def __init__(
-        self, max_entries: int = MAX_CONVERSATIONS, max_bytes: int = MAX_CONVERSATION_BYTES
-    ) -> None:
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self.num_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, id: str) -> tuple[Message, ...] | None:
-        """What was said up to this answer, with it."""
-        kept = self._kept.get(id)
-        return None if kept is None else kept.messages
-
-    def body(self, id: str) -> bytes | None:
-        """The whole response as JSON."""
-        kept = self._kept.get(id)
-        return None if kept is None else kept.body
-
-    def put(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
-        """Keep one more; one that is larger than the bound is not kept, and costs no other."""
-        self.delete(id)
-        kept = _Kept(tuple(messages), body, _num_bytes(messages) + len(body))
-        if kept.num_bytes > self._max_bytes:
-            return
-        self._kept[id] = kept
-        self.num_bytes += kept.num_bytes
-        while len(self._kept) > self._max_entries or self.num_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
-
-    def delete(self, id: str) -> bool:
-        """Whether there was one."""
-        kept = self._kept.pop(id, None)
-        self.num_bytes -= 0 if kept is None else kept.num_bytes
-        return kept is not None
 
 
 def deleted(id: str) -> bytes:

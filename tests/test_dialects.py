@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from mlxlite import dialects, responses
+from mlxlite import conversations, dialects, responses
 from mlxlite.api import APIError, Cause, Choice, Envelope, context_exceeded
+from mlxlite.conversations import Conversations
 from mlxlite.dialects import (
     COUNT_FIELDS,
     MESSAGES_FIELDS,
@@ -35,7 +36,6 @@ from mlxlite.fields import Field, Use, markdown
 from mlxlite.request import ChatRequest, Message, Role, ToolCall, chat_of
 from mlxlite.responses import (
     RESPONSES_FIELDS,
-    Conversations,
     ResponsesRequest,
     ResponsesWriter,
     deleted,
@@ -1701,7 +1701,7 @@ def test_the_oldest_conversations_go_when_there_are_too_many() -> None:
 
 def test_as_many_conversations_are_kept_as_the_bounds_say() -> None:
     kept = Conversations()
-    for i in range(responses.MAX_CONVERSATIONS + 1):
+    for i in range(conversations.MAX_CONVERSATIONS + 1):
         kept.put(f"resp_{i}", ())
     assert len(kept) == 1024
     kept.put("resp_x", turn("x" * (64 * 2**20)))

@@ -31,6 +31,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "plain": "sequence api fields http1 request | orjson",
         "dialects": "sequence http1 api fields request served tools | orjson",
         "responses": "sequence http1 api fields request dialects served tools | orjson",
+        "conversations": "request |",
         "openapi": "fields request plain dialects responses | orjson",
         "text": "sequence | orjson",
         "grammar": "sequence served | llguidance numpy",
@@ -56,7 +57,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "engine": "sequence blocks scheduler text lane |",
         "connection": "sequence http1 api |",
         "routes": "config sequence http1 api fields request plain prompts dialects responses"
-        " openapi text served connection engine metrics |",
+        " conversations openapi text served connection engine metrics |",
         "server": "config sequence served http1 api routes connection lane engine"
         " scheduler metrics |",
         "metrics": "blocks sequence |",
