@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from mlxlite import api
+from mlxlite.arguments import repaired
 from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
 from mlxlite.dialects import parse_count_tokens, parse_messages
@@ -31,7 +32,6 @@ from mlxlite.responses import ResponsesRequest, parse_responses
 from mlxlite.sequence import Prompt
 from mlxlite.served import ConstraintError, PromptError, ServedModel
 from mlxlite.text import Channels
-from mlxlite.tools import repaired
 
 
 def prepare_chat(

@@ -11,7 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
 # Plus __init__ and __main__. The design says 16; with files of at most 600 lines three of its rows
 # were too long: server (848) gave `connection`, api (746) `request`, runner (608) `caches`.
-MAX_MODULES = 32
+# Since then calls that are told as they are written took `text` (638) past it, which gave
+# `arguments`, and `responses` (618), which gave `conversations`.
+MAX_MODULES = 33
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
@@ -33,6 +35,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "responses": "sequence http1 api fields request dialects served tools | orjson",
         "conversations": "request |",
         "openapi": "fields request plain dialects responses | orjson",
+        "arguments": "sequence | orjson",
         "text": "sequence | orjson",
         "grammar": "sequence served | llguidance numpy",
         "prefix": "sequence blocks | numpy",
@@ -40,7 +43,7 @@ LAYERS: dict[int, dict[str, str]] = {
     2: {
         "scheduler": "sequence blocks prefix |",
         "prompts": "config sequence served blocks api request plain dialects responses text"
-        " tools |",
+        " arguments |",
     },
     3: {
         "sampling": "sequence | mlx numpy",

@@ -13,10 +13,11 @@ from openai.types.chat import ChatCompletion
 
 import mlxlite
 from mlxlite.api import APIError, ChatWriter, Choice, Envelope, StreamOptions
+from mlxlite.arguments import repaired
 from mlxlite.request import ChatRequest, parse_chat
 from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Usage
 from mlxlite.served import Constraint, Kind
-from mlxlite.tools import MAX_TOOLS, repaired, stable
+from mlxlite.tools import MAX_TOOLS, stable
 
 USER = {"role": "user", "content": "Hello"}
 
