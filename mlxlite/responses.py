@@ -10,7 +10,17 @@ from typing import Any, Final
 
 import orjson
 
-from mlxlite.api import APIError, Cause, Choice, Envelope, TokenBytes, bad, clip, logprobs_json
+from mlxlite.api import (
+    APIError,
+    Cause,
+    Choice,
+    Envelope,
+    TokenBytes,
+    bad,
+    clip,
+    logprobs_json,
+    parts_of,
+)
 from mlxlite.dialects import (
     EFFORT,
     ONE_CHOICE,
@@ -46,7 +56,20 @@ from mlxlite.fields import (
 )
 from mlxlite.http1 import sse_event
 from mlxlite.request import FIELDS, ChatRequest, Message, Role, ToolCall
-from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
+from mlxlite.sequence import (
+    Arguments,
+    Broken,
+    Call,
+    CallPart,
+    Channel,
+    Closed,
+    Delta,
+    Done,
+    FinishReason,
+    Opened,
+    Progress,
+    Usage,
+)
 from mlxlite.tools import Tool, array_of, function_of, response_format
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
@@ -331,6 +354,7 @@ class _Item:
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     status: str = "in_progress"
+    broken: str = ""  # what the model wrote, where it is no call after all
 
     def said(self) -> dict[str, Any]:
         text = "".join(self.texts)
@@ -432,10 +456,19 @@ class ResponsesWriter:
         self._items[-1].logprobs += logprobs
         return head + self._tell(text, logprobs=logprobs)
 
-    def _call(self, call: Call) -> bytes:
-        """A call comes whole."""
-        head = self._add("function_call", "fc_" + call.id.removeprefix("call_"), call)
-        return head + self._tell(call.arguments) + self._close("completed")
+    def _part(self, part: CallPart) -> bytes:
+        match part:
+            case Opened(id, name):
+                call = Call(id, name, "")
+                return self._add("function_call", "fc_" + id.removeprefix("call_"), call)
+            case Arguments(text):
+                return self._tell(text)
+            case Closed(call):
+                self._items[-1].call = call
+                return self._close("completed")
+            case Broken(text):
+                self._items[-1].broken = text
+                return self._close("incomplete")
 
     def _close(self, status: str) -> bytes:
         """The end of what is open, if anything is."""
@@ -459,7 +492,7 @@ class ResponsesWriter:
             frames = self._open("reasoning", "rs_") + self._tell(delta.text)
         elif delta.text or (self._logprobs and self._open_kind == "message"):
             frames = self._say(delta.text)
-        return frames + b"".join(map(self._call, delta.calls))
+        return frames + b"".join(map(self._part, parts_of(delta)))
 
     def progress(self, index: int, progress: Progress) -> bytes:
         """The dialect has no word for it."""
@@ -471,10 +504,14 @@ class ResponsesWriter:
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response = self._response(status, incomplete_details=details, usage=_usage(usage))
         self.body = orjson.dumps(response)
-        texts = dict.fromkeys(_TEXT_EVENTS, "")
+        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[Call]()
         for item in self._items:
-            texts[item.kind] += "".join(item.texts)
-        made = [item.call for item in self._items if item.call is not None]
+            if item.broken:  # for the model, what it has written is text
+                texts["message"] += item.broken
+            elif item.call is not None:
+                made.append(item.call)
+            else:
+                texts[item.kind] += "".join(item.texts)
         calls = tuple(ToolCall(call.id, call.name, orjson.loads(call.arguments)) for call in made)
         said, thought = texts["message"] or (None if calls else ""), texts["reasoning"] or None
         self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
