@@ -111,6 +111,7 @@ def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callab
         splits_reasoning=request.splits_reasoning,
         parse=parse if tools else None,
         max_calls=request.max_calls,
+        schemas=schemas,
     )
 
 

@@ -36,7 +36,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "conversations": "request |",
         "openapi": "fields request plain dialects responses | orjson",
         "arguments": "sequence | orjson",
-        "text": "sequence | orjson",
+        "text": "sequence arguments |",
         "grammar": "sequence served | llguidance numpy",
         "prefix": "sequence blocks | numpy",
     },
