@@ -15,13 +15,18 @@ import orjson
 from mlxlite import __version__, http1
 from mlxlite.blocks import CacheStats
 from mlxlite.sequence import (
+    Arguments,
+    Broken,
     Call,
+    CallPart,
     Channel,
+    Closed,
     Delta,
     Done,
     FinishReason,
     Load,
     Logprobs,
+    Opened,
     Progress,
     Usage,
 )
@@ -153,6 +158,13 @@ def call_json(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def parts_of(delta: Delta) -> tuple[CallPart, ...]:
+    """What a delta tells of calls, where one that came whole has parts too."""
+    whole = ((Opened(c.id, c.name), Arguments(c.arguments), Closed(c)) for c in delta.calls)
+    own = () if delta.part is None else (delta.part,)
+    return (*own, *(part for parts in whole for part in parts))
+
+
 def usage_json(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.num_prompt,
@@ -232,11 +244,16 @@ class Choice:
     calls: list[Call] = field(default_factory=list)
 
     def take(self, delta: Delta) -> None:
-        """More of it."""
+        """More of it. A call that comes in parts is one when it is closed, and else text."""
         is_thought = delta.channel is Channel.REASONING
         (self.thoughts if is_thought else self.texts).append(delta.text)
         self.calls += delta.calls
         self.drawn += delta.logprobs
+        match delta.part:
+            case Closed(call):
+                self.calls.append(call)
+            case Broken(text):
+                self.texts.append(text)
 
     def as_json(self, index: int) -> dict[str, Any]:
         content = "".join(self.texts)
@@ -333,7 +350,9 @@ class ChatWriter:
 
     def delta(self, index: int, delta: Delta) -> bytes:
         options = self._options
-        is_content = delta.channel is Channel.CONTENT and not delta.calls
+        is_content = delta.channel is Channel.CONTENT and not delta.calls and delta.part is None
+        if isinstance(delta.part, Closed | Broken) and not delta.logprobs:
+            return b""  # OpenAI has no word for the end of a call
         has_extras = delta.logprobs or options.continuous_usage or options.timings_per_token
         if is_content and not has_extras:
             head, tail = self._frames[index]
@@ -347,6 +366,16 @@ class ChatWriter:
     def _said(self, index: int, delta: Delta) -> dict[str, Any]:
         if delta.channel is Channel.REASONING:
             return {"reasoning_content": delta.text, "reasoning": delta.text}
+        match delta.part:
+            case Opened(id, name):
+                self._num_calls[index] += 1
+                opening = {"index": self._num_calls[index] - 1} | call_json(Call(id, name, ""))
+                return {"tool_calls": [opening]}
+            case Arguments(text):
+                more = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
+                return {"tool_calls": [more]}
+            case Closed() | Broken():
+                return {}
         if not delta.calls:
             return {"content": delta.text}
         first = self._num_calls[index]

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import orjson
 
-from mlxlite.api import APIError, Cause, Choice, Envelope, bad, clip
+from mlxlite.api import APIError, Cause, Choice, Envelope, bad, clip, parts_of
 from mlxlite.fields import (
     Field,
     Reader,
@@ -35,7 +35,18 @@ from mlxlite.http1 import sse_event
 from mlxlite.media import Source, source_of, source_of_base64
 from mlxlite.messages import Message, Part, Role, ToolCall, bounded, turn
 from mlxlite.request import FIELDS, ChatRequest, options_of
-from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
+from mlxlite.sequence import (
+    Arguments,
+    Call,
+    CallPart,
+    Channel,
+    Delta,
+    Done,
+    FinishReason,
+    Opened,
+    Progress,
+    Usage,
+)
 from mlxlite.tools import Tool, array_of, function_of, json_schema, tools_of
 
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
@@ -487,7 +498,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _use(call: Call, input: Any) -> dict[str, Any]:
+def _use(call: Call | Opened, input: Any) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": input}
 
 
@@ -552,10 +563,16 @@ class MessagesWriter:
             if self._kind != "text":
                 frames = self._open({"type": "text", "text": ""})
             frames += self._piece("text_delta", text=delta.text)
-        for call in delta.calls:
-            frames += self._open(_use(call, {}))
-            frames += self._piece("input_json_delta", partial_json=call.arguments) + self._close()
-        return frames
+        return frames + b"".join(map(self._part, parts_of(delta)))
+
+    def _part(self, part: CallPart) -> bytes:
+        """The end of a call that proves to be none is the end of its block too."""
+        match part:
+            case Opened():
+                return self._open(_use(part, {}))
+            case Arguments(text):
+                return self._piece("input_json_delta", partial_json=text)
+        return self._close()
 
     def progress(self, index: int, progress: Progress) -> bytes:
         return _frame("ping")

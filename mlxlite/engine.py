@@ -129,9 +129,8 @@ class _Live:
         for piece in pieces:
             logprobs, self.logprobs = tuple(self.logprobs), []
             usage = self.usage(now)
-            deltas.append(
-                Delta(piece.text, self.num_output, logprobs, usage, piece.channel, piece.calls)
-            )
+            told = (piece.channel, piece.calls, piece.part)
+            deltas.append(Delta(piece.text, self.num_output, logprobs, usage, *told))
         return deltas
 
     def usage(self, now: float) -> Usage:

@@ -432,13 +432,19 @@ def _markers(tokenizer: Any) -> Markers:
         tokenizer.think_end or "",
         (tokenizer.tool_call_start or "") if has_parser else "",
         (tokenizer.tool_call_end or "") if has_parser else "",
+        _has_json_calls(tokenizer),
     )
+
+
+def _has_json_calls(tokenizer: Any) -> bool:
+    """Whether a call is one JSON object between two markers, by mlx-lm's parser of them."""
+    return getattr(tokenizer.tool_parser, "__module__", "").endswith(".json_tools")
 
 
 def _grammars(tokenizer: Any, num_vocab: int) -> Grammars:
     """What compiles constraints; calls can only be enforced where they are JSON in markers."""
     calls: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    if getattr(tokenizer.tool_parser, "__module__", "").endswith(".json_tools"):
+    if _has_json_calls(tokenizer):
         calls = (tokenizer.tool_call_start_tokens, tokenizer.tool_call_end_tokens)
     return Grammars(
         tokenizer.get_chat_template.__self__,  # transformers' own, as in _apply_template

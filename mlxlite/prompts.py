@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from mlxlite import api
+from mlxlite.arguments import repaired
 from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
 from mlxlite.dialects import parse_count_tokens, parse_messages
@@ -33,7 +34,6 @@ from mlxlite.responses import ResponsesRequest, parse_responses
 from mlxlite.sequence import Prompt
 from mlxlite.served import ConstraintError, PromptError, ServedModel
 from mlxlite.text import Channels
-from mlxlite.tools import repaired
 
 
 class HasPictures(Exception):
@@ -145,6 +145,7 @@ def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callab
         splits_reasoning=request.splits_reasoning,
         parse=parse if tools else None,
         max_calls=request.max_calls,
+        schemas=schemas,
     )
 
 

@@ -1,17 +1,26 @@
 """OpenAI's Responses: read as a chat, written as items and events, kept for the next turn. Pure.
 
-As a dialect it is like Messages (`dialects`). What it adds is a memory: `Conversations` holds, for
-a while, what was said up to each answer, for requests that name it in `previous_response_id`.
+As a dialect it is like Messages (`dialects`). What it adds is a memory: a request may name an
+earlier answer in `previous_response_id`, and goes on from what `conversations` has kept of it.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.api import APIError, Cause, Choice, Envelope, TokenBytes, bad, clip, logprobs_json
+from mlxlite.api import (
+    APIError,
+    Cause,
+    Choice,
+    Envelope,
+    TokenBytes,
+    bad,
+    clip,
+    logprobs_json,
+    parts_of,
+)
 from mlxlite.dialects import (
     EFFORT,
     NO_PICTURES,
@@ -50,12 +59,23 @@ from mlxlite.fields import (
 from mlxlite.http1 import sse_event
 from mlxlite.messages import SHOWS, Message, Role, ToolCall, bounded, input_image, turn
 from mlxlite.request import FIELDS, ChatRequest
-from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Progress, Usage
+from mlxlite.sequence import (
+    Arguments,
+    Broken,
+    Call,
+    CallPart,
+    Channel,
+    Closed,
+    Delta,
+    Done,
+    FinishReason,
+    Opened,
+    Progress,
+    Usage,
+)
 from mlxlite.tools import Tool, array_of, function_of, response_format
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
-MAX_CONVERSATIONS = 1024
-MAX_CONVERSATION_BYTES = 64 * 2**20
 
 # --- requests ---------------------------------------------------------------------------------
 
@@ -341,6 +361,7 @@ class _Item:
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     status: str = "in_progress"
+    broken: str = ""  # what the model wrote, where it is no call after all
 
     def said(self) -> dict[str, Any]:
         text = "".join(self.texts)
@@ -442,10 +463,19 @@ class ResponsesWriter:
         self._items[-1].logprobs += logprobs
         return head + self._tell(text, logprobs=logprobs)
 
-    def _call(self, call: Call) -> bytes:
-        """A call comes whole."""
-        head = self._add("function_call", "fc_" + call.id.removeprefix("call_"), call)
-        return head + self._tell(call.arguments) + self._close("completed")
+    def _part(self, part: CallPart) -> bytes:
+        match part:
+            case Opened(id, name):
+                call = Call(id, name, "")
+                return self._add("function_call", "fc_" + id.removeprefix("call_"), call)
+            case Arguments(text):
+                return self._tell(text)
+            case Closed(call):
+                self._items[-1].call = call
+                return self._close("completed")
+            case Broken(text):
+                self._items[-1].broken = text
+                return self._close("incomplete")
 
     def _close(self, status: str) -> bytes:
         """The end of what is open, if anything is."""
@@ -469,7 +499,7 @@ class ResponsesWriter:
             frames = self._open("reasoning", "rs_") + self._tell(delta.text)
         elif delta.text or (self._logprobs and self._open_kind == "message"):
             frames = self._say(delta.text)
-        return frames + b"".join(map(self._call, delta.calls))
+        return frames + b"".join(map(self._part, parts_of(delta)))
 
     def progress(self, index: int, progress: Progress) -> bytes:
         """The dialect has no word for it."""
@@ -481,10 +511,14 @@ class ResponsesWriter:
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response = self._response(status, incomplete_details=details, usage=_usage(usage))
         self.body = orjson.dumps(response)
-        texts = dict.fromkeys(_TEXT_EVENTS, "")
+        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[Call]()
         for item in self._items:
-            texts[item.kind] += "".join(item.texts)
-        made = [item.call for item in self._items if item.call is not None]
+            if item.broken:  # for the model, what it has written is text
+                texts["message"] += item.broken
+            elif item.call is not None:
+                made.append(item.call)
+            else:
+                texts[item.kind] += "".join(item.texts)
         calls = tuple(ToolCall(call.id, call.name, orjson.loads(call.arguments)) for call in made)
         said, thought = texts["message"] or (None if calls else ""), texts["reasoning"] or None
         self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
@@ -520,63 +554,6 @@ class ResponsesWriter:
         self.done(0, choice.done, total)
         assert self.body is not None
         return self.body
-
-
-# --- what is kept -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    messages: tuple[Message, ...]
-    body: bytes
-    num_bytes: int
-
-
-class Conversations:
-    """Answers by id, with all that was said up to them; the oldest go first when there are many.
-
-    What turns of one conversation share, pictures too, is counted for each of them.
-    """
-
-    def __init__(
-        self, max_entries: int = MAX_CONVERSATIONS, max_bytes: int = MAX_CONVERSATION_BYTES
-    ) -> None:
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self.num_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, id: str) -> tuple[Message, ...] | None:
-        """What was said up to this answer, with it."""
-        kept = self._kept.get(id)
-        return None if kept is None else kept.messages
-
-    def body(self, id: str) -> bytes | None:
-        """The whole response as JSON."""
-        kept = self._kept.get(id)
-        return None if kept is None else kept.body
-
-    def put(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
-        """Keep one more; one that is larger than the bound is not kept, and costs no other."""
-        self.delete(id)
-        num_bytes = sum(message.num_bytes for message in messages) + len(body)
-        kept = _Kept(tuple(messages), body, num_bytes)
-        if kept.num_bytes > self._max_bytes:
-            return
-        self._kept[id] = kept
-        self.num_bytes += kept.num_bytes
-        while len(self._kept) > self._max_entries or self.num_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self.num_bytes -= oldest.num_bytes
-
-    def delete(self, id: str) -> bool:
-        """Whether there was one."""
-        kept = self._kept.pop(id, None)
-        self.num_bytes -= 0 if kept is None else kept.num_bytes
-        return kept is not None
 
 
 def deleted(id: str) -> bytes:

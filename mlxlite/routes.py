@@ -24,6 +24,7 @@ from mlxlite import api, openapi, plain
 from mlxlite.api import Cause
 from mlxlite.config import Config
 from mlxlite.connection import JSON, AnswerSink, ErrorBody, Exchange
+from mlxlite.conversations import Conversations
 from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
 from mlxlite.metrics import Metrics
@@ -40,7 +41,7 @@ from mlxlite.prompts import (
     prepare_tokens,
 )
 from mlxlite.request import Message, Options, parse_cancel
-from mlxlite.responses import Conversations, ResponsesWriter, deleted
+from mlxlite.responses import ResponsesWriter, deleted
 from mlxlite.sequence import Prompt, Sequence
 from mlxlite.served import ServedModel
 from mlxlite.text import Channels

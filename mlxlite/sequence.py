@@ -490,6 +490,7 @@ class Markers:
     think_end: str = ""
     call_start: str = ""
     call_end: str = ""  # "" with a `call_start`: a call goes on to the end
+    has_json_calls: bool = False  # between them is {"name": …, "arguments": {…}}
 
 
 class Channel(Enum):
@@ -509,6 +510,41 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """A call begins; its arguments follow while the model writes them."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of the arguments of the call that is open, as JSON."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The call that was open is this one."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What was open is no call: so much of the answer's text has been told as one.
+
+    What follows of it is told as text. An answer that does not stream has all of it as text.
+    """
+
+    text: str
+
+
+CallPart = Opened | Arguments | Closed | Broken
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """More text of a sequence. `num_output` counts its tokens so far; `usage` is as of now.
 
@@ -522,6 +558,7 @@ class Delta:
     usage: Usage | None = None
     channel: Channel = Channel.CONTENT
     calls: tuple[Call, ...] = ()  # after the text
+    part: CallPart | None = None  # of a call that is told in parts, without text or calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Three stages, each of which holds back as little as it can and sees each piece of text once:
 
     token ─▶ _Window (whole characters) ─▶ _StopSearch (no stop string) ─▶ text
-    text ─▶ Channels ─▶ content, reasoning, calls of tools
+    text ─▶ Channels ─▶ content, reasoning, calls of tools (`arguments` as they are written)
 
 Invariants, all of them tested:
 
@@ -17,7 +17,6 @@ Never: reads the whole output again, knows which tokenizer it has, or waits for 
 will not become a character.
 """
 
-import json
 import secrets
 from array import array
 from collections.abc import Callable, Mapping
@@ -26,9 +25,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import orjson
-
-from mlxlite.sequence import Call, Channel, Detokenizer, Markers
+from mlxlite.arguments import MAX_HEAD, OpenCall, ScanState, head_of, written
+from mlxlite.sequence import (
+    Broken,
+    Call,
+    CallPart,
+    Channel,
+    Detokenizer,
+    Markers,
+    Opened,
+)
 
 REPLACEMENT = "\ufffd"  # what every detokenizer writes for bytes that are no character (yet)
 
@@ -268,15 +274,17 @@ class _State(Enum):
     CONTENT = "content"
     REASONING = "reasoning"
     CALL = "call"
+    ARGUMENTS = "arguments"  # of a call that is told as it is written
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text of one channel, or the calls that were between two markers."""
+    """Text of one channel, the calls that were between two markers, or a part of a call."""
 
     channel: Channel = Channel.CONTENT
     text: str = ""
     calls: tuple[Call, ...] = ()
+    part: CallPart | None = None
 
 
 class Channels:
@@ -286,6 +294,12 @@ class Channels:
     where nothing has been said yet, or after a call: a marker in the middle of a sentence is text.
     A call is held until it is whole, and comes as text, markers and all, if it cannot be read:
     nothing that the model wrote is lost. White space that touches a marker is dropped.
+
+    Where calls are JSON (`markers`), one that begins with the name of a tool in `schemas` is told
+    as it is written, and an end marker in one of its strings is part of the string. What `parse`
+    says of it in the end decides. If that is no call, or another one, it is `Broken`: what has been
+    told as its arguments stays told, what has not comes as text, and nothing comes twice. If the
+    answer ends within its arguments, the last of them are told as they are.
 
     `parse` None: calls are text like any other.
     """
@@ -298,8 +312,10 @@ class Channels:
         splits_reasoning: bool = True,
         parse: Parse | None = None,
         max_calls: int | None = None,
+        schemas: Mapping[str, Any] | None = None,
     ) -> None:
         self._markers = markers
+        self._schemas = (schemas or {}) if markers.has_json_calls else {}
         self._think_start = markers.think_start if splits_reasoning else ""
         self._call_start = markers.call_start if parse is not None else ""
         self._parse = parse
@@ -310,6 +326,8 @@ class Channels:
         self._gap = ""  # white space before a call, which is told after all if it is none
         self._body: list[str] = []  # of a call, as far as its end marker is surely not in it
         self._num_body = 0  # characters
+        self._may_open = False  # what has come of a call may be the head of one told in parts
+        self._open: OpenCall | None = None
         self._is_fresh = True  # nothing of the present channel has been told
         self._has_thought = is_open
         self.num_calls = 0
@@ -338,6 +356,12 @@ class Channels:
         match self._state:
             case _State.CALL:
                 self._finish_call(pieces, self._take_body() + held, "")
+            case _State.ARGUMENTS:
+                assert self._open is not None
+                pieces += map(_piece, self._open.cut())
+                body = self._take_body()
+                self._open.num_told = len(body)
+                self._tell_call(pieces, body, "")
             case _State.REASONING:
                 self._tell(pieces, Channel.REASONING, held[: len(held) - _num_gap(held)])
             case _:
@@ -357,6 +381,8 @@ class Channels:
                 return self._reasoning(pieces)
             case _State.CALL:
                 return self._call(pieces)
+            case _State.ARGUMENTS:
+                return self._arguments(pieces)
 
     def _begin(self) -> bool:
         text = self._held.lstrip()
@@ -377,6 +403,7 @@ class Channels:
             self._gap = before[kept:]
             self._tell(pieces, Channel.CONTENT, before[:kept])
             self._held = after
+            self._may_open = bool(self._schemas) and not self.is_complete
             self._enter(_State.CALL)
             return True
         sure = len(self._held) - _half(self._held, self._call_start)
@@ -401,6 +428,8 @@ class Channels:
         return False
 
     def _call(self, pieces: list[Piece]) -> bool:
+        if self._may_open and self._opens(pieces):
+            return True
         before, marker, after = _parted(self._held, self._markers.call_end)
         sure = len(before) if marker else len(before) - _half(before, self._markers.call_end)
         self._body.append(before[:sure])
@@ -422,32 +451,82 @@ class Channels:
         self._body, self._num_body = [], 0
         return body
 
+    # --- a call as it is written -------------------------------------------------------------
+
+    def _opens(self, pieces: list[Piece]) -> bool:
+        """Whether what has come is the head of a known tool's call; it is then told."""
+        body = "".join(self._body) + self._held
+        head = head_of(body)
+        if head is None or head[0] not in self._schemas:
+            self._may_open = head is None and len(body) < MAX_HEAD
+            return False
+        name, num_head = head
+        opened = Opened(_new_id(), name)
+        self._open = OpenCall(opened, self._schemas[name])
+        pieces.append(Piece(part=opened))
+        self._body, self._num_body = [body[:num_head]], num_head
+        self._held, self._may_open = body[num_head:], False
+        self._enter(_State.ARGUMENTS)
+        return True
+
+    def _arguments(self, pieces: list[Piece]) -> bool:
+        """More of the arguments; what is not theirs waits for the call's end."""
+        call, room = self._open, MAX_CALL_CHARS - self._num_body
+        assert call is not None
+        given, self._held = self._held[:room], self._held[room:]
+        self._body.append(given)
+        self._num_body += len(given)
+        pieces += map(_piece, call.push(given))
+        if call.state is ScanState.OPEN and not self._held:
+            return False
+        body, rest = self._take_body(), call.rest
+        told, self._held = body[: len(body) - len(rest)], rest + self._held
+        call.num_told = len(told)
+        has_ended = bool(self._markers.call_end) and self._markers.call_end in told
+        if call.state is ScanState.OPEN or (call.state is ScanState.LOST and has_ended):
+            self._tell_call(pieces, told, "")
+        else:
+            self._body, self._num_body = [told], len(told)
+            self._state = _State.CALL
+        return True
+
+    # --- the end of a call ------------------------------------------------------------------
+
     def _finish_call(self, pieces: list[Piece], body: str, end: str) -> None:
         """Between two markers: calls, or else text."""
-        assert self._parse is not None
-        try:
-            found = self._parse(body)
-            calls = tuple(
-                Call(f"call_{secrets.token_hex(12)}", name, _json(arguments))
-                for name, arguments in found
-            )
-        except PARSE_ERRORS:
-            calls = ()
-        if not calls:
+        calls = self._read(body)
+        if calls and self._open is None:
+            if self._max_calls is not None:
+                calls = calls[: self._max_calls - self.num_calls]
+            self.num_calls += len(calls)
+            pieces += [Piece(calls=calls)] if calls else []
+        elif self._open is not None and (parts := self._open.close(calls)):
+            self.num_calls += 1
+            self._open = None
+            pieces += map(_piece, parts)
+        else:
             self._tell_call(pieces, body, end)
             return
-        if self._max_calls is not None:
-            calls = calls[: self._max_calls - self.num_calls]
-        self.num_calls += len(calls)
-        if calls:
-            pieces.append(Piece(calls=calls))
         self._enter(_State.START)
 
+    def _read(self, body: str) -> tuple[Call, ...]:
+        """The calls in a text; none where it cannot be read."""
+        assert self._parse is not None
+        try:
+            return tuple(Call(_new_id(), name, _json(given)) for name, given in self._parse(body))
+        except PARSE_ERRORS:
+            return ()
+
     def _tell_call(self, pieces: list[Piece], body: str, end: str) -> None:
-        """What looked like a call is text."""
+        """What looked like a call is text, but for what has been told as one."""
         self._enter(_State.CONTENT)
         self._is_fresh = False
-        self._tell(pieces, Channel.CONTENT, self._gap + self._markers.call_start + body + end)
+        text = self._gap + self._markers.call_start + body + end
+        if self._open is not None:
+            num_told = len(text) - len(end) - len(body) + self._open.num_told
+            pieces.append(Piece(part=Broken(text[:num_told])))
+            self._open, text = None, text[num_told:]
+        self._tell(pieces, Channel.CONTENT, text)
 
     def _enter(self, state: _State) -> None:
         self._state = state
@@ -479,15 +558,18 @@ def _half(text: str, marker: str) -> int:
     )
 
 
+def _piece(part: CallPart) -> Piece:
+    return Piece(part=part)
+
+
+def _new_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
 def _json(arguments: Mapping[str, Any]) -> str:
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are no object")
-    try:
-        return orjson.dumps(arguments).decode()
-    except TypeError as error:
-        if "64-bit" not in str(error):
-            raise
-        return json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    return written(arguments)
 
 
 MAX_PERIOD = 64  # tokens

@@ -204,47 +204,6 @@ tool_list = array_of(_tool)
 function_list = array_of(function_of, "functions")
 
 
-def repaired(value: Any, schema: Any) -> Any:
-    """Arguments with the types that their schema wants, where nothing is lost by it.
-
-    Models write 3.0 for 3, and some formats have no types at all: "3", "true", "[1, 2]".
-    """
-    if not isinstance(schema, Mapping):
-        return value
-    types = schema.get("type")
-    listed = types if isinstance(types, list) else [types]
-    wanted = {name for name in listed if isinstance(name, str)}
-    if isinstance(value, str) and wanted and "string" not in wanted:
-        value = _read_as(value, wanted)
-    if isinstance(value, float) and "integer" in wanted and _is_exact(value):
-        return int(value)
-    if isinstance(value, dict):
-        own = schema.get("properties")
-        known = own if isinstance(own, Mapping) else {}
-        return {name: repaired(item, known.get(name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [repaired(item, schema.get("items")) for item in value]
-    return value
-
-
-def _is_exact(number: float) -> bool:
-    """Whether it is an integer, and surely the one that was written."""
-    return number.is_integer() and abs(number) < 2**53
-
-
-def _read_as(text: str, wanted: set[str]) -> Any:
-    """JSON in a string, if it is of a wanted type; else the string."""
-    try:
-        value = orjson.loads(text.lower() if wanted == {"boolean"} else text)
-    except orjson.JSONDecodeError:
-        return text
-    kinds = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}}
-    if isinstance(value, float) and _is_exact(value):
-        kinds[float] = {"number", "integer"}
-    kinds |= {dict: {"object"}, list: {"array"}, type(None): {"null"}}
-    return value if wanted & kinds.get(type(value), set()) else text
-
-
 def stable(value: Any) -> Any:
     """A schema with its keys in one order, whatever order the client's language gave them.
 

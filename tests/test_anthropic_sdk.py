@@ -513,6 +513,41 @@ def test_a_message_calls_a_tool_and_says_what_came_of_it(client: Any, is_stream:
     assert text_of(message) == "It is 21 degrees and sunny in Paris."
 
 
+def test_a_streams_arguments_come_as_they_are_written(client: Any, responses: Any) -> None:
+    asked = asking(QUESTION, tools=[TOOL])
+    with client.messages.stream(**asked) as stream:
+        told = [event.partial_json for event in stream if event.type == "input_json"]
+        (use,) = stream.get_final_message().content
+    assert len(told) > 3
+    assert json.loads("".join(told)) == use.input == {"city": "Paris"}
+    with responses.stream(model=DEMO_ID, input=QUESTION, tools=[FUNCTION], temperature=0) as stream:
+        kind = "response.function_call_arguments.delta"
+        told = [event.delta for event in stream if event.type == kind]
+        (call,) = stream.get_final_response().output
+    assert len(told) > 3
+    assert "".join(told) == call.arguments == '{"city":"Paris"}'
+
+
+def test_arguments_that_are_cut_are_what_there_is(client: Any, responses: Any) -> None:
+    whole = client.messages.create(**asking(QUESTION, tools=[TOOL]))
+    for num in range(1, whole.usage.output_tokens):
+        asked = asking(QUESTION, tools=[TOOL], max_tokens=num)
+        with client.messages.stream(**asked) as stream:
+            message = stream.get_final_message()
+        assert message.stop_reason == "max_tokens"
+        inputs = [block.input for block in message.content if block.type == "tool_use"]
+        assert all(given in ({}, {"city": "Paris"}) for given in inputs)
+        with responses.stream(
+            model=DEMO_ID, input=QUESTION, tools=[FUNCTION], temperature=0, max_output_tokens=num
+        ) as stream:
+            last = list(stream)[-1]
+        assert last.type == "response.incomplete"
+        calls = [item for item in last.response.output if item.type == "function_call"]
+        assert all('{"city":"Paris"}'.startswith(call.arguments) for call in calls)
+    assert [call.status for call in calls] == ["completed"]
+    assert inputs == [{"city": "Paris"}]
+
+
 def response_of(responses: Any, is_stream: bool, asked: Any, **fields: Any) -> Any:
     given = {"model": DEMO_ID, "input": asked, "tools": [FUNCTION], "temperature": 0, **fields}
     if not is_stream:

@@ -17,13 +17,17 @@ from mlxlite import api
 from mlxlite.api import Cause, ChatWriter, Choice, Envelope, ModelCard, StreamOptions, Writer
 from mlxlite.blocks import CacheStats
 from mlxlite.sequence import (
+    Arguments,
+    Broken,
     Call,
     Channel,
+    Closed,
     Delta,
     Done,
     FinishReason,
     Load,
     Logprobs,
+    Opened,
     Progress,
     Usage,
 )
@@ -265,6 +269,32 @@ def test_a_chunk_is_of_one_channel_and_calls_are_numbered_by_choice() -> None:
     assert said(1, Delta("", 3, calls=(G,))) == {"tool_calls": [{"index": 0} | called(G)]}
     assert said(0, Delta("", 4, calls=(G, F))) == {
         "tool_calls": [{"index": 1} | called(G), {"index": 2} | called(F)]
+    }
+
+
+def test_a_call_in_parts_is_opened_and_then_only_its_arguments_are_told() -> None:
+    chat = writer()
+    parts = [
+        Opened("call_1", "f"),
+        Arguments('{"a"'),
+        Arguments(":1}"),
+        Closed(F),
+        Opened("x", "g"),
+    ]
+    frames = [chat.delta(0, Delta("", i, part=part)) for i, part in enumerate(parts)]
+    assert frames.pop(3) == b""
+    deltas = [one_chunk(frame)["choices"][0]["delta"]["tool_calls"] for frame in frames]
+    assert deltas == [
+        [{"index": 0} | called(replace(F, arguments=""))],
+        [{"index": 0, "function": {"arguments": '{"a"'}}],
+        [{"index": 0, "function": {"arguments": ":1}"}}],
+        [{"index": 1} | called(Call("x", "g", ""))],
+    ]
+    assert one_chunk(chat.delta(0, Delta("", 6, LOGPROBS, part=Broken(""))))["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": {"content": api.logprobs_json(LOGPROBS, token_bytes)},
+        "finish_reason": None,
     }
 
 

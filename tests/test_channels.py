@@ -1,7 +1,8 @@
 """Channels: an answer's text told apart, the same however it was cut.
 
 `told` is what came, with neighbours of one channel joined: so the order is compared too, and only
-the times of the pieces are not.
+the times of the pieces are not. Of a call that came in parts it is what an answer that does not
+stream makes of them; `told_however_cut` checks that this is what a call that comes whole gives.
 """
 
 import importlib
@@ -9,6 +10,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,8 +20,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlxlite.sequence import Channel, Markers
-from mlxlite.text import MAX_CALL_CHARS, Channels, Parse
+from mlxlite.arguments import MAX_HEAD, repaired
+from mlxlite.sequence import Arguments, Broken, Channel, Closed, Markers, Opened
+from mlxlite.text import MAX_CALL_CHARS, Channels, Parse, Piece
 
 MARKERS = Markers("<think>", "</think>", "<tool_call>", "</tool_call>")
 TO_THE_END = Markers("[THINK]", "[/THINK]", "[TOOL_CALLS]", "")
@@ -42,8 +45,7 @@ def told(
     found: Told = []
     ids: list[str] = []
     out = [piece for text in pieces for piece in channels.push(text)] + channels.flush()
-    for piece in out:
-        assert piece.text or piece.calls, "a piece of nothing"
+    for piece in folded(out):
         assert not (piece.text and piece.calls)
         name = {Channel.CONTENT: SAID, Channel.REASONING: THOUGHT}[piece.channel]
         if piece.calls:
@@ -58,12 +60,55 @@ def told(
     return found
 
 
-def told_however_cut(text: str, *args: Any, **kw: Any) -> Told:
-    """What is told of a text, after trying it whole, cut in two anywhere, and by the character."""
-    whole = told([text], *args, **kw)
-    assert told(text, *args, **kw) == whole, "one character at a time"
-    for at in range(1, len(text)):
-        assert told([text[:at], text[at:]], *args, **kw) == whole, f"cut after {text[:at]!r}"
+def folded(pieces: list[Piece]) -> list[Piece]:
+    """The same, where a call that came in parts is whole, or the text that it proved to be."""
+    whole: list[Piece] = []
+    opened: Opened | None = None
+    arguments = ""
+    for piece in pieces:
+        assert [bool(piece.text), bool(piece.calls), bool(piece.part)].count(True) == 1, "nothing"
+        match piece.part:
+            case None:
+                assert opened is None, "a call is closed before another thing is told"
+                whole.append(piece)
+            case Opened():
+                assert opened is None
+                opened, arguments = piece.part, ""
+            case Arguments(text):
+                assert opened is not None
+                assert text
+                arguments += text
+            case Closed(call):
+                assert opened == Opened(call.id, call.name)
+                assert json.loads(arguments) == json.loads(call.arguments)
+                opened = None
+                whole.append(Piece(calls=(call,)))
+            case Broken(text):
+                assert opened is not None
+                opened = None
+                whole.append(Piece(text=text))
+    assert opened is None, "a call is closed at the end"
+    return whole
+
+
+def told_however_cut(
+    text: str, markers: Markers = MARKERS, parse: Parse | None = parse_json, **kw: Any
+) -> Told:
+    """What is told of a text, after trying it whole, cut in two anywhere, and by the character.
+
+    And the same where calls are told in parts.
+    """
+    whole = told([text], markers, parse, **kw)
+    ways: list[dict[str, Any]] = [{"markers": markers}]
+    if markers.call_start == "<tool_call>":
+        json_markers = replace(markers, has_json_calls=True)
+        ways.append({"markers": json_markers, "schemas": dict.fromkeys(("f", "g", "look", "go"))})
+    for way in ways:
+        given = {"parse": parse, **way, **kw}
+        assert told([text], **given) == whole
+        assert told(text, **given) == whole, "one character at a time"
+        for at in range(1, len(text)):
+            assert told([text[:at], text[at:]], **given) == whole, f"cut after {text[:at]!r}"
     return whole
 
 
@@ -314,6 +359,218 @@ def test_arguments_that_are_no_json_object_make_the_call_text(arguments: Any):
     assert told_however_cut(call(), parse=parse) == [(SAID, call())]
 
 
+# --- calls that are told as they are written ----------------------------------------------------
+
+IN_PARTS = replace(MARKERS, has_json_calls=True)
+SCHEMAS: dict[str, Any] = {
+    "f": {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string"},
+            "num": {"type": "integer"},
+            "list": {"type": "array", "items": {"type": "integer"}},
+        },
+    },
+    "g": {"type": "object", "properties": {}},
+}
+
+
+def parse_repaired(text: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """As `prompts.listener` reads calls."""
+    return [(name, repaired(given, SCHEMAS.get(name))) for name, given in parse_json(text)]
+
+
+def listening(**kw: Any) -> Channels:
+    return Channels(IN_PARTS, parse=parse_repaired, schemas=SCHEMAS, **kw)
+
+
+def shown(pieces: Iterable[str], **kw: Any) -> Told:
+    """What a stream shows: calls with the arguments that were told, ended or not."""
+    channels = listening(**kw)
+    found: Told = []
+    for piece in [piece for text in pieces for piece in channels.push(text)] + channels.flush():
+        match piece.part:
+            case Opened(_, name):
+                found.append((CALLED, [name, ""]))
+            case Arguments(text):
+                found[-1][1][1] += text
+            case Closed(call):
+                assert found[-1][1][0] == call.name
+                found[-1] = (CALLED, (call.name, found[-1][1][1]))
+            case None if piece.calls:
+                found += [(CALLED, (call.name, call.arguments)) for call in piece.calls]
+            case None if found and found[-1][0] == SAID:
+                found[-1] = (SAID, found[-1][1] + piece.text)
+            case None:
+                found.append((SAID, piece.text))
+    return found
+
+
+def shown_however_cut(text: str, **kw: Any) -> Told:
+    whole = shown([text], **kw)
+    assert shown(text, **kw) == whole, "one character at a time"
+    for at in range(1, len(text)):
+        assert shown([text[:at], text[at:]], **kw) == whole, f"cut after {text[:at]!r}"
+    return whole
+
+
+def raw_call(arguments: str, name: str = "f", rest: str = "") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}{rest}}}\n</tool_call>'
+
+
+def test_a_call_is_told_as_it_is_written():
+    channels = listening()
+    steps: list[tuple[str, list[Any]]] = [
+        ("Look: <tool_call>\n", ["Look:"]),
+        ('{"name": "f"', []),
+        (', "arguments": ', []),
+        ("{", [Opened, "{"]),
+        ('"code": "', ['"code":"']),
+        ("print", ["print"]),
+        ("(</tool_call>", ["(</tool_call>"]),
+        (")\\", [")"]),
+        ('n", "num', ['\\n",']),
+        ('": 3.0', ['"num":']),
+        ("}", ["3}"]),
+        ("}\n</tool_", []),
+        ("call>", [Closed]),
+    ]
+    for text, expected in steps:
+        found = [
+            piece.part.text if isinstance(piece.part, Arguments) else piece.text or type(piece.part)
+            for piece in channels.push(text)
+        ]
+        assert found == expected, text
+        assert channels.num_calls == (Closed in expected)
+    assert channels.flush() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{}",
+        '{"code": "x", "num": "3", "list": ["1", 2.0]}',
+        '{"code": "a </tool_call> b <tool_call> <think>"}',
+        '{"num": 3.0, "code": "é 世界\\ud83d\\ude42 🙂 \\n \\/", "z": {"code": [1.0, {}]}}',
+        '{"z": [1e16, 123456789012345678901234567890], "list": "[3]"}',
+    ],
+)
+def test_what_is_told_of_a_call_is_what_one_that_comes_whole_has(arguments: str):
+    whole = Channels(MARKERS, parse=parse_repaired)
+    plain = raw_call(arguments.replace("</tool_call>", "MARK"))
+    (piece,) = whole.push(plain)
+    expected = (CALLED, ("f", piece.calls[0].arguments.replace("MARK", "</tool_call>")))
+    text = raw_call(arguments)
+    assert shown_however_cut(text) == [expected]
+    assert shown_however_cut(f"a {text}\n{text} b") == [(SAID, "a"), *[expected] * 2, (SAID, "b")]
+    assert shown_however_cut(text.removesuffix("</tool_call>")) == [expected]
+    assert shown([raw_call(arguments, rest=', "id": "x"')]) == [expected]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"arguments": {"code": "x"}, "name": "f"}</tool_call>',
+        '<tool_call>{"id": 1, "name": "f", "arguments": {"code": "x"}}</tool_call>',
+        raw_call('{"code": "x"}', "unknown"),
+        raw_call('{"code": "x"}').replace("\n{", " " * MAX_HEAD + "{"),
+    ],
+    ids=["order", "another member", "an unknown tool", "a long head"],
+)
+def test_a_call_of_another_form_comes_whole(text: str):
+    channels = listening()
+    (piece,) = [piece for char in text for piece in channels.push(char)]
+    assert piece.calls[0].arguments == '{"code":"x"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # The answer ends within the arguments: they are what there is.
+        ('<tool_call>{"name": "f", "arguments": {', [["f", "{"]]),
+        ('a<tool_call>{"name": "f", "arguments": {"co', ["a", ["f", '{"co']]),
+        ('<tool_call>{"name": "f", "arguments": {"code": "x\\u00', [["f", '{"code":"x\\u00']]),
+        ('<tool_call>{"name": "f", "arguments": {"num": 3.', [["f", '{"num":3.']]),
+        ('<tool_call>{"name": "f", "arguments": {"code": "</tool_', [["f", '{"code":"</tool_']]),
+        # What cannot be theirs is text.
+        (raw_call('{"code": "x"') + " b", [["f", '{"code":"x"}'], "\n</tool_call> b"]),
+        (raw_call('{"num": </tool_call>'), [["f", '{"num":'], "</tool_call>}\n</tool_call>"]),
+        (raw_call('{"code" 1}') + call("g"), [["f", '{"code"'], "1}}\n</tool_call>", ("g", "{}")]),
+        (raw_call("{}", rest=" x"), [["f", "{}"], " x}\n</tool_call>"]),
+        # A string that is never closed has the end marker in it: what follows it may call again.
+        (
+            '<tool_call>{"name": "f", "arguments": {"code": "x</tool_call>\n' + call("g"),
+            [["f", '{"code":"x</tool_call>'], ("g", "{}")],
+        ),
+    ],
+)
+def test_a_call_that_breaks_after_it_was_opened_loses_nothing_and_tells_nothing_twice(
+    text: str, expected: list[Any]
+):
+    kinds = [(SAID if isinstance(part, str) else CALLED, part) for part in expected]
+    assert shown_however_cut(text) == kinds
+    kw = {"schemas": SCHEMAS, "parse": parse_repaired}
+    assert told([text], IN_PARTS, **kw) == told(text, IN_PARTS, **kw) == told([text])
+
+
+def test_a_broken_call_is_none():
+    channels = listening(max_calls=1)
+    channels.push(raw_call('{"code" 1}'))
+    assert (channels.num_calls, channels.is_complete) == (0, False)
+    channels.push(call("g"))
+    assert (channels.num_calls, channels.is_complete) == (1, True)
+    assert not [piece for piece in channels.push(call("f")) if piece.calls or piece.part]
+
+
+def test_of_a_key_that_comes_twice_the_call_has_the_last():
+    text = raw_call('{"code": "a", "num": 1, "code": "b"}')
+    assert shown_however_cut(text) == [(CALLED, ("f", '{"code":"a","num":1,"code":"b"}'))]
+    closed = [piece.part for piece in listening().push(text) if isinstance(piece.part, Closed)]
+    assert [part.call.arguments for part in closed] == ['{"code":"b","num":1}']
+
+
+def test_a_call_that_proves_to_be_another_one_is_none():
+    """Its name comes again after its arguments, or its reader finds more in the text."""
+    text = raw_call('{"code": "x"}', rest=', "name": "g"')
+    expected = [(CALLED, ["f", '{"code":"x"}']), (SAID, ', "name": "g"}\n</tool_call>')]
+    assert shown_however_cut(text) == expected
+    assert told([text], IN_PARTS, parse_repaired, schemas=SCHEMAS) == [(SAID, text)]
+
+    def parse(text: str) -> list[tuple[str, Mapping[str, Any]]]:
+        return [*parse_json(text), *parse_json(text)]
+
+    text = raw_call('{"code": "x"}')
+    assert told([text], IN_PARTS, parse, schemas=SCHEMAS) == [(SAID, text)]
+
+
+def test_an_open_call_that_never_ends_has_a_bound_too():
+    head = '<tool_call>{"name": "f", "arguments": {"code": "'
+    num_head = len(head) - len("<tool_call>")
+    text = head + "x" * MAX_CALL_CHARS + "y z"
+    expected = [
+        (CALLED, ["f", '{"code":"' + "x" * (MAX_CALL_CHARS - num_head)]),
+        (SAID, "x" * num_head + "y z"),
+    ]
+    step = MAX_CALL_CHARS // 4
+    assert shown([text]) == expected
+    assert shown([text[i : i + step] for i in range(0, len(text), step)]) == expected
+    assert told([text], IN_PARTS, schemas=SCHEMAS) == [(SAID, text)]
+    fits = raw_call('{"code": "' + "x" * (MAX_CALL_CHARS - num_head - 5) + '"}')
+    assert shown([fits[:100], fits[100:]])[0][0] == CALLED
+
+
+def test_a_long_argument_is_told_at_once_however_small_its_pieces():
+    """Held, or read again and again, it would cost the square of its length."""
+    channels = listening()
+    channels.push('<tool_call>{"name": "f", "arguments": {"code": "')
+    num_told = 0
+    for _ in range(50_000):
+        for piece in channels.push("word "):
+            assert isinstance(piece.part, Arguments)
+            num_told += len(piece.part.text)
+    assert num_told == 50_000 * len("word ")
+
+
 # --- bounds -------------------------------------------------------------------------------------
 
 
@@ -393,6 +650,53 @@ def test_the_first_calls_are_the_same_with_a_limit(words: list[str], max_calls: 
     free = [part for part in told([text], parse=parse_words) if part[0] == CALLED]
     bound = [part for part in told(text, parse=parse_words, max_calls=max_calls)]
     assert [part for part in bound if part[0] == CALLED] == free[:max_calls]
+
+
+_HEAD = '<tool_call>{"name": "f", "arguments": {'
+_PARTS = (
+    *(
+        _HEAD,
+        _HEAD,
+        "<tool_call>",
+        "</tool_call>",
+        "</tool",
+        "}}</tool_call>",
+        "<think>",
+        "</think>",
+    ),
+    *(
+        '"code": ',
+        '"num": ',
+        '"list": [',
+        '"',
+        '"',
+        "\\",
+        "\\u00e9",
+        "\\ud83d",
+        "3",
+        "3.0",
+        "x",
+        "世",
+    ),
+    *("{", "}", "]", ",", ", ", ":", " ", "\n"),
+)
+
+
+@given(st.lists(st.sampled_from(_PARTS), max_size=16), st.lists(st.integers(0, 200), max_size=6))
+@settings(max_examples=600, deadline=None)
+@example([_HEAD, '"code": ', '"', "x", '"', "}}</tool_call>", _HEAD, "}"], [])
+def test_any_call_in_parts_is_accounted_for_however_it_was_cut(
+    words: list[str], cuts: list[int]
+) -> None:
+    text = "".join(words)
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
+    kw: dict[str, Any] = {"markers": IN_PARTS, "parse": parse_repaired, "schemas": SCHEMAS}
+    whole = told([text], **kw)
+    assert told(pieces, **kw) == told(text, **kw) == whole
+    assert shown(pieces) == shown(text) == shown([text])
+    if not any(name == CALLED for name, _ in whole):
+        assert squashed("".join(part for _, part in whole)) == squashed(text)
 
 
 # --- mlx-lm's parsers ---------------------------------------------------------------------------
@@ -553,6 +857,9 @@ def test_each_format_cut_short_anywhere_is_calls_or_text_and_never_lost(name: st
     markers, parse = of_module(name)
     for at in range(1, len(text), 7):
         found = told([text[:at]], markers, parse)
+        if name == "json_tools":
+            given = {"schemas": {"look": None, "go": None}}
+            assert told(text[:at], replace(markers, has_json_calls=True), parse, **given) == found
         said = "".join(part for kind, part in found if kind == SAID)
         called = [part for kind, part in found if kind == CALLED]
         assert said or called or not text[:at].strip(), f"cut after {text[:at]!r}"
@@ -593,10 +900,14 @@ def test_longcat_cannot_read_a_call_without_arguments_so_it_is_text():
     assert told_however_cut(text, markers, parse) == [(SAID, text)]
 
 
-def test_an_end_marker_in_a_json_string_makes_the_call_text():
+def test_an_end_marker_in_a_json_string_makes_a_call_text_that_comes_whole():
     markers, parse = of_module("json_tools")
     text = call("look", text="a </tool_call> b")
-    assert told_however_cut(text, markers, parse) == [(SAID, text)]
+    assert told([text], markers, parse) == told(text, markers, parse) == [(SAID, text)]
+    in_parts = partial(told, markers=replace(markers, has_json_calls=True), parse=parse)
+    expected = [(CALLED, ("look", {"text": "a </tool_call> b"}))]
+    assert in_parts([text], schemas={"look": None}) == expected
+    assert in_parts(text, schemas={"look": None}) == expected
 
 
 @pytest.mark.parametrize("arguments", ['"{\\"num\\": 3}"', '{"num": 3}'])

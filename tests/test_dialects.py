@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from mlxlite import dialects, responses
+from mlxlite import conversations, dialects, responses
 from mlxlite.api import APIError, Cause, Choice, Envelope, context_exceeded
+from mlxlite.conversations import Conversations
 from mlxlite.dialects import (
     COUNT_FIELDS,
     MESSAGES_FIELDS,
@@ -38,19 +39,22 @@ from mlxlite.messages import Message, Role, ToolCall
 from mlxlite.request import ChatRequest, chat_of
 from mlxlite.responses import (
     RESPONSES_FIELDS,
-    Conversations,
     ResponsesRequest,
     ResponsesWriter,
     deleted,
     parse_responses,
 )
 from mlxlite.sequence import (
+    Arguments,
+    Broken,
     Call,
     Channel,
+    Closed,
     Delta,
     Done,
     FinishReason,
     Logprobs,
+    Opened,
     Progress,
     Usage,
 )
@@ -1012,28 +1016,56 @@ def choice_of(pieces: Sequence[str | Delta], done: Done) -> Choice:
     return choice
 
 
+def in_parts(call: Call, *arguments: str) -> list[Delta]:
+    """A call that is told as it is written."""
+    told = [Arguments(text) for text in arguments or (call.arguments,)]
+    parts = (Opened(call.id, call.name), *told, Closed(call))
+    return [Delta("", 1, part=part) for part in parts]
+
+
+def broken(text: str = "<call>{") -> list[Delta]:
+    """One that proves to be none, and what follows."""
+    parts = (Opened("call_3", "ls"), Arguments("{"), Broken(text))
+    return [*(Delta("", 1, part=part) for part in parts), Delta("!</call>", 1)]
+
+
 # Anything that may come, in any order.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-PIECES = st.lists(
-    st.one_of(
-        TEXT,
-        st.builds(thought, TEXT),
-        st.sampled_from([called(PARIS), called(NOW), called(PARIS, NOW, text="x")]),
-    )
-)
+WHOLE = st.one_of(
+    TEXT,
+    st.builds(thought, TEXT),
+    st.sampled_from([called(PARIS), called(NOW), called(PARIS, NOW, text="x")]),
+).map(lambda piece: [piece])
+IN_PARTS = st.sampled_from([in_parts(NOW), in_parts(PARIS, '{"city":', '"Paris"}')])
+
+
+def listed(groups: st.SearchStrategy[Any]) -> st.SearchStrategy[list[str | Delta]]:
+    return st.lists(groups).map(lambda found: [piece for group in found for piece in group])
+
+
+PIECES = listed(WHOLE | IN_PARTS)
 
 
 def distinct(pieces: Sequence[str | Delta]) -> list[str | Delta]:
     """The same with an id of its own for every call."""
-    ids = iter(range(1000))
-    return [
-        piece
-        if isinstance(piece, str)
-        else replace(
-            piece, calls=tuple(replace(call, id=f"call_{next(ids)}") for call in piece.calls)
-        )
-        for piece in pieces
-    ]
+    num_calls = 0
+
+    def renamed(piece: str | Delta) -> str | Delta:
+        nonlocal num_calls
+        if isinstance(piece, str):
+            return piece
+        ids = [f"call_{num_calls + i}" for i in range(len(piece.calls))]
+        num_calls += len(ids)
+        calls = tuple(replace(call, id=id) for call, id in zip(piece.calls, ids, strict=True))
+        match piece.part:
+            case Opened(_, name):
+                num_calls += 1
+                return replace(piece, part=Opened(f"call_{num_calls - 1}", name))
+            case Closed(call):
+                return replace(piece, part=Closed(replace(call, id=f"call_{num_calls - 1}")))
+        return replace(piece, calls=calls)
+
+    return [renamed(piece) for piece in pieces]
 
 
 def message_stream(*pieces: str | Delta, end: Done | APIError = DONE) -> bytes:
@@ -1768,7 +1800,46 @@ def test_logprobs_of_an_answer_without_text_are_told_with_its_empty_message() ->
     assert whole.whole([choice_of(pieces, DONE)], USAGE) == writer.body
 
 
-@given(PIECES)
+def test_a_call_in_parts_is_told_in_parts_by_both_dialects() -> None:
+    pieces = in_parts(PARIS, '{"city":"', "Par", 'is"}')
+    events = validated(response_stream("a", *pieces, end=CALLED))
+    call = [(kind, x) for kind, x in events if x.get("output_index") == 1]
+    added, delta, args_done, item_done = CALL_EVENTS
+    assert [kind for kind, _ in call] == [added, delta, delta, delta, args_done, item_done]
+    assert [x["delta"] for kind, x in call if kind == delta] == ['{"city":"', "Par", 'is"}']
+    assert call[0][1]["item"]["arguments"] == ""
+    assert call[4][1]["arguments"] == call[5][1]["item"]["arguments"] == PARIS.arguments
+    told = [x for _, x in frames(message_stream("a", *pieces, end=CALLED)) if x.get("index") == 1]
+    start, *deltas, stop = told
+    assert start["content_block"] == {
+        **{"type": "tool_use", "id": "call_1", "name": "get_weather"},
+        "input": {},
+    }
+    assert [x["delta"]["partial_json"] for x in deltas] == ['{"city":"', "Par", 'is"}']
+    assert stop["type"] == "content_block_stop"
+    (_, use) = read_by_anthropic(message_stream("a", *pieces, end=CALLED)).content
+    assert use.input == {"city": "Paris"}
+    _, final = read_by_openai(response_stream("a", *pieces, end=CALLED))
+    assert final.output[1].arguments == PARIS.arguments  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("end", [DONE, CUT, CANCELLED])
+def test_a_call_that_breaks_is_incomplete_and_its_text_goes_on(end: Done) -> None:
+    writer, whole = responses_writer(), responses_writer()
+    *_, (_, last) = validated(run(writer, ["a", *broken()], end))
+    found = [(item["type"], item["status"]) for item in last["response"]["output"]]
+    ended = "completed" if end is DONE else "incomplete"
+    assert found == [("message", "completed"), ("function_call", "incomplete"), ("message", ended)]
+    whole.whole([choice_of(["a", *broken()], end)], USAGE)
+    said = Message(Role.ASSISTANT, "a<call>{!</call>")
+    assert writer.answer == whole.answer == said, "what a later turn goes on from is what was said"
+    first, use, rest = read_by_anthropic(message_stream("a", *broken(), end=end)).content
+    assert (first.text, use.type, use.input, rest.text) == ("a", "tool_use", {}, "!</call>")
+    body = json.loads(MessagesWriter(MSG, 10).whole([choice_of(["a", *broken()], end)], USAGE))
+    assert body["content"] == [{"type": "text", "text": "a<call>{!</call>"}]
+
+
+@given(listed(WHOLE | IN_PARTS | st.builds(broken)))
 def test_items_are_distinct_and_say_the_same_as_a_whole_response_in_whatever_order_they_come(
     pieces: list[str | Delta],
 ) -> None:
@@ -1836,7 +1907,7 @@ def test_the_oldest_conversations_go_when_there_are_too_many() -> None:
 
 def test_as_many_conversations_are_kept_as_the_bounds_say() -> None:
     kept = Conversations()
-    for i in range(responses.MAX_CONVERSATIONS + 1):
+    for i in range(conversations.MAX_CONVERSATIONS + 1):
         kept.put(f"resp_{i}", ())
     assert len(kept) == 1024
     kept.put("resp_x", turn("x" * (64 * 2**20)))

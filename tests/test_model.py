@@ -944,7 +944,7 @@ def test_what_a_model_has_no_marks_for_cannot_be_had(model: Model, thinker: Path
 
 def test_a_model_of_mlx_lms_calls_reads_them() -> None:
     demo = load(Config())
-    assert demo.markers == Markers("<think>", "</think>", "<tool_call>", "</tool_call>")
+    assert demo.markers == Markers("<think>", "</think>", "<tool_call>", "</tool_call>", True)
     one = '{"name": "f", "arguments": {"a": 1}}'
     assert demo.parse_calls(one, []) == [("f", {"a": 1})]
     assert demo.parse_calls('{"name": "f", "arguments": "{\\"a\\": 1}"}', []) == [("f", {"a": 1})]

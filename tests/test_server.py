@@ -889,6 +889,10 @@ def marked(**settings: Any) -> FakeModel:
     return FakeModel(markers=MARKERS, **settings)
 
 
+def in_parts() -> FakeModel:
+    return FakeModel(markers=replace(MARKERS, has_json_calls=True))
+
+
 def folded(frames: list[Frame]) -> dict[str, Any]:
     """A stream's message, as one that does not stream has it; calls without their ids."""
     choices = [c for f in frames if f != DONE for c in f.json["choices"]]
@@ -899,8 +903,13 @@ def folded(frames: list[Frame]) -> dict[str, Any]:
                 message[name] = message.get(name, "") + choice["delta"][name]
         for call in choice["delta"].get("tool_calls", ()):
             called = message.setdefault("tool_calls", [])
-            assert call.pop("index") == len(called)
-            called.append(call)
+            index = call.pop("index")
+            if "id" in call:
+                assert index == len(called)
+                called.append(call)
+            else:
+                assert index == len(called) - 1
+                called[index]["function"]["arguments"] += call["function"]["arguments"]
     if "tool_calls" in message and not message["content"]:
         message["content"] = None
     ends = {k: choices[-1][k] for k in ("finish_reason", "stop_reason")}
@@ -973,6 +982,44 @@ async def test_calls_are_read_with_the_types_of_their_schemas() -> None:
             },
         ]
         assert (await told(wire, CALLS, tools=TOOLS))["message"]["content"] is None
+
+
+@in_a_loop
+async def test_where_calls_are_json_a_stream_tells_their_arguments_as_they_are_written() -> None:
+    asked: dict[str, Any] = {"tools": TOOLS, "logprobs": True, "top_logprobs": 1}
+    calls = CALLS.replace('"3"', '"3", "text": "ab\\n</call>"')
+    async with serving(in_parts()) as served, await served.wire() as wire:
+        said = await told(wire, f"Let me see. {calls}!", tools=TOOLS)
+        f, g = (call["function"] for call in said["message"]["tool_calls"])
+        assert f == {"name": "f", "arguments": '{"a":3,"text":"ab\\n</call>"}'}
+        assert (g, said["message"]["content"]) == ({"name": "g", "arguments": "{}"}, "Let me see.!")
+        whole = (await wire.chat(calls, **asked)).json["choices"][0]["logprobs"]["content"]
+        await wire.open_stream(calls, **asked)
+        choices = [c for f in await wire.rest() if f != DONE for c in f.json["choices"]]
+        assert [
+            entry for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]
+        ] == whole
+        assert len(whole) == len(calls)
+        found = [call for c in choices for call in c["delta"].get("tool_calls", ())]
+        pieces = [call["function"]["arguments"] for call in found if call["index"] == 0]
+        text = [*"ab", "\\n", *"</call>"]
+        assert pieces == ["", "{", '"a"', ":", "3", ",", '"text"', ":", '"', *text, '"', "}"]
+        one = await told(wire, calls + ENDLESS, tools=TOOLS, parallel_tool_calls=False)
+        assert [c["function"]["name"] for c in one["message"]["tool_calls"]] == ["f"]
+
+
+@in_a_loop
+async def test_a_streamed_call_that_breaks_is_no_call_and_the_whole_answer_is_text() -> None:
+    broken = '<call>{"name": "f", "arguments": {"a": "3", !}}</call> so'
+    async with serving(in_parts()) as served, await served.wire() as wire:
+        choice = (await wire.chat(broken, tools=TOOLS)).json["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (broken, "stop")
+        await wire.open_stream(broken, tools=TOOLS)
+        streamed = folded(await wire.rest())
+        (call,) = streamed["message"]["tool_calls"]
+        assert call["function"] == {"name": "f", "arguments": '{"a":3,'}
+        assert streamed["message"]["content"] == "!}}</call> so"
+        assert streamed["finish_reason"] == "stop"
 
 
 @in_a_loop

@@ -13,10 +13,22 @@ from openai.types.chat import ChatCompletion
 
 import mlxlite
 from mlxlite.api import APIError, ChatWriter, Choice, Envelope, StreamOptions
+from mlxlite.arguments import repaired
 from mlxlite.request import ChatRequest, parse_chat
-from mlxlite.sequence import Call, Channel, Delta, Done, FinishReason, Usage
+from mlxlite.sequence import (
+    Arguments,
+    Broken,
+    Call,
+    Channel,
+    Closed,
+    Delta,
+    Done,
+    FinishReason,
+    Opened,
+    Usage,
+)
 from mlxlite.served import Constraint, Kind
-from mlxlite.tools import MAX_TOOLS, repaired, stable
+from mlxlite.tools import MAX_TOOLS, stable
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -444,13 +456,17 @@ def test_arguments_get_the_types_of_their_schema(value: Any, schema: Any, expect
 ENVELOPE = Envelope("chatcmpl-1", 1, "m", "fp")
 CALLS = [Call(f"call_{i}", name, '{"a":1}') for i, name in enumerate("fgh")]
 USAGE = Usage(num_prompt=5, num_output=9, num_reasoning=3)
+DONE = Done(FinishReason.STOP, USAGE)
 DELTAS = [
     Delta("hm", 1, channel=Channel.REASONING),
     Delta(" so", 2, channel=Channel.REASONING),
     Delta("I ", 3),
     Delta("look.", 4),
     Delta("", 6, calls=(CALLS[0], CALLS[1])),
-    Delta("", 8, calls=(CALLS[2],)),
+    Delta("", 8, part=Opened("call_2", "h")),
+    Delta("", 8, part=Arguments('{"a"')),
+    Delta("", 8, part=Arguments(":1}")),
+    Delta("", 8, part=Closed(CALLS[2])),
 ]
 
 
@@ -488,8 +504,14 @@ def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
                 message[name] = message.get(name, "") + delta[name]
         for call in delta.get("tool_calls", ()):
             calls = message.setdefault("tool_calls", [])
-            assert call["index"] == len(calls), "calls come whole and in order"
-            calls.append({key: item for key, item in call.items() if key != "index"})
+            index = call.pop("index")
+            if "id" in call:
+                assert index == len(calls), "calls come in order"
+                calls.append(call)
+            else:
+                assert call.keys() == {"function"}
+                assert index == len(calls) - 1
+                calls[index]["function"]["arguments"] += call["function"]["arguments"]
         assert reason is None, "nothing follows the end"
         reason, stop = choice["finish_reason"], choice.get("stop_reason")
     if not message["content"] and message.get("tool_calls"):
@@ -506,11 +528,11 @@ def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
-@pytest.mark.parametrize("first", range(len(DELTAS) + 1))
-@pytest.mark.parametrize("last", range(len(DELTAS) + 1))
+@pytest.mark.parametrize("first", range(6))
+@pytest.mark.parametrize("last", range(7))
 def test_a_stream_folded_is_the_whole_answer(first: int, last: int, reason: FinishReason):
-    deltas = DELTAS[first:last]
-    done = Done(reason, USAGE, num_calls=sum(len(delta.calls) for delta in deltas))
+    deltas = DELTAS[first : min(last, 5)] + (DELTAS[5:] if last > 5 else [])
+    done = Done(reason, USAGE, num_calls=len(whole(deltas, DONE)["message"].get("tool_calls", ())))
     assert folded(streamed(deltas, done)) == whole(deltas, done)
 
 
@@ -522,6 +544,24 @@ def test_an_answer_of_calls_alone_has_no_content_and_says_why_it_ended():
     assert answer["message"]["tool_calls"] == [
         {"id": "call_2", "type": "function", "function": {"name": "h", "arguments": '{"a":1}'}}
     ]
+
+
+def test_a_call_that_breaks_is_text_and_in_a_stream_what_has_been_told_of_it():
+    broken = [
+        Delta("a", 1),
+        Delta("", 2, part=Opened("call_0", "f")),
+        Delta("", 3, part=Arguments('{"a":')),
+        Delta("", 4, part=Broken('<call>{"a":')),
+        Delta("!</call>", 4),
+    ]
+    answer = whole(broken, DONE)
+    assert answer["message"]["content"] == 'a<call>{"a":!</call>'
+    assert "tool_calls" not in answer["message"]
+    assert answer["finish_reason"] == "stop"
+    message = folded(streamed(broken, DONE))["message"]
+    assert message["content"] == "a!</call>"
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"a":'}
 
 
 def test_an_answer_that_was_cut_after_a_call_was_cut():
@@ -628,17 +668,30 @@ def test_a_stream_with_a_call_says_what_the_whole_answer_says(client: OpenAI):
     assert one["calls"] == [("function", "get_weather", '{"city":"Paris"}')]
 
 
-def test_a_streams_call_comes_in_one_chunk_of_its_own(client: OpenAI):
+def raw_stream(client: OpenAI, **fields: Any) -> list[Any]:
+    """Its chunks as they come: the client's own accumulator refuses a stream that is cut."""
     chunks = client.chat.completions.create(
         model="demo",
         messages=[QUESTION],  # type: ignore[list-item]
         tools=[WEATHER],  # type: ignore[list-item]
         temperature=0,
         stream=True,
+        **fields,
     )
-    deltas = [chunk.choices[0] for chunk in chunks]
-    (calls,) = [choice.delta.tool_calls for choice in deltas if choice.delta.tool_calls]
-    assert [call.index for call in calls] == [0]
+    return [chunk.choices[0] for chunk in chunks]
+
+
+def test_a_streams_call_is_opened_and_its_arguments_follow_as_they_are_written(client: OpenAI):
+    deltas = raw_stream(client)
+    calls = [choice.delta.tool_calls for choice in deltas if choice.delta.tool_calls]
+    (first,), *others = [[call.model_dump(exclude_unset=True) for call in call] for call in calls]
+    assert first.pop("id").startswith("call_")
+    opening = {"name": "get_weather", "arguments": ""}
+    assert first == {"index": 0, "type": "function", "function": opening}
+    told = [more["function"]["arguments"] for (more,) in others]
+    assert others == [[{"index": 0, "function": {"arguments": text}}] for text in told]
+    assert len(told) > 3
+    assert "".join(told) == '{"city":"Paris"}'
     assert not any("<tool_call" in (choice.delta.content or "") for choice in deltas)
     assert deltas[-1].finish_reason == "tool_calls"
 
@@ -648,6 +701,21 @@ def test_an_answer_that_is_cut_inside_a_call_is_its_text(client: OpenAI):
     assert cut["reason"] == "length"
     assert not cut["calls"]
     assert cut["content"].startswith("<tool_call>")
+
+
+def test_in_a_stream_arguments_that_are_cut_stay_as_they_are(client: OpenAI):
+    num_tokens = seen(create(client, [QUESTION]))["tokens"]
+    partial = set()
+    for num in range(1, num_tokens):
+        chunks = raw_stream(client, max_tokens=num)
+        assert chunks[-1].finish_reason == "length"
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        texts = [call.function.arguments or "" for call in calls if call.function]
+        partial.add("".join(texts))
+    whole = '{"city":"Paris"}'
+    assert whole in partial
+    assert all(whole.startswith(arguments) for arguments in partial)
+    assert len(partial) > 3
 
 
 def test_an_answer_that_is_cut_right_after_a_call_is_a_call_and_was_cut(client: OpenAI):
