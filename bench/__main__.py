@@ -24,13 +24,14 @@ from bench.inprocess import InProcess
 from bench.models import SIZES, Writer, save_checkpoint
 from bench.prefixes import overhead, prefix
 from bench.report import Table
-from bench.sections import Bench, burst, longprompt, mixed, steps, throughput
+from bench.sections import Bench, burst, longprompt, mixed, neighbours, steps, throughput
 from mlxlite.engine import Lane
 from mlxlite.hub import locate
 
 SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "throughput": throughput,
     "mixed": mixed,
+    "neighbours": neighbours,
     "longprompt": longprompt,
     "burst": burst,
     "steps": steps,

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from bench.inprocess import MAX_ROWS, InProcess, StepTimes
@@ -154,6 +154,41 @@ async def mixed(bench: Bench) -> Table:
     ]
     columns = ["server, C=8", "decode tok/s", "÷ greedy decode", "whole tok/s", "÷ greedy whole"]
     return Table("Mixed settings", columns, rows, {"decode": decode, "whole": whole})
+
+
+async def neighbours(bench: Bench) -> Table:
+    """Four greedy clients beside four others: greedy ones, and ones bound to grammars."""
+    if find_spec("llguidance") is None:
+        return Table("Beside constrained rows", ["llguidance is not installed"], [], {})
+    greedy = MIXED_SETTINGS[:1] * 4
+    async with serve(bench.path, BURST_ROWS) as served:
+
+        def arm(others: Sequence[Mapping[str, Any]]) -> Arm:
+            async def run(_: Plan) -> Trace:
+                return await served.run(Plan(_with(bench.clients(8), [*greedy, *others])))
+
+            return run
+
+        arms = {"greedy ones": arm(greedy), "constrained ones": arm(EIGHT_GRAMMARS[:4])}
+        traces = await bench.paired(arms, lambda: Plan(()))
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {}
+    middles = {k: [median(_steady_gaps(trace)) for trace in v] for k, v in traces.items()}
+    for name, runs in traces.items():
+        tails = [quantiles(_steady_gaps(trace), n=20)[-1] for trace in runs]
+        rows.append(
+            [name, ms(middles[name]), ratio(middles[name], middles["greedy ones"]), ms(tails)]
+        )
+        figures[name] = {"median_gap_s": middles[name], "p95_gap_s": tails}
+    columns = ["beside", "median gap of four greedy streams, ms", "÷ beside greedy ones", "p95, ms"]
+    return Table("Beside constrained rows", columns, rows, figures)
+
+
+def _steady_gaps(trace: Trace) -> list[float]:
+    """Of the first four streams, while all eight decode."""
+    start_s = max(stream.token_s[0] for stream in trace.streams)
+    stop_s = min(stream.token_s[-1] for stream in trace.streams)
+    return trace.of(range(4)).gaps(start_s, stop_s)
 
 
 def _with(
