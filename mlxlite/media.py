@@ -515,12 +515,13 @@ def _scaled(image: "Image", size: tuple[int, int]) -> "Image":
         image.draft(None, (size[0] * 2, size[1] * 2))
     image.load()
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    flat: Image.Image
+    flat: Image.Image = image
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would cut them off
         flat, has_alpha = image.convert("I").point(lambda value: value * (1 / 256)), False
-        flat = flat.convert("L").convert("RGB")
-    else:
-        flat = image.convert("RGBA" if has_alpha else "RGB")
+        flat = flat.convert("L")
+    mode = "RGBA" if has_alpha else "RGB"
+    if flat.mode != mode or flat.size == size:  # else the copy, of 4 bytes a pixel, is for nothing
+        flat = flat.convert(mode)
     if flat.size != size:
         flat = flat.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if not has_alpha:
