@@ -360,7 +360,7 @@ class _Fetch:
                     self._check_length(len(body))
                 case h11.EndOfMessage():
                     return bytes(body)
-                case h11.InformationalResponse(status_code=status) if status != 101:
+                case h11.InformationalResponse():  # 101 is none: nobody has asked for an upgrade
                     pass
                 case _:
                     raise self._error("could not be fetched")
@@ -369,7 +369,6 @@ class _Fetch:
         while (event := connection.next_event()) is h11.NEED_DATA:
             wire.settimeout(self._left_s())
             connection.receive_data(wire.recv(_CHUNK_BYTES))
-        self._left_s()  # of what comes without end, too, each piece is looked at
         return event
 
     def _redirect(self, response: h11.Response) -> str | None:
