@@ -360,7 +360,7 @@ class _Fetch:
                     self._check_length(len(body))
                 case h11.EndOfMessage():
                     return bytes(body)
-                case h11.InformationalResponse(status_code=status) if status != 101:
+                case h11.InformationalResponse():  # 101 is none: nobody has asked for an upgrade
                     pass
                 case _:
                     raise self._error("could not be fetched")
@@ -369,7 +369,6 @@ class _Fetch:
         while (event := connection.next_event()) is h11.NEED_DATA:
             wire.settimeout(self._left_s())
             connection.receive_data(wire.recv(_CHUNK_BYTES))
-        self._left_s()  # of what comes without end, too, each piece is looked at
         return event
 
     def _redirect(self, response: h11.Response) -> str | None:
@@ -515,12 +514,13 @@ def _scaled(image: "Image", size: tuple[int, int]) -> "Image":
         image.draft(None, (size[0] * 2, size[1] * 2))
     image.load()
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    flat: Image.Image
+    flat: Image.Image = image
     if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would cut them off
         flat, has_alpha = image.convert("I").point(lambda value: value * (1 / 256)), False
-        flat = flat.convert("L").convert("RGB")
-    else:
-        flat = image.convert("RGBA" if has_alpha else "RGB")
+        flat = flat.convert("L")
+    mode = "RGBA" if has_alpha else "RGB"
+    if flat.mode != mode or flat.size == size:  # else the copy, of 4 bytes a pixel, is for nothing
+        flat = flat.convert(mode)
     if flat.size != size:
         flat = flat.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     if not has_alpha:

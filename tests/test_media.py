@@ -354,6 +354,15 @@ def test_a_jpeg_that_is_scaled_shows_what_it_showed() -> None:
     assert max(abs(a - b) for a, b in zip(found, GREEN, strict=True)) < 6
 
 
+def test_a_jpeg_that_is_scaled_stays_sharp() -> None:
+    image = Image.new("L", (8000, 8000))
+    image.paste(255, (4004, 0, 8000, 8000))  # no eighth of a size can have its edge there
+    pixels = picture(encoded(image, "JPEG")).pixels
+    row: list[Any] = [pixels.getpixel((x, 600)) for x in range(1264)]
+    grey = [x for x, (value, _, _) in enumerate(row) if 20 <= value < 236]
+    assert grey == [632]
+
+
 # What a viewer sees of GRID's corners at each orientation (EXIF 2.32, table 6), row by row.
 UPRIGHT = {
     1: [RED, GREEN, BLUE, WHITE],
@@ -788,6 +797,13 @@ def test_what_is_private_or_unknown_is_refused_in_one_voice(url: str) -> None:
     fake = FakeNetwork(names=names)
     assert failure(url, fake) == UNREACHABLE
     assert fake.dialled == []
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "0177.0.0.1", "127.1", "1.2.3.4.", "0x"])
+def test_a_number_is_no_name_whatever_a_name_server_says_of_it(host: str) -> None:
+    fake = saying([answer()], names={host: [PUBLIC]})
+    assert failure(f"http://{host}/", fake) == UNREACHABLE
+    assert (fake.resolved, fake.dialled) == ([], [])
 
 
 def test_this_machine_is_refused_by_its_name_whatever_its_own_files_say_of_it() -> None:
