@@ -268,8 +268,10 @@ def load(config: Config) -> Model:
     path = locate(config.model)
     settings = read_settings(path)
     generation = read_json(path / "generation_config.json") or {}
-    network, tokenizer, processor = _load_parts(path, generation, settings)
     adapter = Path(config.adapter_path).expanduser() if config.adapter_path else None
+    if adapter is not None:  # mlx-lm's, for mlx-lm's models
+        settings |= {"vision_config": None}
+    network, tokenizer, processor = _load_parts(path, generation, settings)
     if adapter is not None:
         _apply_adapter(network, adapter)
     model = Model(
@@ -290,13 +292,11 @@ def load(config: Config) -> Model:
         eos_tokens=frozenset(tokenizer.eos_token_ids),
         defaults=_sampling_defaults(generation),
         grammars=_grammars(tokenizer, num_vocab),
-        sight=BLIND,
+        sight=processor if isinstance(processor, str) else BLIND,
     )
     if not isinstance(processor, str):
         model = replace(model, wants_parts=_wants_parts(model))
         model = replace(model, sight=_sight(model, processor))
-    else:
-        model = replace(model, sight=processor)
     if template is not None:
         _check_template(model)
     elif not model.has_chat_template:

@@ -18,6 +18,7 @@ from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
 from mlxlite.dialects import parse_count_tokens, parse_messages
 from mlxlite.media import Limits, MediaError, Picture, Source, load
+from mlxlite.messages import Message
 from mlxlite.plain import (
     CompletionRequest,
     DetokenizeRequest,
@@ -29,7 +30,7 @@ from mlxlite.plain import (
     parse_embedding,
     parse_tokenize,
 )
-from mlxlite.request import ChatRequest, Message, Options, parse_chat
+from mlxlite.request import ChatRequest, Options, parse_chat
 from mlxlite.responses import ResponsesRequest, parse_responses
 from mlxlite.sequence import Prompt
 from mlxlite.served import ConstraintError, PromptError, ServedModel

@@ -31,8 +31,7 @@ from mlxlite.fields import (
     wrong,
 )
 from mlxlite.media import Source
-from mlxlite.messages import Message as Message  # `routes` and `prompts` know it from here
-from mlxlite.messages import Role, messages_of
+from mlxlite.messages import Message, Role, messages_of
 from mlxlite.sequence import SamplingParams
 from mlxlite.served import Constraint
 from mlxlite.tools import (

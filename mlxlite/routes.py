@@ -27,6 +27,7 @@ from mlxlite.connection import JSON, AnswerSink, ErrorBody, Exchange
 from mlxlite.conversations import Conversations
 from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
+from mlxlite.messages import Message
 from mlxlite.metrics import Metrics
 from mlxlite.prompts import (
     HasPictures,
@@ -40,7 +41,7 @@ from mlxlite.prompts import (
     prepare_response,
     prepare_tokens,
 )
-from mlxlite.request import Message, Options, parse_cancel
+from mlxlite.request import Options, parse_cancel
 from mlxlite.responses import ResponsesWriter, deleted
 from mlxlite.sequence import Prompt, Sequence
 from mlxlite.served import ServedModel

@@ -94,7 +94,7 @@ class Server:
         # One thread for short bodies, in order of arrival, one for long ones, which take long, and
         # some for pictures, which may have to be fetched.
         self.executors = tuple(
-            ThreadPoolExecutor(num, thread_name_prefix="mlxlite-render") for num in (1, 1, 4)
+            ThreadPoolExecutor(num, thread_name_prefix="mlxlite-render") for num in (1, 1, 2)
         )
         self._loaded = loop.create_future()
         self.spawn(self._live(), self._died)

@@ -65,8 +65,8 @@ LAYERS: dict[int, dict[str, str]] = {
         "lane": "sequence |",
         "engine": "sequence blocks scheduler text lane |",
         "connection": "sequence http1 api |",
-        "routes": "config sequence http1 api fields request plain prompts dialects responses"
-        " conversations openapi text served connection engine metrics |",
+        "routes": "config sequence http1 api fields messages request plain prompts dialects"
+        " responses conversations openapi text served connection engine metrics |",
         "server": "config sequence served http1 api routes connection lane engine"
         " scheduler metrics |",
         "metrics": "blocks sequence |",
