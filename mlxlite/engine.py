@@ -60,6 +60,8 @@ log = logging.getLogger("mlxlite.engine")
 # What a log may say of a prompt's text: the names by which templates begin a message.
 ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool"})
 
+# Of pictures, as their vision towers read them, in all live sequences; one request may have more.
+MAX_IMAGE_BYTES = 1 << 30
 EMBED_TOKENS = 512  # in one call: what a running stream may have to wait for
 
 
@@ -181,6 +183,7 @@ class Engine:
         self._options = options or EngineOptions()
         self._commands: deque[Command] = deque()
         self._live: dict[int, _Live] = {}
+        self._image_bytes = 0  # in their prompts
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._num_embedded = 0  # calls, for ids
@@ -210,14 +213,18 @@ class Engine:
     ) -> None:
         """Queue one request's sequences; each one's sink is called from now on until its `Done`.
 
-        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded, and
-        EngineFailed when the engine has stopped for good.
+        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded or there are
+        too many pictures, and EngineFailed when the engine has stopped for good.
         """
         if self.failure is not None:
             raise EngineFailed(self.failure)
         num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
         if num_waiting + len(sequences) > self._options.max_queue:
             raise QueueFull
+        num_bytes = sum(map(_image_bytes, sequences))
+        if self._image_bytes and num_bytes and self._image_bytes + num_bytes > MAX_IMAGE_BYTES:
+            raise QueueFull
+        self._image_bytes += num_bytes
         now = perf_counter()
         for sequence, sink in zip(sequences, sinks, strict=True):
             text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
@@ -529,6 +536,7 @@ class Engine:
         live = self._live.pop(event.id, None)
         if live is None:
             return
+        self._image_bytes -= _image_bytes(live.sequence)
         is_whole = event.reason in (FinishReason.STOP, FinishReason.LENGTH)
         for delta in live.deltas(live.text.flush() if is_whole else "", now, is_last=True):
             self._emit(live, delta)
@@ -557,6 +565,13 @@ class Engine:
             perf_counter() - scheduled_at,
             published_at - scheduled_at,
         )
+
+
+def _image_bytes(sequence: Sequence) -> int:
+    """Of the pictures in its prompt, which forks share with their leader."""
+    if sequence.fork_of is not None:
+        return 0
+    return sum(image.num_bytes for image in sequence.prompt.images)
 
 
 def _like_lengths(inputs: SequenceOf[tuple[int, ...]]) -> list[list[int]]:

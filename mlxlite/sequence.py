@@ -71,12 +71,14 @@ class SamplingParams:
 class Image:
     """A picture in a prompt: what the model sees of it stands at tokens in `[start, stop)`.
 
-    `digest` names the picture; `inputs` are what the vision tower reads, opaque but to the lane.
+    `digest` names the picture; `inputs` are what the vision tower reads, opaque but to the lane, of
+    `num_bytes`.
     """
 
     start: int
     stop: int
     digest: bytes
+    num_bytes: int = 0
     inputs: Any = field(default=None, repr=False, compare=False)
 
 

@@ -20,8 +20,9 @@ import logging
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -75,6 +76,10 @@ class Inputs:
     tokens: _Tokens
     arrays: Mapping[str, npt.NDArray[Any]]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.tokens, *self.arrays.values()))
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -121,7 +126,8 @@ class Reader:
         images, first = [], 0
         for picture, size, part in zip(pictures, sizes, parts, strict=True):
             span = places[first : first + size]
-            images.append(Image(int(span[0]), int(span[-1]) + 1, picture.digest, part))
+            place = int(span[0]), int(span[-1]) + 1
+            images.append(Image(*place, picture.digest, part.nbytes, part))
             first += size
         if images[-1].stop == len(tokens):
             raise PromptError("the chat template lets the prompt end in a picture")
@@ -161,6 +167,17 @@ def _array(value: Any) -> npt.NDArray[Any] | None:
     except ValueError:
         return None
     return array if array.dtype.kind in "biuf" else None
+
+
+@contextmanager
+def _foreign() -> Iterator[None]:
+    """A foreign model fails in any way on pictures: it costs the sequence that has them."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 # --- the network ------------------------------------------------------------------------------
@@ -359,12 +376,14 @@ class Sight:
 
     def __post_init__(self) -> None:
         if self.network.has_positions:
-            found = self.network.positions(self.prompt, len(self.tokens))
+            with _foreign():
+                found = self.network.positions(self.prompt, len(self.tokens))
             self._positions, self.delta = found
 
     def look(self, index: int) -> list[mx.array]:
         """See an image of the prompt; the arrays that this makes."""
-        seen = self._seen[index] = self.network.see(self.prompt.images[index])
+        with _foreign():
+            seen = self._seen[index] = self.network.see(self.prompt.images[index])
         return [seen.rows, *seen.deep]
 
     def window(self, start: int, stop: int) -> dict[str, Any]:
@@ -374,7 +393,8 @@ class Sight:
             inputs["position_ids"] = self._positions[:, :, start:stop]
         near = [i for i, m in enumerate(self.prompt.images) if m.start < stop and m.stop > start]
         if near:
-            inputs |= self._embed(near, start, stop)
+            with _foreign():
+                inputs |= self._embed(near, start, stop)
         for i in list(self._seen):  # no later chunk needs it
             if self.prompt.images[i].stop <= stop:
                 del self._seen[i]

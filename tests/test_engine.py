@@ -26,7 +26,14 @@ from fakes import (
     spell,
 )
 
-from mlxlite.engine import ChunkTuner, Engine, EngineOptions, Lane, QueueFull
+from mlxlite.engine import (
+    MAX_IMAGE_BYTES,
+    ChunkTuner,
+    Engine,
+    EngineOptions,
+    Lane,
+    QueueFull,
+)
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import (
     Channel,
@@ -759,6 +766,31 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
                 await sink.wait()
             assert refused.outputs == []
             await served.add(make_sequence(5)).wait()  # there is room again
+
+    play(scenario())
+
+
+def test_too_many_pictures_at_once_are_refused_and_text_is_not():
+    def with_picture(id: int, num_bytes: int = MAX_IMAGE_BYTES // 2) -> Sequence:
+        sequence = make_sequence(id, images=[(0, 1)])
+        (image,) = sequence.prompt.images
+        images = (replace(image, num_bytes=num_bytes),)
+        return replace(sequence, prompt=replace(sequence.prompt, images=images))
+
+    async def scenario() -> None:
+        gate = Gate(2)
+        async with serve(FakeRunner(before=gate)) as served:
+            sinks = [served.add(with_picture(1)), served.add(with_picture(2))]
+            await gate.reached.wait()
+            refused = RecordingSink()
+            with pytest.raises(QueueFull):
+                served.engine.add([with_picture(3, 1)], (), [refused])
+            sinks.append(served.add(make_sequence(4)))
+            gate.open()
+            for sink in sinks:
+                await sink.wait()
+            assert refused.outputs == []
+            await served.add(with_picture(5, 2 * MAX_IMAGE_BYTES)).wait()  # alone, any number
 
     play(scenario())
 

@@ -363,6 +363,23 @@ def test_a_tower_that_fails_costs_its_own_sequence_only(
     assert "Unable to allocate" in (end.error or "")
 
 
+@pytest.mark.parametrize("name", ["see", "positions"])
+def test_a_network_that_fails_in_an_unknown_way_costs_its_own_sequence_only(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    def fail(*_: Any) -> Any:
+        raise IndexError("list index out of range")
+
+    server = checkpoint.server()
+    sequences = [server.sequence(checkpoint.prompt(*turns)) for turns in (ONE, TEXT)]
+    monkeypatch.setattr(VisionNetwork, name, fail)
+    run = server.drive({0: [Add(sequence) for sequence in sequences]})
+    assert run.tokens(sequences[1].id) == checkpoint.expected(*TEXT)
+    (end,) = run.ends(sequences[0].id)
+    if name == "see" or server.network.has_positions:
+        assert "IndexError" in (end.error or "")
+
+
 def test_what_is_kept_of_pictures_is_bounded(checkpoint: Checkpoint):
     server = checkpoint.server(cache=0)
     server.network.max_bytes = 1  # only the newest
