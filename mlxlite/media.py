@@ -29,9 +29,10 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from io import BytesIO
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 import h11
@@ -42,6 +43,9 @@ from mlxlite.fields import text
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+T = TypeVar("T")
+
+_ON_ITS_SIDE: Final = ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DETAILS: Final = ("auto", "low", "high")
 MAX_PICTURES = 64  # of a request, while it is read; the operator's limit is below it
@@ -98,12 +102,22 @@ class Limits:
     total_s: float = 15.0  # for all that a request has fetched
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class Picture:
-    """Decoded. `digest` tells it from all others: 32 bytes of what was encoded and how scaled."""
+    """`digest` tells it from all others: 32 bytes of what was encoded and how scaled.
 
-    pixels: "Image"  # mode RGB
+    It is `size` when it is decoded, which is done at once or, where that may not be needed, when
+    somebody looks: raises MediaError.
+    """
+
     digest: bytes
+    size: tuple[int, int]  # in pixels: width, height
+    decode: "Callable[[], Image]"
+
+    @cached_property
+    def pixels(self) -> "Image":
+        """Mode RGB."""
+        return self.decode()
 
 
 # --- what a request says ----------------------------------------------------------------------
@@ -394,9 +408,15 @@ def _too_large(limits: Limits) -> str:
 
 
 def load(
-    sources: Sequence[Source], limits: Limits, network: Network | None = None
+    sources: Sequence[Source],
+    limits: Limits,
+    network: Network | None = None,
+    is_known: Callable[[bytes], bool] = lambda digest: False,
 ) -> tuple[Picture, ...]:
-    """The pictures of a request, in its order. Blocks. Raises MediaError."""
+    """The pictures of a request, in its order. Blocks. Raises MediaError.
+
+    Those that are known by their digest have been decoded before, and wait to be asked.
+    """
     network = network or Network()
     for i, source in enumerate(sources):
         _check(i, source, limits)
@@ -408,7 +428,10 @@ def load(
             began = network.now()
             data = _Fetch(source.param, limits, network, began + left_s).run(source.url)
             left_s -= network.now() - began  # decoding is no server's fault
-        pictures.append(_decoded(data, source, limits))
+        picture = _opened(data, source, limits)
+        if not is_known(picture.digest):
+            _ = picture.pixels
+        pictures.append(picture)
     return tuple(pictures)
 
 
@@ -440,27 +463,45 @@ _BROKEN: Final = (
 )
 
 
-def _decoded(data: bytes, source: Source, limits: Limits) -> Picture:
+def _opened(data: bytes, source: Source, limits: Limits) -> Picture:
+    """A picture whose head is what it should be. Raises MediaError."""
+    box = LOW_DETAIL if source.detail == "low" else None
+
+    def size_of(image: "Image") -> tuple[int, int]:
+        return _target_size(*image.size, limits.max_pixels, box)
+
+    def measure(image: "Image") -> tuple[int, int]:
+        width, height = size_of(image)
+        turn = _turn(image)
+        is_on_its_side = turn is not None and turn.name in _ON_ITS_SIDE
+        return (height, width) if is_on_its_side else (width, height)
+
+    def decode(image: "Image") -> "Image":
+        turn, pixels = _turn(image), _scaled(image, size_of(image))
+        return pixels if turn is None else pixels.transpose(turn)
+
+    size = _with_image(data, source, limits, measure)
+    how = f"{limits.max_pixels} {box} "  # what else decides over the pixels
+    digest = hashlib.sha256(how.encode() + data).digest()
+    return Picture(digest, size, partial(_with_image, data, source, limits, decode))
+
+
+def _with_image(data: bytes, source: Source, limits: Limits, work: "Callable[[Image], T]") -> T:
+    """Do something with an encoded picture of an allowed size. Raises MediaError."""
     from PIL import Image, UnidentifiedImageError
 
-    box = LOW_DETAIL if source.detail == "low" else None
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             complaint = _complaint(*image.size, limits)
             if complaint is None:
-                turn = _turn(image)
-                pixels = _scaled(image, _target_size(*image.size, limits.max_pixels, box))
-                pixels = pixels if turn is None else pixels.transpose(turn)
+                return work(image)
     except UnidentifiedImageError:
         complaint = "is no picture in PNG, JPEG, WebP, GIF or BMP"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         complaint = _too_many(limits)
     except _BROKEN:
         complaint = "cannot be decoded: it is broken or cut short"
-    if complaint is not None:
-        raise MediaError(f"'{source.param}' {complaint}.", source.param)
-    how = f"{limits.max_pixels} {box} "  # what else decides over the pixels
-    return Picture(pixels, hashlib.sha256(how.encode() + data).digest())
+    raise MediaError(f"'{source.param}' {complaint}.", source.param)
 
 
 def _too_many(limits: Limits) -> str:

@@ -108,6 +108,10 @@ class Model:
         """See `served.ServedModel`."""
         return self.sight if isinstance(self.sight, str) else None
 
+    def knows(self, digest: bytes) -> bool:
+        """See `served.ServedModel`."""
+        return not isinstance(self.sight, str) and self.sight.knows(digest)
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None or bool(self.tokenizer.has_chat_template)
@@ -307,10 +311,7 @@ def load(config: Config) -> Model:
 def _load_parts(
     path: Path, generation: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[nn.Module, Any, Any]:
-    """The network, mlx-lm's tokenizer, and mlx-vlm's processor or why there is none.
-
-    Raises LoadError, whatever the libraries raise.
-    """
+    """The network, the tokenizer, the processor or why there is none. Raises LoadError."""
     try:
         network, processor = _load_vision(path, settings)
         if network is None:

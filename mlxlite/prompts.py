@@ -97,6 +97,8 @@ def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patie
         return model.render(messages, arguments, is_continuation=request.is_continuation, **more)
     except PromptError as error:
         raise api.bad(str(error), "messages") from error
+    except MediaError as error:  # one that is decoded only now
+        raise api.bad(str(error), error.param) from error
 
 
 def _pictures(
@@ -115,7 +117,7 @@ def _pictures(
         allow_remote=config.allow_remote_images,
     )
     try:
-        return load(sources, limits)
+        return load(sources, limits, is_known=model.knows)
     except MediaError as error:
         raise api.bad(str(error), error.param) from error
 

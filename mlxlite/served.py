@@ -77,6 +77,10 @@ class ServedModel(Protocol):
         """Why it sees no pictures; None: it does."""
         ...
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether a picture has been read before, so that its pixels may not be needed again."""
+        ...
+
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
     ) -> Grammar:

@@ -19,7 +19,7 @@ import inspect
 import logging
 import threading
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -35,6 +35,7 @@ import numpy.typing as npt
 from mlx import nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_vlm.generate.common import _chunked_prefill_enabled
+from PIL import Image as PIL
 
 from mlxlite.sequence import Image, Prompt
 from mlxlite.served import PromptError
@@ -42,6 +43,7 @@ from mlxlite.served import PromptError
 log = logging.getLogger("mlxlite.vision")
 
 SEEN_BYTES = 256 << 20  # of what was seen, most; a picture of 1,000 tokens takes about 8 MB
+MADE_BYTES = 128 << 20  # of what processors have made of pictures, most
 # What `get_input_embeddings` may give: the embeddings, and what is understood beside them.
 _FIELDS = {
     *("inputs_embeds", "visual_pos_masks", "deepstack_visual_embeds", "per_layer_inputs"),
@@ -54,12 +56,15 @@ _Tokens = npt.NDArray[np.uint32]
 
 
 class Pixels(Protocol):
-    """A decoded picture: `media.Picture` is one."""
+    """A picture: `media.Picture` is one."""
 
     @property
     def pixels(self) -> Any:
-        """PIL's, mode RGB."""
+        """PIL's, mode RGB; decoding it may take long."""
         ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
 
     @property
     def digest(self) -> bytes: ...
@@ -96,6 +101,56 @@ class Seen:
 # --- prompts ----------------------------------------------------------------------------------
 
 
+class _Memo:
+    """A processor's processor of images, which makes the same of the same pictures once.
+
+    The text of a chat grows with each turn and its pictures do not. Used under the reader's lock,
+    which sets `key`: the digests of the pictures that the processor has.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._made: OrderedDict[tuple[bytes, ...], Any] = OrderedDict()
+        self.key: tuple[bytes, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __contains__(self, key: tuple[bytes, ...]) -> bool:
+        return key in self._made
+
+    def digests(self) -> set[bytes]:
+        return {digest for key in list(self._made) for digest in key}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._made.pop(self.key, None)
+        if made is None:
+            made = self._inner(*args, **kwargs)
+        self._made[self.key] = made
+        while len(self._made) > 1 and sum(map(_nbytes, self._made.values())) > MADE_BYTES:
+            self._made.popitem(last=False)
+        return _copy(made)
+
+
+def _nbytes(made: Any) -> int:
+    if isinstance(made, Mapping | UserDict):
+        return sum(map(_nbytes, made.values()))
+    if isinstance(made, list | tuple):
+        return sum(map(_nbytes, made))
+    return int(getattr(made, "nbytes", 64))
+
+
+def _copy(made: Any) -> Any:
+    """One that may be changed, but for its arrays."""
+    if isinstance(made, UserDict):
+        return type(made)(_copy(made.data))
+    if isinstance(made, dict):
+        return {key: _copy(value) for key, value in made.items()}
+    if isinstance(made, list | tuple):
+        return type(made)(map(_copy, made))
+    return made
+
+
 class Reader:
     """Chats with pictures to prompts. From any thread, one at a time.
 
@@ -107,12 +162,23 @@ class Reader:
         self._image_token = image_token
         self._is_unbroken = is_unbroken
         self._lock = threading.Lock()
+        self._memo: _Memo | None = None
+        if callable(inner := getattr(processor, "image_processor", None)):
+            self._memo = inner if isinstance(inner, _Memo) else _Memo(inner)
+            processor.image_processor = self._memo
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether a picture's pixels may well not be needed."""
+        return self._memo is not None and digest in self._memo.digests()
 
     def read(self, text: str, lone: str, pictures: SequenceOf[Pixels]) -> Prompt:
         """A rendered chat's prompt; `lone` is a chat of one picture, rendered.
 
         Raises PromptError.
         """
+        for picture in pictures:
+            if not self.knows(picture.digest):
+                _ = picture.pixels  # decoded before others have to wait
         with self._lock:
             tokens, arrays = self._process(text, pictures)
             if len(pictures) == 1:
@@ -139,15 +205,23 @@ class Reader:
             unbroken=images[-1].stop if self._is_unbroken else 0,
         )
 
+    def _images(self, pictures: SequenceOf[Pixels]) -> list[Any]:
+        """The pictures for the processor; of those that it has seen together, only the sizes."""
+        key = tuple(picture.digest for picture in pictures)
+        if self._memo is None:
+            return [picture.pixels for picture in pictures]
+        self._memo.key = key
+        if key in self._memo:
+            return [PIL.new("RGB", picture.size) for picture in pictures]
+        return [picture.pixels for picture in pictures]
+
     def _process(
         self, text: str, pictures: SequenceOf[Pixels]
     ) -> tuple[_Tokens, dict[str, npt.NDArray[Any]]]:
+        images = self._images(pictures)
         try:
-            found = self._processor(
-                text=[text],
-                images=[picture.pixels for picture in pictures],
-                add_special_tokens=False,  # the template has them
-            )
+            # The template has the special tokens.
+            found = self._processor(text=[text], images=images, add_special_tokens=False)
         except Exception as error:  # a foreign processor fails in any way
             reason = f"{type(error).__name__}: {error}"[:200]
             raise PromptError(f"the model's processor refused the pictures: {reason}") from error
@@ -471,8 +545,6 @@ def reader(network: VisionNetwork, processor: Any, lone: str) -> Reader:
 
     Raises VisionError for a model whose pictures cannot be served this way.
     """
-    from PIL import Image as PIL
-
     sample = _Sample(PIL.new("RGB", (64, 64), (200, 30, 30)))
     trial = Reader(processor, network.image_token, is_unbroken=False)
     try:
@@ -501,3 +573,7 @@ def reader(network: VisionNetwork, processor: Any, lone: str) -> Reader:
 class _Sample:
     pixels: Any
     digest: bytes = b"sample"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return cast("tuple[int, int]", self.pixels.size)

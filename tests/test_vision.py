@@ -43,7 +43,7 @@ from mlxlite.sequence import (
     Sequence,
 )
 from mlxlite.served import LoadError, PromptError
-from mlxlite.vision import SEEN_BYTES, VisionNetwork
+from mlxlite.vision import SEEN_BYTES, Reader, VisionNetwork
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -57,6 +57,10 @@ Part = str | Image.Image
 @dataclass(frozen=True)
 class Picture:
     pixels: Image.Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.pixels.size
 
     @property
     def digest(self) -> bytes:
@@ -471,3 +475,50 @@ def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
     prompt = replace(server.prompt(*TEXT), blocks=None)
     run = drive(scheduler, runner, {0: [Add(Sequence(1, prompt, GREEDY, NUM_TOKENS))]})
     assert run.tokens(1) == checkpoint.expected(*TEXT)
+
+
+def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
+    checkpoint: Checkpoint,
+):
+    @dataclass(frozen=True)
+    class Undecodable:
+        digest: bytes
+        size: tuple[int, int]
+
+        @property
+        def pixels(self) -> Any:
+            raise AssertionError("nobody should look")
+
+    server = checkpoint.server(cache=0)
+    reader = checkpoint.model.sight
+    assert not isinstance(reader, str)
+    for turns in (TWO, ONE):
+        known = [Picture(pixels) for pixels in pictures_of(*turns)]
+        first = checkpoint.prompt(*turns)
+        assert all(reader.knows(picture.digest) for picture in known)
+        again = checkpoint.model.render(
+            messages_of(*turns, ["A thing."], ["And?"]),
+            {},
+            is_continuation=False,
+            pictures=[Undecodable(picture.digest, picture.size) for picture in known],
+        )
+        places = [(image.start, image.stop, image.digest) for image in again.images]
+        assert places == [(image.start, image.stop, image.digest) for image in first.images]
+        expected = checkpoint.expected(*turns, ["A thing."], ["And?"])
+        assert server.ask(again) == expected
+
+
+def test_what_processors_make_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    class Processor:
+        image_processor = staticmethod(lambda images: {"pixel_values": np.zeros(1000)})
+
+    monkeypatch.setattr("mlxlite.vision.MADE_BYTES", 20_000)
+    reader = Reader(Processor(), 0, is_unbroken=False)
+    memo = reader._memo
+    assert memo is not None
+    for i in range(5):
+        memo.key = (b"%d" % i,)
+        made = memo([])
+        made.pop("pixel_values")  # whoever has it may change it
+        assert "pixel_values" in memo([])
+    assert memo.digests() == {b"3", b"4"}
