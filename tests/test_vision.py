@@ -7,6 +7,7 @@ attention that looks ahead inside of pictures (gemma4), and pictures in tiles (s
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -522,3 +523,36 @@ def test_what_processors_make_is_bounded(monkeypatch: pytest.MonkeyPatch):
         made.pop("pixel_values")  # whoever has it may change it
         assert "pixel_values" in memo([])
     assert memo.digests() == {b"3", b"4"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_and_goes_each_reads_as_alone(checkpoint: Checkpoint, seed: int):
+    chance = random.Random(seed)
+    server = checkpoint.server(
+        chunk=chance.choice([6, 20, 2048]),
+        max_rows=chance.choice([2, 3, 5]),
+        cache=chance.choice([0, 60_000, 1 << 30]),
+    )
+    second: list[list[Part]] = [*ONE, ["A thing."], ["And ", picture(2), "?"]]
+    choices = [ONE, OTHER, TWO, TEXT, second, [["Hello, ", picture(1), "how are you today?"]]]
+    asked: dict[int, list[list[Part]]] = {}
+    sequences: dict[int, Sequence] = {}
+    log: dict[int, list[Command]] = {}
+    for _ in range(14):
+        turns = chance.choice(choices)
+        sequence = server.sequence(
+            checkpoint.prompt(*turns), chance.randint(1, 12), priority=chance.choice([0, 0, -1])
+        )
+        asked[sequence.id], sequences[sequence.id] = turns, sequence
+        tick = chance.randrange(40)
+        log.setdefault(tick, []).append(Add(sequence))
+        if chance.random() < 0.2:
+            end = Finish(sequence.id, FinishReason.CANCELLED)
+            log.setdefault(tick + chance.randrange(12), []).append(end)
+    run = server.drive(log)
+    for id, sequence in sequences.items():
+        tokens = run.tokens(id)
+        expected = checkpoint.expected(*asked[id])[: sequence.max_tokens]
+        assert tokens == expected[: len(tokens)]
+        if run.ends(id)[0].reason is FinishReason.LENGTH:
+            assert tokens == expected
