@@ -17,6 +17,7 @@ from mlxlite.flags import ConfigError
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Callable
 
     from mlxlite.sequence import Runner
@@ -84,7 +85,15 @@ def server_class() -> "Callable[[Config], Server]":
 
 def main() -> None:
     """The console script."""
+    import signal
+
     config = parse_args(sys.argv[1:], os.environ)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until there is a loop, and something to end
+        signal.signal(number, lambda *_: os._exit(0))
+    try:
+        listener = _listen(config)
+    except OSError as error:
+        sys.exit(_cannot_listen(config, error))
 
     import asyncio
     import logging
@@ -98,17 +107,43 @@ def main() -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # What Pillow says of odd pictures is the clients' doing: no log, nor a list of all it has said.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        code = asyncio.run(_serve(config))
-    except KeyboardInterrupt:  # before the signal handlers are in place
-        code = 130
+    code = asyncio.run(_serve(config, listener))
     sys.stdout.flush()
     sys.stderr.flush()
     # The lane may be inside a kernel that cannot be interrupted: do not wait for it.
     os._exit(code)
 
 
-async def _serve(config: Config) -> int:
+def _listen(config: Config) -> "socket.socket | None":
+    """A port before the rest is even imported: whoever asks waits, and is not turned away.
+
+    None where there is a choice of addresses, which asyncio makes. Raises OSError.
+    """
+    import socket
+
+    if config.uds is not None:
+        return None
+    found = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    if len(found) != 1:
+        return None
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as asyncio does
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listener.bind(address)
+    listener.listen(1024)
+    return listener
+
+
+def _cannot_listen(config: Config, error: OSError) -> int:
+    address = config.uds or f"{config.host}:{config.port}"
+    return _fail(f"cannot listen on {address}: {error.strerror or error}")
+
+
+async def _serve(config: Config, listener: "socket.socket | None") -> int:
     """Run until a signal; the exit code."""
     import asyncio
 
@@ -117,12 +152,11 @@ async def _serve(config: Config) -> int:
     stopping = _stop_signals()
     try:
         server = server_class()(config)
-        await server.start()
+        await server.start(listener)
     except ConfigError as error:
         return _fail(str(error), USAGE_STATUS)
     except OSError as error:
-        address = config.uds or f"{config.host}:{config.port}"
-        return _fail(f"cannot listen on {address}: {error.strerror or error}")
+        return _cannot_listen(config, error)
     ready = asyncio.ensure_future(server.ready())
     stopped = asyncio.ensure_future(stopping.wait())
     await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)

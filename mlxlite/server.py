@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import logging
 import os
+import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from time import perf_counter, time
@@ -78,12 +79,19 @@ class Server:
 
     # --- life -------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Listen, then begin to load. Raises OSError when the address cannot be had."""
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Listen, then begin to load. Raises OSError when the address cannot be had.
+
+        `listener` is a TCP socket that listens already, instead of the configuration's address.
+        """
         loop = asyncio.get_running_loop()
         if self.config.uds is not None:
             self._listener = await loop.create_unix_server(
                 lambda: Client(self), sock=bind_unix(self.config.uds)
+            )
+        elif listener is not None:
+            self._listener = await loop.create_server(
+                lambda: Client(self), sock=listener, backlog=1024
             )
         else:
             self._listener = await loop.create_server(
