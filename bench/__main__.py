@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import orjson
 from bench import report
 from bench.inprocess import InProcess
 from bench.models import SIZES, Writer, save_checkpoint
+from bench.pictures import pictures
 from bench.prefixes import overhead, prefix
 from bench.report import Table
 from bench.sections import Bench, burst, longprompt, mixed, neighbours, steps, throughput
 from mlxlite.engine import Lane
 from mlxlite.hub import locate
 
-SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
+SECTIONS: dict[str, Callable[[Bench], Awaitable[Table]]] = {
     "throughput": throughput,
     "mixed": mixed,
     "neighbours": neighbours,
@@ -37,6 +38,9 @@ SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "steps": steps,
     "prefix": prefix,
     "overhead": overhead,
+}
+BY_NAME: dict[str, Callable[[Bench], Awaitable[Table]]] = {  # for models that are not ours
+    "pictures": pictures,
 }
 
 
@@ -58,13 +62,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="the small model only, and few runs")
-    add("--only", help=f"some of {','.join(SECTIONS)}, separated by commas")
+    add("--only", help=f"some of {','.join(SECTIONS | BY_NAME)}, separated by commas")
     add("--model", action="append", help=f"{', '.join(SIZES)}, or a model's path (repeatable)")
     add("--pairs", type=int, help="how often each comparison is made")
     add("--tokens", type=int, help="output tokens of a request where throughput is measured")
     add("--json", type=Path, metavar="FILE", help="write the header and all figures there too")
     args = parser.parse_args(argv)
-    unknown = set(_names(args)) - set(SECTIONS)
+    unknown = set(_names(args)) - set(SECTIONS | BY_NAME)
     if unknown:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     return args
@@ -99,7 +103,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
             print(f"## Model: {path.name}\n", flush=True)
             tables[path.name] = []
             for section in _names(args):
-                table = await SECTIONS[section](bench)
+                table = await (SECTIONS | BY_NAME)[section](bench)
                 print(table.as_markdown(), flush=True)
                 tables[path.name].append(table.as_json())
             await inprocess.close()

@@ -85,7 +85,7 @@ async def prefix(bench: Bench) -> Table:
 
 
 async def _one_by_one(port: int, bodies: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [await _ttft(port, body) for body in bodies]
+    return [await ttft(port, body) for body in bodies]
 
 
 async def _one_pair(bench: Bench, port: int, figures: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ async def _one_pair(bench: Bench, port: int, figures: dict[str, Any]) -> None:
     figures["warm"].append(median(warm))
     for n in NUM_AT_ONCE:
         bodies = family(bench, SHARED_TOKENS, n)
-        seconds = await asyncio.gather(*(_ttft(port, body) for body in bodies))
+        seconds = await asyncio.gather(*(ttft(port, body) for body in bodies))
         figures[str(n)].append(median(seconds))
 
 
@@ -131,7 +131,7 @@ def _clients(writer: Writer, max_tokens: int) -> Sequence[Sequence[Request]]:
 # --- one client for all servers -----------------------------------------------------------------
 
 
-async def _ttft(port: int, body: Mapping[str, Any]) -> float:
+async def ttft(port: int, body: Mapping[str, Any]) -> float:
     """Seconds from sending a streamed request, on a connection of its own, to its first text.
 
     Raises RuntimeError when there is none.
