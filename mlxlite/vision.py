@@ -85,6 +85,9 @@ class Inputs:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in (self.tokens, *self.arrays.values()))
 
+    def as_mlx(self) -> dict[str, mx.array]:
+        return {name: mx.array(array) for name, array in self.arrays.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -394,11 +397,7 @@ class VisionNetwork(nn.Module):
         self._seen.clear()
 
     def _look(self, inputs: Inputs) -> Seen:
-        arrays = {name: mx.array(array) for name, array in inputs.arrays.items()}
-        found = self.network.get_input_embeddings(
-            mx.array(inputs.tokens[None]), arrays.pop("pixel_values"), mask=None, **arrays
-        )
-        self._forget_positions()
+        found = self._features(inputs)
         places = np.flatnonzero(inputs.tokens == self.image_token)
         at = mx.array(places)
         deep = getattr(found, "deepstack_visual_embeds", None)
@@ -406,19 +405,23 @@ class VisionNetwork(nn.Module):
             deep = [layer[at] for layer in deep]
         return Seen(found.inputs_embeds[0, at], tuple(deep) if deep is not None else ())
 
-    def fields(self, inputs: Inputs) -> set[str]:
-        """What the model makes of a picture, by name."""
-        arrays = {name: mx.array(array) for name, array in inputs.arrays.items()}
-        found = self.network.get_input_embeddings(
-            mx.array(inputs.tokens[None]), arrays.pop("pixel_values"), mask=None, **arrays
-        )
+    def _features(self, inputs: Inputs) -> Any:
+        """What the model makes of a picture among its tokens."""
+        arrays = inputs.as_mlx()
+        pixels = arrays.pop("pixel_values")
+        ids = mx.array(inputs.tokens[None])
+        found = self.network.get_input_embeddings(ids, pixels, mask=None, **arrays)
         self._forget_positions()
-        return {name for name, value in found.to_dict().items() if value is not None}
+        return found
+
+    def fields(self, inputs: Inputs) -> set[str]:
+        """The names of what the model makes of a picture."""
+        found = self._features(inputs).to_dict()
+        return {name for name, value in found.items() if value is not None}
 
     def is_unbroken(self, inputs: Inputs) -> bool:
         """Whether attention inside of pictures looks ahead, so that all must be one chunk."""
-        arrays = {name: mx.array(array) for name, array in inputs.arrays.items()}
-        return not _chunked_prefill_enabled(self.network, prefill_kwargs=arrays)
+        return not _chunked_prefill_enabled(self.network, prefill_kwargs=inputs.as_mlx())
 
     def positions(self, prompt: Prompt, num_tokens: int) -> tuple[mx.array, mx.array]:
         """`[3, 1, num_tokens]` of a prompt and what follows it, and what rows add from then on."""
