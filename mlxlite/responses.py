@@ -73,7 +73,7 @@ from mlxlite.sequence import (
     Progress,
     Usage,
 )
-from mlxlite.tools import Tool, array_of, function_of, response_format
+from mlxlite.tools import Tool, array_of, function_of, response_format, shallow
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
@@ -190,7 +190,7 @@ _FORMAT: Final[Mapping[str, Reader]] = {
     "type": one_of("text", "json_object", "json_schema"),
     "name": text,
     "description": text,
-    "schema": json_object,
+    "schema": shallow,  # it is repeated even where the type has no use for it
     "strict": flag,
 }
 

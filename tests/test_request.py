@@ -790,6 +790,13 @@ def test_a_schema_may_be_as_deep_as_anybody_writes_one(name: str, value: bytes, 
             assert refusal(body(depth, opening, end)).param == path
 
 
+@pytest.mark.parametrize("deep", [b"[" * 1000 + b"]" * 1000, b'{"a":' * 1000 + b"1" + b"}" * 1000])
+def test_a_tool_is_no_deeper_where_nobody_reads_it(deep: bytes) -> None:
+    tool = b',"tools":[{"type":%b,"function":{"name":"f"},"else":%b}]'
+    assert refusal(_chat(more=tool % (deep, b"1"))).param == "tools[0]"
+    assert refusal(_chat(more=tool % (b'"function"', deep))).param == "tools[0]"
+
+
 def test_the_older_form_of_tools_does_not_contradict_the_newer_one() -> None:
     tools, functions = [_tool("f")], [{"name": "g"}]
     assert refusal(tools=tools, functions=functions).param == "functions"
