@@ -37,6 +37,7 @@ LINGER_S = 2.0  # after an answer that came before the body: let the peer read i
 HEARTBEAT_S = 15.0  # of silence in a stream
 MAX_UNSENT_BYTES = 4 << 20  # a slow reader's backlog
 MAX_PIPELINED_BYTES = 64 << 10  # beyond it reading stops until the present answer is out
+MAX_AT_ONCE = 16  # pipelined requests that are answered before everybody else has a turn
 _NEVER = float("inf")
 
 Fields = tuple[tuple[str, str], ...]
@@ -172,9 +173,13 @@ class Client(asyncio.Protocol):
         self._write_deadline = _NEVER
 
     def _pump(self) -> None:
-        """Hand on every event there is; ends when bytes are missing or an answer is under way."""
+        """Hand on every event there is; ends when bytes are missing or an answer is under way.
+
+        One read may hold thousands of short requests: after a few of them the others' turn comes.
+        """
         self._is_pumping = True
-        while not self._is_lingering and not self._transport.is_closing():
+        num_left = MAX_AT_ONCE
+        while num_left and not self._is_lingering and not self._transport.is_closing():
             match self.http.next_event():
                 case http1.Head() as head:
                     self._deadline = perf_counter() + BODY_TIMEOUT_S
@@ -184,6 +189,7 @@ class Client(asyncio.Protocol):
                         self.write(self.http.continue_100())
                 case http1.Body(data):
                     assert self._exchange is not None
+                    num_left -= 1
                     self._deadline = _NEVER
                     self._exchange.has_body = True
                     self._guard(self._exchange, self.app.handle, data)
@@ -193,8 +199,13 @@ class Client(asyncio.Protocol):
                 case _:
                     break
         self._is_pumping = False
-        if self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
+        if not num_left:
             self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._pump)
+        elif self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
 
     def _refuse(self, error: api.APIError) -> None:
         """Answer what is no request, and close."""
@@ -228,7 +239,6 @@ class Client(asyncio.Protocol):
             self._transport.close() if is_read else self._linger()
         else:
             self._deadline = perf_counter() + KEEP_ALIVE_S
-            self._transport.resume_reading()
             if not self._is_pumping:
                 self._pump()
 
@@ -236,6 +246,7 @@ class Client(asyncio.Protocol):
         """Close, but not before the peer has had time to read: unread input would reset it away."""
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
+        self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
 

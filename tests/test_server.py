@@ -1494,6 +1494,24 @@ async def test_pipelining_without_end_is_bounded_and_loses_nothing() -> None:
 
 
 @in_a_loop
+async def test_whoever_pipelines_a_lot_takes_turns_with_everybody_else() -> None:
+    async with serving() as served, await served.wire() as wire:
+        assert (await wire.get("/health")).status == 200
+        (client,) = served.server._clients
+        other = await served.wire()
+        raw, num = request("GET", "/health"), 2000
+        client.data_received(raw * num)  # as one read of the loop may
+        assert client.http.num_buffered == (num - connection.MAX_AT_ONCE) * len(raw)
+        assert not client._transport.is_reading()
+        assert (await other.get("/health")).status == 200
+        assert client.http.num_buffered > 0, "the other was served in between"
+        for _ in range(num):
+            assert (await wire.answer()).status == 200
+        assert client._transport.is_reading()
+        await other.close()
+
+
+@in_a_loop
 async def test_a_request_may_come_byte_by_byte() -> None:
     async with serving() as served, await served.wire() as wire:
         for byte in chat_request("hello"):
