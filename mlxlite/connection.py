@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mlxlite import api, http1
-from mlxlite.sequence import Delta, Done, FinishReason, Output, Progress, Sink
+from mlxlite.sequence import Delta, Done, FinishReason, Output, Progress, Sink, Usage
 
 log = logging.getLogger("mlxlite.connection")
 
@@ -194,8 +194,7 @@ class Client(asyncio.Protocol):
                     self._exchange.has_body = True
                     self._guard(self._exchange, self.app.handle, data)
                 case http1.Malformed(status, message):
-                    error = api.APIError(api.Cause.MALFORMED, message, status=status)
-                    self._refuse(error)
+                    self._malformed(api.APIError(api.Cause.MALFORMED, message, status=status))
                 case _:
                     break
         self._is_pumping = False
@@ -207,12 +206,18 @@ class Client(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
+    def _malformed(self, error: api.APIError) -> None:
+        """A body that breaks off in nonsense is a request's still: its dialect, its id."""
+        if self._exchange is not None:
+            self._exchange.fail(error)
+        else:
+            self._refuse(error)
+
     def _refuse(self, error: api.APIError) -> None:
         """Answer what is no request, and close."""
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
         self.write(self.http.respond(error.status, fields, error.body()))
-        self._exchange = None
         self._linger()
 
     def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
@@ -263,6 +268,11 @@ class Client(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def cut(self, exchange: "Exchange") -> None:
+        """Hang up in the middle of an answer; void after its end."""
+        if self._exchange is exchange:
+            self._transport.abort()
 
     def tick(self, now: float) -> None:
         """Look at the deadline; keep a silent stream alive."""
@@ -326,6 +336,13 @@ class Exchange:
             log.warning("%r: %d %s", self, error.status, error.message)
         body = self.error_body(error, self.request_id)
         self.respond(error.status, body, (*JSON, *error.headers))
+
+    def abandon(self, error: api.APIError) -> None:
+        """Our own mistake. A stream that has begun is cut: nobody waits, or takes it for whole."""
+        if self.is_answered:
+            self._client.cut(self)
+        else:
+            self.fail(error)
 
     def start_stream(self) -> None:
         if not self.is_lost:
@@ -409,19 +426,28 @@ class AnswerSink:
         if self._num_left == 0:
             dones = [choice.done for choice in self._choices if choice.done is not None]
             total = api.total_usage(dones, self._num_per_prompt)
-        if self._is_stream:
-            if has_failed:
-                self._exchange.write(self._writer.fail(api.failure(done)))
-            else:
-                self._exchange.write(self._writer.done(index, done, total))
+        is_told = False
+        try:
+            self._tell(index, done, total, has_failed=has_failed)
+            is_told = True
+        finally:  # if even the error could not be written, too
+            if has_failed or (is_last and is_told):
+                if not is_told:
+                    self._exchange.abandon(api.failure(done))
+                elif self._is_stream:
+                    self._exchange.end_stream()
+                self._exchange.end()
+
+    def _tell(self, index: int, done: Done, total: Usage | None, *, has_failed: bool) -> None:
+        """What a choice's end looks like; `total` is there with the last one."""
+        if self._is_stream and has_failed:
+            self._exchange.write(self._writer.fail(api.failure(done)))
+        elif self._is_stream:
+            self._exchange.write(self._writer.done(index, done, total))
         elif has_failed:
             self._exchange.fail(api.failure(done))
         elif total is not None:
             self._exchange.respond(200, self._writer.whole(self._choices, total))
-        if is_last:
-            if self._is_stream:
-                self._exchange.end_stream()
-            self._exchange.end()
 
     def _log(self, done: Done) -> None:
         usage = done.usage

@@ -41,7 +41,7 @@ from helpers import (
     until,
 )
 
-from mlxlite import connection, engine, routes
+from mlxlite import api, connection, engine, routes
 from mlxlite import server as server_module
 from mlxlite.config import Config
 from mlxlite.routes import Phase
@@ -774,6 +774,53 @@ def test_a_token_that_has_no_bytes_to_show_ends_its_answer_and_nobody_waits(stre
             if stream:
                 assert (await asyncio.wait_for(wire.rest(), 2))[-1] == DONE
             await until(lambda: served.num_live == 0)
+
+    test()
+
+
+@pytest.mark.parametrize("names", [("begin",), ("delta", "fail"), ("done", "fail")])
+def test_an_answer_that_cannot_even_fail_is_cut_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("a mistake of ours")
+
+    for name in names:
+        monkeypatch.setattr(api.ChatWriter, name, fail)
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            assert (await wire.open_stream("hello")).status == 200
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await asyncio.wait_for(wire.rest(), 2)
+            await until(lambda: served.num_live == 0)
+            assert not served.server._routes._exchanges
+            await until(lambda: served.num_clients == 0)
+            async with await served.wire() as other:
+                assert (await other.chat("hello")).status == 200
+
+    test()
+
+
+@pytest.mark.parametrize(("path", "kind"), [(CHAT, "openai"), ("/v1/messages", "anthropic")])
+@pytest.mark.parametrize("piece", [b"zz\r\n", b"%x\r\n" % ((1 << 20) + 1)])
+def test_a_body_that_turns_into_nonsense_is_refused_in_its_own_dialect(
+    path: str, kind: str, piece: bytes
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving(max_body_mb=1) as served, await served.wire() as wire:
+            fields = {"transfer_encoding": "chunked", "x_request_id": "mine"}
+            await wire.send(request("POST", path, **fields) + b"2\r\n{}\r\n")
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            await wire.send(piece)
+            answer = await wire.answer()
+            assert answer.status in (400, 413)
+            assert ("type" in answer.json) is (kind == "anthropic")
+            assert answer["x-request-id"] == "mine"
+            assert answer["connection"] == "close"
+            assert await wire.is_cut()
 
     test()
 
