@@ -31,6 +31,8 @@ log = logging.getLogger("mlxlite.connection")
 
 HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+BODY_GRACE_S = 120.0  # then it has to have come at
+MIN_BODY_RATE = 500  # bytes a second, or it holds its place for ever (Apache's mod_reqtimeout)
 KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
 WRITE_TIMEOUT_S = 30.0  # a reader that takes nothing for so long is cut
 LINGER_S = 2.0  # after an answer that came before the body: let the peer read it
@@ -132,6 +134,8 @@ class Client(asyncio.Protocol):
         self._num_written = 0  # bytes, and how many of them the peer has taken
         self._num_taken = 0
         self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
+        self._body_since = self._deadline  # of the present request: when its head was there
+        self._num_body_bytes = 0
         self._write_deadline = _NEVER  # for the peer to take what is sent
 
     def __repr__(self) -> str:
@@ -153,12 +157,18 @@ class Client(asyncio.Protocol):
             return
         if self._exchange is not None:
             if not self._exchange.has_body:
-                self._deadline = perf_counter() + BODY_TIMEOUT_S
+                self._body_came(len(data))
         elif not self._has_begun:  # at the first byte only: empty lines buy no time
             self._has_begun = True
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
         self.http.receive_data(data)
         self._pump()
+
+    def _body_came(self, num_bytes: int) -> None:
+        """A piece buys time, but no more than a body takes that is not made to drip."""
+        self._num_body_bytes += num_bytes
+        latest = self._body_since + BODY_GRACE_S + self._num_body_bytes / MIN_BODY_RATE
+        self._deadline = min(perf_counter() + BODY_TIMEOUT_S, latest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.app.left(self)
@@ -182,7 +192,8 @@ class Client(asyncio.Protocol):
         while num_left and not self._is_lingering and not self._transport.is_closing():
             match self.http.next_event():
                 case http1.Head() as head:
-                    self._deadline = perf_counter() + BODY_TIMEOUT_S
+                    self._body_since, self._num_body_bytes = perf_counter(), 0
+                    self._deadline = self._body_since + BODY_TIMEOUT_S
                     self._exchange = Exchange(self, head)
                     self._guard(self._exchange, self.app.admit)
                     if not self._is_lingering:

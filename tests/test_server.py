@@ -1746,6 +1746,49 @@ def test_a_body_that_stops_gets_a_408(clock: Clock) -> None:
     test()
 
 
+def test_a_body_that_drips_gets_a_408_in_the_end(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            await wire.send(request("POST", CHAT, content_length=str(1 << 20)))
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            (client,) = served.server._clients
+            began = clock.now
+            step_s = connection.BODY_TIMEOUT_S - 1
+            while clock.now - began < connection.BODY_GRACE_S - step_s:
+                before = client._num_body_bytes
+                await wire.send(b" ")
+                await until(lambda before=before: client._num_body_bytes > before)
+                assert served.num_clients == 1
+                await pass_time(served, clock, step_s)
+            await wire.send(b" ")
+            await pass_time(served, clock, connection.BODY_GRACE_S + 1 - (clock.now - began))
+            assert (await wire.answer()).status == 408
+            assert await wire.is_cut()
+
+    test()
+
+
+def test_a_large_body_may_take_its_time(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            body = json.dumps(chat_body("hello")).encode()
+            piece = b" " * 10 * connection.MIN_BODY_RATE  # what 10 s at the least allow
+            num = 3 * int(connection.BODY_GRACE_S / 10)
+            await wire.send(request("POST", CHAT, content_length=str(num * len(piece) + len(body))))
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            (client,) = served.server._clients
+            for n in range(1, num + 1):
+                await wire.send(piece)
+                await until(lambda n=n: client._num_body_bytes == n * len(piece))
+                await pass_time(served, clock, 10)
+            await wire.send(body)
+            assert (await wire.answer()).status == 200
+
+    test()
+
+
 def test_an_idle_connection_is_closed_after_the_keep_alive_time(clock: Clock) -> None:
     @in_a_loop
     async def test() -> None:
