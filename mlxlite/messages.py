@@ -15,10 +15,8 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Final, TypeAlias
 
-import orjson
-
 from mlxlite.api import APIError, Cause, bad, clip
-from mlxlite.fields import json_object, text, wrong
+from mlxlite.fields import json_object, parse, text, wrong
 from mlxlite.media import DETAILS, MAX_PICTURES, Source, source_of
 
 Part: TypeAlias = str | Source
@@ -257,8 +255,8 @@ def _tool_call(value: Any, param: str) -> ToolCall:
     if not isinstance(arguments, str | dict):
         raise wrong(f"{param}.function.arguments", "a string or an object", arguments)
     if isinstance(arguments, str):
-        with suppress(orjson.JSONDecodeError):  # a model's own broken call stays text
-            value = orjson.loads(arguments)
+        with suppress(ValueError):  # a model's own broken call stays text
+            value = parse(arguments.encode())
             arguments = value if isinstance(value, dict) else arguments
     name = text(function.get("name"), f"{param}.function.name")
     return ToolCall(text(call.get("id") or "", f"{param}.id"), name, arguments)

@@ -48,6 +48,7 @@ from mlxlite.fields import (
     integer,
     json_object,
     off,
+    parse,
     parse_object,
     read_fields,
     refused,
@@ -83,8 +84,8 @@ MAX_METADATA = 16  # pairs, OpenAI's bound
 def _arguments(value: Any, param: str) -> Any:
     """The parsed object, or a model's own broken call as its text."""
     try:
-        arguments = orjson.loads(text(value, param) or "{}")
-    except orjson.JSONDecodeError:
+        arguments = parse((text(value, param) or "{}").encode())
+    except ValueError:
         return value
     return arguments if isinstance(arguments, dict) else value
 

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from mlxlite.api import APIError, Cause, bad, clip
-from mlxlite.fields import Reader, flag, json_object, text, wrong
+from mlxlite.fields import Reader, flag, json_object, parse, text, wrong
 from mlxlite.served import Constraint, Kind
 
 MAX_TOOLS = 128  # OpenAI's
@@ -111,9 +111,9 @@ def json_schema(value: Any, param: str) -> Constraint:
     """A schema, as an object or as text."""
     if isinstance(value, str):
         try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            raise bad(f"'{param}' is no JSON.", param) from None
+            value = parse(value.encode())
+        except ValueError:
+            raise bad(f"'{param}' is no JSON, or of too many values.", param) from None
     return Constraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
 
 
