@@ -36,6 +36,7 @@ class Role(Enum):
     FUNCTION = "function"
 
 
+_ROLES: Final = tuple(role.value for role in Role)
 SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictures of others
 
 
@@ -157,11 +158,9 @@ def messages_of(value: Any, param: str) -> tuple[Message, ...]:
 
 def _message(value: Any, param: str) -> Message:
     fields = {name: item for name, item in json_object(value, param).items() if item is not None}
-    roles = ", ".join(role.value for role in Role)
-    try:
-        role = Role(fields.get("role"))
-    except ValueError:
-        raise bad(f"'{param}.role' must be one of {roles}.", f"{param}.role") from None
+    if (given_role := fields.get("role")) not in _ROLES:  # Role() would quote it, at any depth
+        raise bad(f"'{param}.role' must be one of {', '.join(_ROLES)}.", f"{param}.role")
+    role = Role(given_role)
     content = fields.get("content")
     said = turn(role, _parts(content, f"{param}.content", may_show=role in SHOWS))
     tool_calls = _tool_calls(fields.get("tool_calls", []), f"{param}.tool_calls")

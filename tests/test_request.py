@@ -1006,6 +1006,12 @@ def test_a_request_cannot_contradict_itself_about_its_last_message(
     assert refusal(messages=BEGUN, **fields).param == param
 
 
+def test_a_deep_role_is_a_400() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    body = b'{"messages":[{"role":%b,"content":"x"}]}' % deep
+    assert refusal(body).param == "messages[0].role"
+
+
 @pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])
 def test_only_an_assistants_message_is_continued(role: str) -> None:
     messages = [*BEGUN, {"role": role, "content": "x"}]
