@@ -12,9 +12,9 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,15 @@ from helpers import (
     connect,
     in_a_loop,
     new_server,
+    pass_time,
     request,
     serving,
+    slow_reader,
     text_of,
     until,
 )
 
-from mlxlite import api, connection, engine, routes
-from mlxlite import server as server_module
+from mlxlite import api, connection
 from mlxlite.config import Config
 from mlxlite.routes import Phase
 from mlxlite.sequence import Memory
@@ -60,26 +61,6 @@ def _no_thread_is_left() -> Iterator[None]:
         if thread.name.startswith("mlxlite"):
             thread.join(5)
             assert not thread.is_alive(), f"{thread.name} lives on"
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time as connections and the engine see it; deadlines are looked at nearly all the time."""
-    clock = Clock()
-    monkeypatch.setattr(connection, "perf_counter", clock)
-    monkeypatch.setattr(engine, "perf_counter", clock)
-    monkeypatch.setattr(server_module, "perf_counter", clock)
-    monkeypatch.setattr(routes, "perf_counter", clock)
-    monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
-    return clock
-
-
-async def pass_time(served: Served, clock: Clock, seconds: float) -> None:
-    """Let the time pass and every deadline be looked at."""
-    clock.now += seconds
-    swept = served.server.metrics.lag_s
-    seen = swept.count
-    await until(lambda: swept.count >= seen + 2, "the sweep")
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -1988,38 +1969,6 @@ async def test_a_client_that_goes_in_mid_body_is_no_error() -> None:
 
 
 # --- readers that are slow ----------------------------------------------------------------------
-
-
-@dataclass
-class SlowReader:
-    """A connection whose two ends hold little, read by hand: what is unsent stays in the server."""
-
-    sock: socket.socket
-    client: connection.Client
-
-    @property
-    def num_unsent(self) -> int:
-        return self.client._transport.get_write_buffer_size()
-
-    async def read(self) -> int:
-        """Take a piece; how many bytes it has."""
-        piece = asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
-        return len(await asyncio.wait_for(piece, 10))
-
-
-@asynccontextmanager
-async def slow_reader(served: Served) -> AsyncIterator[SlowReader]:
-    num_clients = served.num_clients
-    others = set(served.server._clients)
-    with closing(socket.socket()) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        sock.connect(("127.0.0.1", served.server.port))
-        sock.setblocking(False)
-        await until(lambda: served.num_clients == num_clients + 1)
-        (client,) = served.server._clients - others
-        theirs = client._transport.get_extra_info("socket")
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        yield SlowReader(sock, client)
 
 
 def test_a_reader_that_lags_too_far_is_cut_and_slows_nobody(
