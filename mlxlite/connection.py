@@ -25,18 +25,21 @@ from time import perf_counter
 from typing import Protocol
 
 from mlxlite import api, http1
-from mlxlite.sequence import Delta, Done, FinishReason, Output, Progress, Sink
+from mlxlite.sequence import Delta, Done, FinishReason, Output, Progress, Sink, Usage
 
 log = logging.getLogger("mlxlite.connection")
 
 HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
+BODY_GRACE_S = 120.0  # then it has to have come at
+MIN_BODY_RATE = 500  # bytes a second, or it holds its place for ever (Apache's mod_reqtimeout)
 KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
 WRITE_TIMEOUT_S = 30.0  # a reader that takes nothing for so long is cut
 LINGER_S = 2.0  # after an answer that came before the body: let the peer read it
 HEARTBEAT_S = 15.0  # of silence in a stream
 MAX_UNSENT_BYTES = 4 << 20  # a slow reader's backlog
 MAX_PIPELINED_BYTES = 64 << 10  # beyond it reading stops until the present answer is out
+MAX_AT_ONCE = 16  # pipelined requests that are answered before everybody else has a turn
 _NEVER = float("inf")
 
 Fields = tuple[tuple[str, str], ...]
@@ -131,6 +134,8 @@ class Client(asyncio.Protocol):
         self._num_written = 0  # bytes, and how many of them the peer has taken
         self._num_taken = 0
         self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
+        self._body_since = self._deadline  # of the present request: when its head was there
+        self._num_body_bytes = 0
         self._write_deadline = _NEVER  # for the peer to take what is sent
 
     def __repr__(self) -> str:
@@ -152,12 +157,18 @@ class Client(asyncio.Protocol):
             return
         if self._exchange is not None:
             if not self._exchange.has_body:
-                self._deadline = perf_counter() + BODY_TIMEOUT_S
+                self._body_came(len(data))
         elif not self._has_begun:  # at the first byte only: empty lines buy no time
             self._has_begun = True
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
         self.http.receive_data(data)
         self._pump()
+
+    def _body_came(self, num_bytes: int) -> None:
+        """A piece buys time, but no more than a body takes that is not made to drip."""
+        self._num_body_bytes += num_bytes
+        latest = self._body_since + BODY_GRACE_S + self._num_body_bytes / MIN_BODY_RATE
+        self._deadline = min(perf_counter() + BODY_TIMEOUT_S, latest)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.app.left(self)
@@ -172,36 +183,52 @@ class Client(asyncio.Protocol):
         self._write_deadline = _NEVER
 
     def _pump(self) -> None:
-        """Hand on every event there is; ends when bytes are missing or an answer is under way."""
+        """Hand on every event there is; ends when bytes are missing or an answer is under way.
+
+        One read may hold thousands of short requests: after a few of them the others' turn comes.
+        """
         self._is_pumping = True
-        while not self._is_lingering and not self._transport.is_closing():
+        num_left = MAX_AT_ONCE
+        while num_left and not self._is_lingering and not self._transport.is_closing():
             match self.http.next_event():
                 case http1.Head() as head:
-                    self._deadline = perf_counter() + BODY_TIMEOUT_S
+                    self._body_since, self._num_body_bytes = perf_counter(), 0
+                    self._deadline = self._body_since + BODY_TIMEOUT_S
                     self._exchange = Exchange(self, head)
                     self._guard(self._exchange, self.app.admit)
                     if not self._is_lingering:
                         self.write(self.http.continue_100())
                 case http1.Body(data):
                     assert self._exchange is not None
+                    num_left -= 1
                     self._deadline = _NEVER
                     self._exchange.has_body = True
                     self._guard(self._exchange, self.app.handle, data)
                 case http1.Malformed(status, message):
-                    error = api.APIError(api.Cause.MALFORMED, message, status=status)
-                    self._refuse(error)
+                    self._malformed(api.APIError(api.Cause.MALFORMED, message, status=status))
                 case _:
                     break
         self._is_pumping = False
-        if self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
+        if not num_left:
             self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._pump)
+        elif self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _malformed(self, error: api.APIError) -> None:
+        """A body that breaks off in nonsense is a request's still: its dialect, its id."""
+        if self._exchange is not None:
+            self._exchange.fail(error)
+        else:
+            self._refuse(error)
 
     def _refuse(self, error: api.APIError) -> None:
         """Answer what is no request, and close."""
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
         self.write(self.http.respond(error.status, fields, error.body()))
-        self._exchange = None
         self._linger()
 
     def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
@@ -228,7 +255,6 @@ class Client(asyncio.Protocol):
             self._transport.close() if is_read else self._linger()
         else:
             self._deadline = perf_counter() + KEEP_ALIVE_S
-            self._transport.resume_reading()
             if not self._is_pumping:
                 self._pump()
 
@@ -236,6 +262,7 @@ class Client(asyncio.Protocol):
         """Close, but not before the peer has had time to read: unread input would reset it away."""
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
+        self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -252,6 +279,11 @@ class Client(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def cut(self, exchange: "Exchange") -> None:
+        """Hang up in the middle of an answer; void after its end."""
+        if self._exchange is exchange:
+            self._transport.abort()
 
     def tick(self, now: float) -> None:
         """Look at the deadline; keep a silent stream alive."""
@@ -315,6 +347,13 @@ class Exchange:
             log.warning("%r: %d %s", self, error.status, error.message)
         body = self.error_body(error, self.request_id)
         self.respond(error.status, body, (*JSON, *error.headers))
+
+    def abandon(self, error: api.APIError) -> None:
+        """Our own mistake. A stream that has begun is cut: nobody waits, or takes it for whole."""
+        if self.is_answered:
+            self._client.cut(self)
+        else:
+            self.fail(error)
 
     def start_stream(self) -> None:
         if not self.is_lost:
@@ -398,19 +437,28 @@ class AnswerSink:
         if self._num_left == 0:
             dones = [choice.done for choice in self._choices if choice.done is not None]
             total = api.total_usage(dones, self._num_per_prompt)
-        if self._is_stream:
-            if has_failed:
-                self._exchange.write(self._writer.fail(api.failure(done)))
-            else:
-                self._exchange.write(self._writer.done(index, done, total))
+        is_told = False
+        try:
+            self._tell(index, done, total, has_failed=has_failed)
+            is_told = True
+        finally:  # if even the error could not be written, too
+            if has_failed or (is_last and is_told):
+                if not is_told:
+                    self._exchange.abandon(api.failure(done))
+                elif self._is_stream:
+                    self._exchange.end_stream()
+                self._exchange.end()
+
+    def _tell(self, index: int, done: Done, total: Usage | None, *, has_failed: bool) -> None:
+        """What a choice's end looks like; `total` is there with the last one."""
+        if self._is_stream and has_failed:
+            self._exchange.write(self._writer.fail(api.failure(done)))
+        elif self._is_stream:
+            self._exchange.write(self._writer.done(index, done, total))
         elif has_failed:
             self._exchange.fail(api.failure(done))
         elif total is not None:
             self._exchange.respond(200, self._writer.whole(self._choices, total))
-        if is_last:
-            if self._is_stream:
-                self._exchange.end_stream()
-            self._exchange.end()
 
     def _log(self, done: Done) -> None:
         usage = done.usage

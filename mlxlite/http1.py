@@ -60,6 +60,7 @@ class Limits:
     # Request line, fields and blank line (node: 80 KiB, IIS: 16 KiB); of a chunked body also the
     # trailers, and the sum of the chunk extensions.
     max_header_bytes: int = 64 * 1024
+    max_fields: int = 256  # of a header: 16,000 short ones would hold the loop for 50 ms
     max_body_bytes: int = 64 * 1024 * 1024  # after de-chunking
 
 
@@ -333,10 +334,10 @@ class Connection:
         block = bytes(self._buffer[:stop])
         del self._buffer[:stop]
         self._num_scanned = 0
-        if _CONTROL.search(block):
-            return Malformed(400, "control character in the header")
-        if _FOLD.search(block):
-            return Malformed(400, "folded header line")
+        if block.count(b"\r\n") > self._limits.max_fields + 2:  # first line and blank one
+            return Malformed(431, "too many header fields")
+        if _CONTROL.search(block) or _FOLD.search(block):
+            return Malformed(400, "control character or folded line in the header")
         return block
 
     def _read_sized(self) -> Event:
@@ -374,8 +375,7 @@ class Connection:
     def _finish_body(self) -> Body:
         self._end_of_message()
         self._phase = _Phase.DONE
-        body = Body(bytes(self._body))
-        self._body = bytearray()
+        body, self._body = Body(bytes(self._body)), bytearray()
         return body
 
     def _end_of_message(self) -> None:

@@ -15,10 +15,8 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Final, TypeAlias
 
-import orjson
-
 from mlxlite.api import APIError, Cause, bad, clip
-from mlxlite.fields import json_object, text, wrong
+from mlxlite.fields import json_object, parse, text, wrong
 from mlxlite.media import DETAILS, MAX_PICTURES, Source, source_of
 
 Part: TypeAlias = str | Source
@@ -38,6 +36,7 @@ class Role(Enum):
     FUNCTION = "function"
 
 
+_ROLES: Final = tuple(role.value for role in Role)
 SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictures of others
 
 
@@ -159,11 +158,9 @@ def messages_of(value: Any, param: str) -> tuple[Message, ...]:
 
 def _message(value: Any, param: str) -> Message:
     fields = {name: item for name, item in json_object(value, param).items() if item is not None}
-    roles = ", ".join(role.value for role in Role)
-    try:
-        role = Role(fields.get("role"))
-    except ValueError:
-        raise bad(f"'{param}.role' must be one of {roles}.", f"{param}.role") from None
+    if (given_role := fields.get("role")) not in _ROLES:  # Role() would quote it, at any depth
+        raise bad(f"'{param}.role' must be one of {', '.join(_ROLES)}.", f"{param}.role")
+    role = Role(given_role)
     content = fields.get("content")
     said = turn(role, _parts(content, f"{param}.content", may_show=role in SHOWS))
     tool_calls = _tool_calls(fields.get("tool_calls", []), f"{param}.tool_calls")
@@ -257,8 +254,8 @@ def _tool_call(value: Any, param: str) -> ToolCall:
     if not isinstance(arguments, str | dict):
         raise wrong(f"{param}.function.arguments", "a string or an object", arguments)
     if isinstance(arguments, str):
-        with suppress(orjson.JSONDecodeError):  # a model's own broken call stays text
-            value = orjson.loads(arguments)
+        with suppress(ValueError):  # a model's own broken call stays text
+            value = parse(arguments.encode())
             arguments = value if isinstance(value, dict) else arguments
     name = text(function.get("name"), f"{param}.function.name")
     return ToolCall(text(call.get("id") or "", f"{param}.id"), name, arguments)

@@ -48,6 +48,7 @@ from mlxlite.fields import (
     integer,
     json_object,
     off,
+    parse,
     parse_object,
     read_fields,
     refused,
@@ -73,7 +74,7 @@ from mlxlite.sequence import (
     Progress,
     Usage,
 )
-from mlxlite.tools import Tool, array_of, function_of, response_format
+from mlxlite.tools import Tool, array_of, function_of, response_format, shallow
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
@@ -83,8 +84,8 @@ MAX_METADATA = 16  # pairs, OpenAI's bound
 def _arguments(value: Any, param: str) -> Any:
     """The parsed object, or a model's own broken call as its text."""
     try:
-        arguments = orjson.loads(text(value, param) or "{}")
-    except orjson.JSONDecodeError:
+        arguments = parse((text(value, param) or "{}").encode())
+    except ValueError:
         return value
     return arguments if isinstance(arguments, dict) else value
 
@@ -190,7 +191,7 @@ _FORMAT: Final[Mapping[str, Reader]] = {
     "type": one_of("text", "json_object", "json_schema"),
     "name": text,
     "description": text,
-    "schema": json_object,
+    "schema": shallow,  # it is repeated even where the type has no use for it
     "strict": flag,
 }
 

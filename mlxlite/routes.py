@@ -298,7 +298,7 @@ class Routes:
                 exchange.fail(error)
 
         internal = api.APIError(Cause.INTERNAL, "internal error")
-        self._home.spawn(task(), lambda _: exchange.fail(internal))
+        self._home.spawn(task(), lambda _: exchange.abandon(internal))
 
     async def _off_loop(self, body: bytes, work: Callable[..., T], *args: Any) -> T:
         """Parse and render in a thread: short bodies in order of arrival, others beside."""

@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 
 from mlxlite.api import APIError, Cause, bad, clip
-from mlxlite.fields import Reader, flag, json_object, text, wrong
+from mlxlite.fields import Reader, flag, json_object, parse, text, wrong
 from mlxlite.served import Constraint, Kind
 
 MAX_TOOLS = 128  # OpenAI's
 MAX_DEPTH = 100  # of a schema; what writes one as text fails at 255
+_MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
 CONSTRAINTS = (
     *("response_format", "structured_outputs", "json_schema", "grammar"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -110,22 +111,22 @@ def json_schema(value: Any, param: str) -> Constraint:
     """A schema, as an object or as text."""
     if isinstance(value, str):
         try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError:
-            raise bad(f"'{param}' is no JSON.", param) from None
-    return Constraint(Kind.JSON, orjson.dumps(_schema(value, param)).decode())
+            value = parse(value.encode())
+        except ValueError:
+            raise bad(f"'{param}' is no JSON, or of too many values.", param) from None
+    return Constraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
 
 
-def _schema(value: Any, param: str) -> dict[str, Any]:
-    """An object that is no deeper than what reads it can bear."""
+def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """An object that is no deeper than what reads it, or writes it again, can bear."""
     given = json_object(value, param)
     level: list[Any] = [given]
-    for _ in range(MAX_DEPTH):
+    for _ in range(max_depth):
         holders = [item for item in level if isinstance(item, dict | list)]
         level = [x for item in holders for x in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return given
-    raise bad(f"'{param}' is nested more than {MAX_DEPTH} deep.", param)
+    raise bad(f"'{param}' is nested more than {max_depth} deep.", param)
 
 
 def regex(value: Any, param: str) -> Constraint:
@@ -164,9 +165,10 @@ def _filled(value: Any, param: str) -> str:
 
 def _tool(value: Any, param: str) -> Tool:
     tool = json_object(value, param)
-    if tool.get("type", "function") != "function":
-        kind = clip(str(tool["type"]))
-        raise APIError(Cause.UNSUPPORTED, f"tools of type {kind!r} are not supported.", param=param)
+    if (kind := tool.get("type", "function")) != "function":
+        shown = clip(kind) if isinstance(kind, str) else "no string"  # which may be of any depth
+        message = f"tools of type {shown!r} are not supported."
+        raise APIError(Cause.UNSUPPORTED, message, param=param)
     return function_of(tool.get("function"), f"{param}.function")
 
 
@@ -178,7 +180,7 @@ def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool
         message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
         raise bad(message, f"{param}.name")
     is_strict = flag(function.get("strict") or False, f"{param}.strict")
-    schema = _schema(function.get(schema_name) or {}, f"{param}.{schema_name}")
+    schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
     parameters = {"type": "object", "properties": {}} | stable(schema)
     description = text(function.get("description") or "", f"{param}.description")
     return Tool(name, description, parameters, is_strict)
@@ -193,6 +195,8 @@ def array_of(read: Reader, word: str = "tools") -> Reader:
         if len(value) > MAX_TOOLS:
             raise bad(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
         tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
+        for i, item in enumerate(value):  # what no reader knows, too: Responses repeat all of it
+            shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
         if len({tool.name for tool in tools}) < len(tools):
             raise bad(f"'{param}' holds two tools of one name.", param)
         return tools

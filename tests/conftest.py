@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import Clock
+
+from mlxlite import connection, engine, routes
+from mlxlite import server as server_module
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -75,3 +79,15 @@ def save_checkpoint(path: Path, seed: int = 0, **changes: Any) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that has no end-of-sequence token of its own and so talks to its limit."""
     return save_checkpoint(tmp_path_factory.mktemp("models") / "tiny-qwen3")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time as connections and the engine see it; deadlines are looked at nearly all the time."""
+    clock = Clock()
+    monkeypatch.setattr(connection, "perf_counter", clock)
+    monkeypatch.setattr(engine, "perf_counter", clock)
+    monkeypatch.setattr(server_module, "perf_counter", clock)
+    monkeypatch.setattr(routes, "perf_counter", clock)
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
+    return clock

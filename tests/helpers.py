@@ -15,11 +15,12 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlxlite.config import Config
+from mlxlite.connection import Client
 from mlxlite.engine import Engine
 from mlxlite.sequence import (
     Admission,
@@ -619,3 +620,46 @@ async def serving(
         finally:
             model.gate.set()
             runner.release()
+
+
+async def pass_time(served: Served, clock: Clock, seconds: float) -> None:
+    """Let the time pass and every deadline be looked at."""
+    clock.now += seconds
+    swept = served.server.metrics.lag_s
+    seen = swept.count
+    await until(lambda: swept.count >= seen + 2, "the sweep")
+
+
+# --- readers that are slow ----------------------------------------------------------------------
+
+
+@dataclass
+class SlowReader:
+    """A connection whose two ends hold little, read by hand: what is unsent stays in the server."""
+
+    sock: socket.socket
+    client: Client
+
+    @property
+    def num_unsent(self) -> int:
+        return self.client._transport.get_write_buffer_size()
+
+    async def read(self) -> int:
+        """Take a piece; how many bytes it has."""
+        piece = asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+        return len(await asyncio.wait_for(piece, 10))
+
+
+@asynccontextmanager
+async def slow_reader(served: Served) -> AsyncIterator[SlowReader]:
+    num_clients = served.num_clients
+    others = set(served.server._clients)
+    with closing(socket.socket()) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", served.server.port))
+        sock.setblocking(False)
+        await until(lambda: served.num_clients == num_clients + 1)
+        (client,) = served.server._clients - others
+        theirs = client._transport.get_extra_info("socket")
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        yield SlowReader(sock, client)

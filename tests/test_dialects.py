@@ -13,6 +13,7 @@ from typing import Any
 import anthropic
 import httpx2
 import openai
+import orjson
 import pytest
 from anthropic.types import Message as AnthropicMessage
 from anthropic.types import MessageTokensCount, RawMessageStreamEvent
@@ -106,6 +107,10 @@ def count(**fields: Any) -> ChatRequest:
 def response(**fields: Any) -> ResponsesRequest:
     return parse_responses(json.dumps({"model": "tiny", "input": "hello", **fields}).encode())
 
+
+DEEP: dict[str, Any] = {}
+for _ in range(300):
+    DEEP = {"a": DEEP}
 
 Parse = Callable[..., ChatRequest]
 
@@ -1858,6 +1863,21 @@ def test_items_are_distinct_and_say_the_same_as_a_whole_response_in_whatever_ord
         told = "".join(x["delta"] for _, x in events if "delta" in x and x["output_index"] == i)
         part = item["arguments"] if "arguments" in item else item["content"][0]["text"]
         assert told == part
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "name": "f", "else": DEEP}]}, "tools[0]"),
+        ({"text": {"format": {"type": "text", "schema": DEEP}}}, "text.format.schema"),
+    ],
+)
+def test_what_responses_repeat_is_never_too_deep_to_write(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(TypeError):
+        orjson.dumps(DEEP)
+    assert refusal(response, **fields).param == param
 
 
 def test_progress_says_nothing_in_responses() -> None:

@@ -517,6 +517,17 @@ def test_trailers_may_fill_the_header_limit_and_not_exceed_it() -> None:
     assert events_however_split(exceeds, limits)[1:] == [Malformed(431, "request header too large")]
 
 
+def test_a_header_has_at_most_so_many_fields_and_so_have_trailers() -> None:
+    limits = Limits(max_fields=5)
+    too_many = Malformed(431, "too many header fields")
+    line = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    assert events_of([line + b"a:\r\n" * 4 + b"\r\n"], limits)[1] == Body(b"")
+    assert events_however_split(line + b"a:\r\n" * 5 + b"\r\n", limits) == [too_many]
+    body = CHUNKED + b"0\r\n"
+    assert events_however_split(body + b"a:\r\n" * 5 + b"\r\n", limits)[1:] == [Body(b"")]
+    assert events_however_split(body + b"a:\r\n" * 6 + b"\r\n", limits)[1:] == [too_many]
+
+
 def test_chunk_lines_are_bounded() -> None:
     limits = Limits(max_header_bytes=10_000)
     for num_bytes, expected in ((4096, Body(b"a")), (4097, Malformed(400, "chunk line too long"))):

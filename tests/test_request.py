@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxlite.api import APIError, StreamOptions
-from mlxlite.fields import Use
+from mlxlite.fields import MAX_VALUES, Use
 from mlxlite.media import Source
 from mlxlite.messages import Message, Role, ToolCall
 from mlxlite.request import (
@@ -790,6 +790,13 @@ def test_a_schema_may_be_as_deep_as_anybody_writes_one(name: str, value: bytes, 
             assert refusal(body(depth, opening, end)).param == path
 
 
+@pytest.mark.parametrize("deep", [b"[" * 1000 + b"]" * 1000, b'{"a":' * 1000 + b"1" + b"}" * 1000])
+def test_a_tool_is_no_deeper_where_nobody_reads_it(deep: bytes) -> None:
+    tool = b',"tools":[{"type":%b,"function":{"name":"f"},"else":%b}]'
+    assert refusal(_chat(more=tool % (deep, b"1"))).param == "tools[0]"
+    assert refusal(_chat(more=tool % (b'"function"', deep))).param == "tools[0]"
+
+
 def test_the_older_form_of_tools_does_not_contradict_the_newer_one() -> None:
     tools, functions = [_tool("f")], [{"name": "g"}]
     assert refusal(tools=tools, functions=functions).param == "functions"
@@ -997,6 +1004,12 @@ def test_a_request_cannot_contradict_itself_about_its_last_message(
     fields: dict[str, Any], param: str
 ) -> None:
     assert refusal(messages=BEGUN, **fields).param == param
+
+
+def test_a_deep_role_is_a_400() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    body = b'{"messages":[{"role":%b,"content":"x"}]}' % deep
+    assert refusal(body).param == "messages[0].role"
 
 
 @pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])
@@ -1429,6 +1442,33 @@ def test_a_body_that_is_no_json_object_is_a_400(body: bytes) -> None:
     assert error.type == "invalid_request_error"
     assert len(error.message) < 300
     assert json.loads(error.body())["error"]["message"] == error.message
+
+
+@pytest.mark.parametrize("value", [b"0", b"[]", b'{"a":0}', b'{"a":[0]}'])
+def test_a_body_of_very_many_values_is_a_400_before_it_is_read(value: bytes) -> None:
+    num_marks = sum(map(value.count, (b",", b"[", b"{"))) + 1
+    num = (MAX_VALUES - _chat(more=b',"user":[]').count(b"[") - 20) // num_marks
+    fits = _chat(more=b',"unknown":[' + b",".join([value] * num) + b"]")
+    assert parse_chat(fits + b" " * MAX_VALUES).ignored == ("unknown",)
+    many = _chat(more=b',"unknown":[' + b",".join([value] * (num + 20)) + b"]")
+    assert "more than 1048576 values" in refusal(many + b" " * MAX_VALUES).message
+
+
+def test_arguments_and_schemas_in_strings_have_no_more_values_than_a_body() -> None:
+    """An escaped comma is none until the string is read."""
+    escaped = b'"[' + rb"0\u002c" * MAX_VALUES + b'0]"'
+    assert refusal(_chat(more=b',"json_schema":' + escaped)).param == "json_schema"
+    arguments = escaped.replace(b'"[', rb'"{\"a\":[').replace(b'0]"', b'0]}"')
+    call = b'{"function":{"name":"f","arguments":%b}}' % arguments
+    said = _chat()[:-2] + b',{"role":"assistant","tool_calls":[%b]}]}' % call
+    assert isinstance(parse_chat(said).messages[1].tool_calls[0].arguments, str)
+    few = said.replace(rb"0\u002c" * MAX_VALUES, rb"0\u002c" * 3)
+    assert parse_chat(few).messages[1].tool_calls[0].arguments == {"a": [0, 0, 0, 0]}
+
+
+def test_a_text_may_be_as_long_as_a_body() -> None:
+    said = "a word, and then " * (MAX_VALUES - 100)
+    assert parse_chat(_chat(json.dumps(said).encode())).messages[0].content == said
 
 
 def test_a_deep_value_in_a_known_field_is_a_400() -> None:

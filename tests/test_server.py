@@ -12,9 +12,9 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,15 @@ from helpers import (
     connect,
     in_a_loop,
     new_server,
+    pass_time,
     request,
     serving,
+    slow_reader,
     text_of,
     until,
 )
 
-from mlxlite import connection, engine, routes
-from mlxlite import server as server_module
+from mlxlite import api, connection
 from mlxlite.config import Config
 from mlxlite.routes import Phase
 from mlxlite.sequence import Memory
@@ -60,26 +61,6 @@ def _no_thread_is_left() -> Iterator[None]:
         if thread.name.startswith("mlxlite"):
             thread.join(5)
             assert not thread.is_alive(), f"{thread.name} lives on"
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time as connections and the engine see it; deadlines are looked at nearly all the time."""
-    clock = Clock()
-    monkeypatch.setattr(connection, "perf_counter", clock)
-    monkeypatch.setattr(engine, "perf_counter", clock)
-    monkeypatch.setattr(server_module, "perf_counter", clock)
-    monkeypatch.setattr(routes, "perf_counter", clock)
-    monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
-    return clock
-
-
-async def pass_time(served: Served, clock: Clock, seconds: float) -> None:
-    """Let the time pass and every deadline be looked at."""
-    clock.now += seconds
-    swept = served.server.metrics.lag_s
-    seen = swept.count
-    await until(lambda: swept.count >= seen + 2, "the sweep")
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -774,6 +755,53 @@ def test_a_token_that_has_no_bytes_to_show_ends_its_answer_and_nobody_waits(stre
             if stream:
                 assert (await asyncio.wait_for(wire.rest(), 2))[-1] == DONE
             await until(lambda: served.num_live == 0)
+
+    test()
+
+
+@pytest.mark.parametrize("names", [("begin",), ("delta", "fail"), ("done", "fail")])
+def test_an_answer_that_cannot_even_fail_is_cut_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("a mistake of ours")
+
+    for name in names:
+        monkeypatch.setattr(api.ChatWriter, name, fail)
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            assert (await wire.open_stream("hello")).status == 200
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await asyncio.wait_for(wire.rest(), 2)
+            await until(lambda: served.num_live == 0)
+            assert not served.server._routes._exchanges
+            await until(lambda: served.num_clients == 0)
+            async with await served.wire() as other:
+                assert (await other.chat("hello")).status == 200
+
+    test()
+
+
+@pytest.mark.parametrize(("path", "kind"), [(CHAT, "openai"), ("/v1/messages", "anthropic")])
+@pytest.mark.parametrize("piece", [b"zz\r\n", b"%x\r\n" % ((1 << 20) + 1)])
+def test_a_body_that_turns_into_nonsense_is_refused_in_its_own_dialect(
+    path: str, kind: str, piece: bytes
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving(max_body_mb=1) as served, await served.wire() as wire:
+            fields = {"transfer_encoding": "chunked", "x_request_id": "mine"}
+            await wire.send(request("POST", path, **fields) + b"2\r\n{}\r\n")
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            await wire.send(piece)
+            answer = await wire.answer()
+            assert answer.status in (400, 413)
+            assert ("type" in answer.json) is (kind == "anthropic")
+            assert answer["x-request-id"] == "mine"
+            assert answer["connection"] == "close"
+            assert await wire.is_cut()
 
     test()
 
@@ -1494,6 +1522,24 @@ async def test_pipelining_without_end_is_bounded_and_loses_nothing() -> None:
 
 
 @in_a_loop
+async def test_whoever_pipelines_a_lot_takes_turns_with_everybody_else() -> None:
+    async with serving() as served, await served.wire() as wire:
+        assert (await wire.get("/health")).status == 200
+        (client,) = served.server._clients
+        other = await served.wire()
+        raw, num = request("GET", "/health"), 2000
+        client.data_received(raw * num)  # as one read of the loop may
+        assert client.http.num_buffered == (num - connection.MAX_AT_ONCE) * len(raw)
+        assert not client._transport.is_reading()
+        assert (await other.get("/health")).status == 200
+        assert client.http.num_buffered > 0, "the other was served in between"
+        for _ in range(num):
+            assert (await wire.answer()).status == 200
+        assert client._transport.is_reading()
+        await other.close()
+
+
+@in_a_loop
 async def test_a_request_may_come_byte_by_byte() -> None:
     async with serving() as served, await served.wire() as wire:
         for byte in chat_request("hello"):
@@ -1677,6 +1723,49 @@ def test_a_body_that_stops_gets_a_408(clock: Clock) -> None:
             assert answer["connection"] == "close"
             assert answer.error["code"] == "request_timeout"
             assert await wire.is_cut()
+
+    test()
+
+
+def test_a_body_that_drips_gets_a_408_in_the_end(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            await wire.send(request("POST", CHAT, content_length=str(1 << 20)))
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            (client,) = served.server._clients
+            began = clock.now
+            step_s = connection.BODY_TIMEOUT_S - 1
+            while clock.now - began < connection.BODY_GRACE_S - step_s:
+                before = client._num_body_bytes
+                await wire.send(b" ")
+                await until(lambda before=before: client._num_body_bytes > before)
+                assert served.num_clients == 1
+                await pass_time(served, clock, step_s)
+            await wire.send(b" ")
+            await pass_time(served, clock, connection.BODY_GRACE_S + 1 - (clock.now - began))
+            assert (await wire.answer()).status == 408
+            assert await wire.is_cut()
+
+    test()
+
+
+def test_a_large_body_may_take_its_time(clock: Clock) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            body = json.dumps(chat_body("hello")).encode()
+            piece = b" " * 10 * connection.MIN_BODY_RATE  # what 10 s at the least allow
+            num = 3 * int(connection.BODY_GRACE_S / 10)
+            await wire.send(request("POST", CHAT, content_length=str(num * len(piece) + len(body))))
+            await until(lambda: any(client.is_busy for client in served.server._clients))
+            (client,) = served.server._clients
+            for n in range(1, num + 1):
+                await wire.send(piece)
+                await until(lambda n=n: client._num_body_bytes == n * len(piece))
+                await pass_time(served, clock, 10)
+            await wire.send(body)
+            assert (await wire.answer()).status == 200
 
     test()
 
@@ -1880,38 +1969,6 @@ async def test_a_client_that_goes_in_mid_body_is_no_error() -> None:
 
 
 # --- readers that are slow ----------------------------------------------------------------------
-
-
-@dataclass
-class SlowReader:
-    """A connection whose two ends hold little, read by hand: what is unsent stays in the server."""
-
-    sock: socket.socket
-    client: connection.Client
-
-    @property
-    def num_unsent(self) -> int:
-        return self.client._transport.get_write_buffer_size()
-
-    async def read(self) -> int:
-        """Take a piece; how many bytes it has."""
-        piece = asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
-        return len(await asyncio.wait_for(piece, 10))
-
-
-@asynccontextmanager
-async def slow_reader(served: Served) -> AsyncIterator[SlowReader]:
-    num_clients = served.num_clients
-    others = set(served.server._clients)
-    with closing(socket.socket()) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        sock.connect(("127.0.0.1", served.server.port))
-        sock.setblocking(False)
-        await until(lambda: served.num_clients == num_clients + 1)
-        (client,) = served.server._clients - others
-        theirs = client._transport.get_extra_info("socket")
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-        yield SlowReader(sock, client)
 
 
 def test_a_reader_that_lags_too_far_is_cut_and_slows_nobody(
