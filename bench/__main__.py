@@ -1,47 +1,61 @@
-"""Measures the server against mlx-lm, and parts of it against each other.
+"""Measures the server against mlx-lm and its server, and parts of it against each other.
 
-    LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 python -m bench --quick
+    LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 python -m bench
 
 Run it from the repository's root, on a machine that does nothing else. The environment is passed on
-to the server and the load generator. On Linux MLX's CPU back end calls whatever libblas the system
+to the servers and the load generator. On Linux MLX's CPU back end calls whatever libblas the system
 has; the reference one is several times slower than OpenBLAS, and OpenBLAS with threads competes
 with the server for cores: hence the line above. On macOS leave the variables out.
+
+Without flags: the built-in demo model, few pairs, some minutes. `--full`: random models of two
+sizes, more pairs, all sections.
 """
 
 import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import orjson
 
-from bench import report
+from bench import plots, readme, report
+from bench.arrivals import burst, openloop, seedcases, turns
+from bench.compare import Comparison
+from bench.costs import lost, startup
 from bench.inprocess import InProcess
-from bench.models import SIZES, Writer, save_checkpoint
+from bench.models import SIZES, Writer, save_checkpoint, save_endless
+from bench.peers import MLX_LM, PEERS, Peer, usable
 from bench.pictures import pictures
 from bench.prefixes import overhead, prefix
 from bench.report import Table
-from bench.sections import Bench, burst, longprompt, mixed, neighbours, steps, throughput
+from bench.sections import Bench, longprompt, mixed, neighbours, steps, throughput
 from mlxlite.engine import Lane
 from mlxlite.hub import locate
 
-SECTIONS: dict[str, Callable[[Bench], Awaitable[Table]]] = {
+SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "throughput": throughput,
+    "seedcases": seedcases,
+    "openloop": openloop,
     "mixed": mixed,
-    "neighbours": neighbours,
     "longprompt": longprompt,
     "burst": burst,
-    "steps": steps,
+    "lost": lost,
     "prefix": prefix,
+    "turns": turns,
+    "startup": startup,
+    "neighbours": neighbours,
+    "steps": steps,
     "overhead": overhead,
-}
-BY_NAME: dict[str, Callable[[Bench], Awaitable[Table]]] = {  # for models that are not ours
     "pictures": pictures,
 }
+ALONE = ("neighbours", "steps", "overhead")  # about parts of ours: only with --full or by name
+SEEING = ("pictures",)  # by name only: for a model that sees
+DEMO = "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,74 +63,150 @@ class Scale:
     """How much is measured, where the command line does not say."""
 
     models: tuple[str, ...]
+    sections: tuple[str, ...]
     num_pairs: int
     max_tokens: int
     num_rounds: int
 
 
-QUICK = Scale(("small",), num_pairs=3, max_tokens=64, num_rounds=1)
-FULL = Scale(("small", "medium"), num_pairs=7, max_tokens=128, num_rounds=2)
+SHORT = Scale((DEMO,), tuple(s for s in SECTIONS if s not in ALONE + SEEING), 2, 32, num_rounds=1)
+FULL = Scale(
+    ("small", "medium"),
+    tuple(s for s in SECTIONS if s not in SEEING),
+    num_pairs=7,
+    max_tokens=128,
+    num_rounds=2,
+)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="the small model only, and few runs")
-    add("--only", help=f"some of {','.join(SECTIONS | BY_NAME)}, separated by commas")
-    add("--model", action="append", help=f"{', '.join(SIZES)}, or a model's path (repeatable)")
+    add("--full", action="store_true", help="all sections on two models, with more pairs")
+    add("--only", help=f"some of {','.join(SECTIONS)}, separated by commas")
+    add("--model", action="append", help=f"{DEMO}, {', '.join(SIZES)}, or a model's path or id")
+    add("--peers", help="which to compare with, by commas (default: all that are installed)")
     add("--pairs", type=int, help="how often each comparison is made")
     add("--tokens", type=int, help="output tokens of a request where throughput is measured")
     add("--json", type=Path, metavar="FILE", help="write the header and all figures there too")
+    add("--out", type=Path, metavar="DIR", help="write bench.json, bench.md and plots there")
+    add("--readme", type=Path, metavar="JSON", help="only put an earlier run into README.md")
     args = parser.parse_args(argv)
-    unknown = set(_names(args)) - set(SECTIONS | BY_NAME)
+    unknown = (set((args.only or "").split(",")) - set(SECTIONS)) - {""}
+    unknown |= set((args.peers or "").split(",")) - {peer.name for peer in PEERS} - {""}
     if unknown:
-        parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
     return args
 
 
-def _names(args: argparse.Namespace) -> list[str]:
-    return args.only.split(",") if args.only else list(SECTIONS)
+def _names(args: argparse.Namespace) -> Sequence[str]:
+    if args.only:
+        return str(args.only).split(",")
+    return FULL.sections if args.full else SHORT.sections
 
 
-async def measure(args: argparse.Namespace) -> dict[str, Any]:
+def _chosen(args: argparse.Namespace) -> list[Peer]:
+    """mlx_lm.server always: all ratios are to it."""
+    if args.peers is None:
+        return [peer for peer in PEERS if peer.is_installed]
+    return [peer for peer in PEERS if peer.name == MLX_LM or peer.name in args.peers.split(",")]
+
+
+class Output:
+    """What is printed as it comes, and kept for the files."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.parts.append(text)
+        print(text, flush=True)
+
+
+async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Print each table as soon as there is one; everything again as a value for the JSON."""
-    scale = QUICK if args.quick else FULL
-    num_pairs = args.pairs or scale.num_pairs
-    fields = report.header() | {"pairs": str(num_pairs)}
-    print(report.header_markdown(fields), flush=True)
-    tables: dict[str, list[dict[str, Any]]] = {}
+    scale = FULL if args.full else SHORT
+    begun_at = perf_counter()
+    fields = report.header() | {"pairs": str(args.pairs or scale.num_pairs)}
+    output.say(report.header_markdown(fields))
+    models: dict[str, list[dict[str, Any]]] = {}
     lane = Lane()
     for name in args.model or scale.models:
         with tempfile.TemporaryDirectory(prefix="mlxlite-bench-") as scratch:
-            path = Path(scratch) / name if name in SIZES else locate(name)
-            if name in SIZES:
-                await lane.run(save_checkpoint, path, name)
+            path = await _model(lane, name, Path(scratch))
+            output.say(f"## Model: {path.name}\n")
             inprocess = await InProcess.open(lane, path)
-            bench = Bench(
-                path=path,
-                inprocess=inprocess,
-                writer=Writer(inprocess.render),
-                num_pairs=num_pairs,
-                max_tokens=args.tokens or scale.max_tokens,
-                num_rounds=scale.num_rounds,
-            )
-            print(f"## Model: {path.name}\n", flush=True)
-            tables[path.name] = []
-            for section in _names(args):
-                table = await (SECTIONS | BY_NAME)[section](bench)
-                print(table.as_markdown(), flush=True)
-                tables[path.name].append(table.as_json())
+            bench = await _bench(args, scale, path, inprocess, output)
+            models[path.name] = [await _section(bench, s, output) for s in _names(args)]
             await inprocess.close()
-    fields["load average after"] = report.load_average()
-    print(f"- load average after: {fields['load average after']}")
-    return {"header": fields, "models": tables}
+    every = [c for sections in models.values() for s in sections for c in s["comparisons"]]
+    ending = {
+        "load average after": report.load_average(),
+        "what was noisy": report.noisy([Comparison.from_json(value) for value in every]),
+        "took": f"{(perf_counter() - begun_at) / 60:.1f} minutes",
+    }
+    output.say("\n".join(f"- {key}: {value}" for key, value in ending.items()))
+    return {"header": fields | ending, "models": models}
+
+
+async def _model(lane: Lane, name: str, scratch: Path) -> Path:
+    """A checkpoint that any server can be given: random, or an endless copy of a real one."""
+    if name in SIZES:
+        await lane.run(save_checkpoint, scratch / name, name)
+        return scratch / name
+    found = locate(None if name == DEMO else name)
+    save_endless(found, scratch / found.name)
+    return scratch / found.name
+
+
+async def _bench(
+    args: argparse.Namespace, scale: Scale, path: Path, inprocess: InProcess, output: Output
+) -> Bench:
+    first, *others = _chosen(args)
+    able, reasons = await usable(others, path)
+    for peer, reason in reasons.items():
+        output.say(f"{peer} is installed and left out: {reason}\n")
+    return Bench(
+        path=path,
+        inprocess=inprocess,
+        writer=Writer(inprocess.render),
+        peers=[first, *able],
+        is_small=path.name in ("small", DEMO),
+        num_pairs=args.pairs or scale.num_pairs,
+        max_tokens=args.tokens or scale.max_tokens,
+        num_rounds=scale.num_rounds,
+    )
+
+
+async def _section(bench: Bench, name: str, output: Output) -> dict[str, Any]:
+    begun_at = perf_counter()
+    table = await SECTIONS[name](bench)
+    output.say(table.as_markdown())
+    for peer, error in bench.failures.items():
+        output.say(f"{peer} failed and is left out from here on: {error.splitlines()[-1]}\n")
+    return {"section": name, "took_s": round(perf_counter() - begun_at, 1), **table.as_json()}
+
+
+def write(result: Mapping[str, Any], output: Output, json: Path | None, out: Path | None) -> None:
+    data = orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
+    if json is not None:
+        json.write_bytes(data)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.json").write_bytes(data)
+        (out / "bench.md").write_text("\n".join(output.parts), encoding="utf-8")
+        for file, svg in plots.draw(result).items():
+            (out / file).write_text(svg, encoding="utf-8")
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    result = asyncio.run(measure(args))
-    if args.json is not None:
-        args.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
+    if args.readme is not None:
+        readme.put(Path("README.md"), args.readme)
+        return
+    output = Output()
+    result = asyncio.run(measure(args, output))
+    write(result, output, args.json, args.out)
 
 
 if __name__ == "__main__":

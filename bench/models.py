@@ -1,4 +1,5 @@
-"""What is measured: random checkpoints of known sizes, and prompts of a wanted length.
+"""What is measured: random checkpoints of known sizes, any other one made endless, and prompts of a
+wanted length.
 
 A checkpoint is a directory that the real server and mlx-lm load like any other. Its weights are
 random, so its speed is a model's and its text is noise. The vocabulary is ASCII and has no special
@@ -94,6 +95,36 @@ def _save_tokenizer(path: Path) -> int:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return int(tokenizer.get_vocab_size())
+
+
+def save_endless(path: Path, to: Path) -> None:
+    """A copy of a model whose answers end at `max_tokens`, whatever server it runs in.
+
+    The weights are linked. Nothing ends a text, and the tokens that did, as all special ones, are
+    text as any other: else servers would be compared on answers of different lengths, and a frame
+    would not be a token.
+    """
+    to.mkdir(parents=True)
+    for file in path.iterdir():
+        if file.name in _ENDS:
+            (to / file.name).write_text(json.dumps(_endless(json.loads(file.read_text()))))
+        elif file.name != "special_tokens_map.json":
+            (to / file.name).symlink_to(file.resolve())
+
+
+_ENDS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def _endless(settings: dict[str, Any]) -> dict[str, Any]:
+    own = {k: v for k, v in settings.items() if k not in ("eos_token_id", "eos_token")}
+    if "added_tokens" in own:
+        own["added_tokens"] = [token | {"special": False} for token in own["added_tokens"]]
+    decoders: dict[str, Any] = own.get("added_tokens_decoder", {})
+    if decoders:
+        own["added_tokens_decoder"] = {
+            id: token | {"special": False} for id, token in decoders.items()
+        }
+    return own
 
 
 class Writer:

@@ -7,19 +7,25 @@ the processor, the vision tower and the prompt all count the first time, and non
 the second turn.
 """
 
+import asyncio
 import base64
 import random
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from io import BytesIO
+from time import perf_counter
 from typing import Any
 
-from bench.prefixes import ttft
+import orjson
+
+from bench.load import HOST
 from bench.report import Table, ms, ratio
 from bench.sections import Bench
 from bench.serving import serve
 
 SIDE = 1200  # pixels
+_TEXT = re.compile(rb'"content": ?"[^"]')
 
 
 async def pictures(bench: Bench) -> Table:
@@ -61,3 +67,27 @@ def _picture(choose: random.Random) -> dict[str, Any]:
     small.resize((SIDE, SIDE), Image.Resampling.NEAREST).save(out, "JPEG")
     url = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+async def ttft(port: int, body: Mapping[str, Any]) -> float:
+    """Seconds from sending a streamed request, on a connection of its own, to its first text.
+
+    Raises RuntimeError when there is none.
+    """
+    reader, writer = await asyncio.open_connection(HOST, port, limit=1 << 22)
+    data = orjson.dumps(body)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {HOST}:{port}\r\nconnection: close\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
+    begin = perf_counter()
+    writer.write(head.encode() + data)
+    first_s, seen = None, b""
+    while chunk := await reader.read(1 << 16):
+        seen += chunk
+        if first_s is None and _TEXT.search(seen):
+            first_s = perf_counter() - begin
+    writer.close()
+    if first_s is None:
+        raise RuntimeError(f"no text: {seen[-300:].decode(errors='replace')}")
+    return first_s

@@ -1,9 +1,9 @@
 """What is asked, and when the tokens came: the nouns that every arm of a comparison shares.
 
-A `Plan` says which clients ask what; an arm (mlx-lm, our loop, the engine, the server) carries it
+A `Plan` says which clients ask what; an arm (mlx-lm, our loop, the engine, a server) carries it
 out and gives a `Trace`; a figure is a function of a trace alone, so all arms are counted alike.
-Nothing here may import MLX: the load generator's process uses it. Times are `perf_counter` seconds,
-which only differ within one trace.
+Nothing here may import MLX or mlxlite: the load generator's process uses it. Times are
+`perf_counter` seconds: they mean something within one trace only.
 """
 
 import math
@@ -15,17 +15,48 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One chat of one message. `tokens` is what the server's template makes of it."""
+    """One message of a chat. `tokens` is what the server's template makes of it alone.
+
+    `at_s`: asked so long after the run began, if the client is free by then; a load with an open
+    loop is one of clients that ask once. `is_next_turn`: the client's earlier messages and the
+    answers to them come before this one. A client that leaves hangs up and asks no more.
+    """
 
     text: str
     tokens: tuple[int, ...]
     max_tokens: int
     settings: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})
+    is_streamed: bool = True
+    is_next_turn: bool = False
+    at_s: float = 0.0
+    leave_after_s: float | None = None
+    leave_after_tokens: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it can be asked without HTTP: nothing but its text, tokens and settings."""
+        return self == Request(self.text, self.tokens, self.max_tokens, self.settings)
 
     def body(self) -> dict[str, Any]:
-        """The HTTP request's JSON: streamed, and as long as `max_tokens` whatever is drawn."""
+        """The HTTP request's JSON: as long as `max_tokens` whatever is drawn, where that is heard.
+
+        Its usage comes in the way that every server knows.
+        """
         own = {"messages": [{"role": "user", "content": self.text}], "max_tokens": self.max_tokens}
-        return own | {"stream": True, "ignore_eos": True} | dict(self.settings)
+        own |= {"ignore_eos": True, "stream": self.is_streamed}
+        if self.is_streamed:
+            own |= {"stream_options": {"include_usage": True}}
+        return own | dict(self.settings)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the load generator needs of it."""
+        return {
+            "body": self.body(),
+            "is_next_turn": self.is_next_turn,
+            "at_s": self.at_s,
+            "leave_after_s": self.leave_after_s,
+            "leave_after_tokens": self.leave_after_tokens,
+        }
 
 
 Clients = Sequence[Sequence[Request]]  # each one's requests, asked one after the other
@@ -42,16 +73,30 @@ class Plan:
     after_tokens: int = 0
     is_cut: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """What the load generator reads."""
+        return {
+            "first": [[request.as_json() for request in requests] for requests in self.first],
+            "then": [[request.as_json() for request in requests] for requests in self.then],
+            "after_tokens": self.after_tokens,
+            "is_cut": self.is_cut,
+        }
+
 
 @dataclass(slots=True)
 class Stream:
-    """One request's answer. A server's `token_s` has an entry a frame, which may hold several."""
+    """One request's answer. A server's `token_s` has an entry a frame, which may hold several; an
+    answer that is not streamed is one frame.
+    """
 
     client: int
     sent_s: float
     opened_s: float | None = None  # the answer's head came
     token_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    num_cached: int = 0  # prompt tokens that the server had already, where it says so
+    ended_s: float | None = None  # the last byte came
+    left_s: float | None = None  # the client hung up
     error: str | None = None
 
     @property
@@ -92,9 +137,23 @@ class Trace:
         return max(stream.token_s[-1] for stream in self.streams) - begun_at
 
     @property
+    def last_byte_s(self) -> float:
+        """From the first request sent to the last byte of all answers."""
+        begun_at = min(stream.sent_s for stream in self.streams)
+        return max(stream.ended_s or stream.token_s[-1] for stream in self.streams) - begun_at
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(stream.num_tokens for stream in self.streams)
+
+    @property
+    def ttfts(self) -> list[float]:
+        return [stream.ttft_s for stream in self.streams if stream.token_s]
+
+    @property
     def whole_rate(self) -> float:
         """Output tokens a second of everything: prefill, joining and leaving included."""
-        return sum(stream.num_tokens for stream in self.streams) / self.wall_s
+        return self.num_tokens / self.wall_s
 
     def decode_rate(self, num_rows: int) -> float:
         """Output tokens a second while `num_rows` streams decode and none begins or ends.
@@ -135,10 +194,13 @@ def _rate(stream: Stream, start: float, stop: float) -> float | None:
 class Feed:
     """Carries a plan out inside this process: what is due to be asked, what has come.
 
-    Ids are those of the streams, counted from 0 in the order of asking.
+    Ids are those of the streams, counted from 0 in the order of asking. Only plain requests have a
+    meaning here.
     """
 
     def __init__(self, plan: Plan) -> None:
+        for requests in (*plan.first, *plan.then):
+            assert all(request.is_plain for request in requests), "this needs the load generator"
         self._plan = plan
         self._left = [list(requests) for requests in (*plan.first, *plan.then)]
         self._due = list(range(len(plan.first)))  # clients whose turn it is

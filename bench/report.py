@@ -1,4 +1,4 @@
-"""Where it was measured, and the figures as Markdown and JSON.
+"""Where it was measured, and a section's figures as Markdown and JSON.
 
 A ratio is the median of the pairs' ratios with their range, never a ratio of medians: the two sides
 of a pair were measured within seconds of each other, on the same machine in the same mood.
@@ -15,9 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import compare
+from bench.compare import Comparison, ratios
 from mlxlite import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
+BUSY = 0.5  # runnable processes before the run, from which on the machine was not quiet
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -30,16 +33,25 @@ class Table:
     rows: Sequence[Sequence[str]]
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    comparisons: Sequence[Comparison] = ()
 
     def as_markdown(self) -> str:
-        lines = [f"### {self.title}", "", _row(self.columns)]
-        lines.append(_row(["---", *["---:"] * (len(self.columns) - 1)]))
-        lines += [_row(row) for row in self.rows]
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes), ""])
+        parts = [f"### {self.title}"]
+        if self.rows:
+            lines = [_row(self.columns), _row(["---", *["---:"] * (len(self.columns) - 1)])]
+            parts.append("\n".join([*lines, *map(_row, self.rows)]))
+        if self.comparisons:
+            parts.append(compare.markdown(self.comparisons))
+        return "\n\n".join([*parts, *self.notes, ""])
 
     def as_json(self) -> dict[str, Any]:
-        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
-        return {"title": self.title, "rows": rows, "figures": dict(self.figures)}
+        return {
+            "title": self.title,
+            "rows": [dict(zip(self.columns, row, strict=True)) for row in self.rows],
+            "figures": dict(self.figures),
+            "notes": list(self.notes),
+            "comparisons": [comparison.as_json() for comparison in self.comparisons],
+        }
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -53,10 +65,6 @@ def rate(values: Sequence[float]) -> str:
 def ms(values: Sequence[float], digits: int = 1) -> str:
     """The median of seconds, in milliseconds."""
     return f"{median(values) * 1000:.{digits}f}"
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -84,6 +92,7 @@ def header() -> dict[str, str]:
         ),
         "BLAS": _blas(),
         "load average before": load_average(),
+        "quiet machine": quiet(),
     }
 
 
@@ -93,6 +102,23 @@ def header_markdown(fields: Mapping[str, str]) -> str:
 
 def load_average() -> str:
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def quiet() -> str:
+    """What the load average says of the machine, before anything of ours runs."""
+    busy = os.getloadavg()[0]
+    if busy <= BUSY:
+        return "yes"
+    return f"no: {busy:.1f} processes wanted to run before the first measurement"
+
+
+def noisy(comparisons: Sequence[Comparison]) -> str:
+    """Which of them the pairs disagree about, by name."""
+    names = [comparison.what for comparison in comparisons if comparison.is_noisy]
+    bound = f"the pairs' ratios are more than {compare.NOISE:.0%} of their median apart"
+    if not names:
+        return f"nothing ({compare.MARK} would mark that {bound})"
+    return f"{len(names)} of {len(comparisons)} comparisons, marked {compare.MARK}: {bound}"
 
 
 def _version(package: str) -> str:

@@ -6,35 +6,34 @@ the first request to the last token ("whole").
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from bench import scenarios
+from bench.compare import Asked, Comparison, at_least, at_most
 from bench.inprocess import MAX_ROWS, InProcess, StepTimes
 from bench.models import Writer
-from bench.plan import Plan, Request, Stream, Trace
+from bench.peers import MLX_LM, OURS, Peer, all_started
+from bench.plan import Plan, Trace
 from bench.report import Table, ms, rate, ratio
+from bench.scenarios import with_settings
 from bench.serving import Served, serve
 
-CONCURRENCIES = (1, 4, 8, 16)
+CONCURRENCIES = (1, 2, 4, 8, 16)
 LONG_PROMPT_TOKENS = 3000
-NUM_BURST = 64
-BURST_ROWS = 8
-PRIORITY = -10
+NUM_ROWS = 8  # where not throughput by concurrency is the question
 
-MIXED_SETTINGS: Sequence[Mapping[str, Any]] = (
-    {"temperature": 0},
-    {"temperature": 0.7, "seed": 1},
-    {"temperature": 1, "top_k": 40},
-    {"temperature": 1, "top_p": 0.9},
-    {"temperature": 1, "min_p": 0.05},
-    {"temperature": 0.8, "repetition_penalty": 1.1},
-    {"temperature": 1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
-    {"temperature": 0.9, "top_k": 20, "top_p": 0.8, "logit_bias": {"100": 5, "200": -5}},
-)
-EIGHT_SEEDS: Sequence[Mapping[str, Any]] = [{"temperature": 1, "seed": n} for n in range(1, 9)]
+# What a small model must reach against mlx_lm.server, whose own costs are most of its step.
+THROUGHPUT_ASKED = {1: 1.25, 2: 1.25, 4: 1.4, 8: 1.8, 16: 1.8}
+FIRST_PASS_ASKED = 8.0
+AFTER_ASKED = 1.3
+SEEDED_ASKED = 2.5
+WORST_GAP_ASKED = 0.12
 
 # Never complete before max_tokens, and a different grammar for each.
 EIGHT_GRAMMARS: Sequence[Mapping[str, Any]] = [
@@ -52,59 +51,102 @@ class Bench:
     path: Path
     inprocess: InProcess
     writer: Writer
+    peers: Sequence[Peer]
+    is_small: bool  # a model for which the bounds of small ones hold
     num_pairs: int
     max_tokens: int
     num_rounds: int  # requests that each client makes, one after the other
+    failures: dict[str, str] = field(default_factory=dict)  # of peers that nobody requires
 
-    def clients(self, num_clients: int) -> list[list[Request]]:
+    def clients(self, num_clients: int) -> list[list[scenarios.Request]]:
         return self.writer.clients(num_clients, self.max_tokens, self.num_rounds)
+
+    def servers(self, num_rows: int) -> AbstractAsyncContextManager[dict[str, Served]]:
+        """Ours and the peers, with room for so many rows."""
+        able = [peer for peer in self.peers if peer.name not in self.failures]
+        return all_started(able, self.path, num_rows)
+
+    async def one_pair(self, arms: Mapping[str, Arm], plan: Plan) -> dict[str, Trace]:
+        """Every arm on one plan, in turn. A peer that fails and is not required is left out."""
+        traces: dict[str, Trace] = {}
+        for name, arm in arms.items():
+            if name in self.failures:
+                continue
+            try:
+                traces[name] = (await arm(plan)).checked()
+            except RuntimeError as error:
+                if name == MLX_LM or name not in {peer.name for peer in self.peers}:
+                    raise
+                self.failures[name] = str(error)
+        return traces
 
     async def paired(
         self, arms: Mapping[str, Arm], make: Callable[[], Plan]
     ) -> dict[str, list[Trace]]:
         """Every arm on every pair's plan, in turn; the first pair is not counted."""
-        traces: dict[str, list[Trace]] = {name: [] for name in arms}
-        for pair in range(-1, self.num_pairs):
-            plan = make()
-            for name, arm in arms.items():
-                trace = (await arm(plan)).checked()
-                if pair >= 0:
-                    traces[name].append(trace)
-        return traces
+        pairs = [await self.one_pair(arms, make()) for _ in range(-1, self.num_pairs)]
+        names = [name for name in arms if name not in self.failures]
+        return {name: [pair[name] for pair in pairs[1:]] for name in names}
+
+    def against(
+        self,
+        what: str,
+        unit: str,
+        figures: Mapping[str, Sequence[float]],
+        asked: Asked | None = None,
+    ) -> list[Comparison]:
+        """Our figures beside each peer's that has some; what is asked holds for mlx-lm's."""
+        return [
+            Comparison(
+                what,
+                unit,
+                figures[OURS],
+                figures[p.name],
+                p.name,
+                asked if p.name == MLX_LM else None,
+            )
+            for p in self.peers
+            if p.name in figures
+        ]
+
+
+def runs(servers: Mapping[str, Served]) -> dict[str, Arm]:
+    return {name: served.run for name, served in servers.items()}
 
 
 # --- throughput -------------------------------------------------------------------------------
 
 
 async def throughput(bench: Bench) -> Table:
-    """Output tokens a second of every arm at 1, 4, 8 and 16 clients."""
+    """Output tokens a second of every arm, by the number of clients."""
     rows: list[list[str]] = []
     figures: dict[str, Any] = {}
-    async with serve(bench.path, MAX_ROWS) as served:
+    comparisons: list[Comparison] = []
+    async with bench.servers(MAX_ROWS) as servers:
         for num_clients in CONCURRENCIES:
-            arms = _arms(bench.inprocess, served, num_clients)
+            arms = _alone(bench.inprocess, num_clients) | runs(servers)
             traces = await bench.paired(arms, lambda n=num_clients: Plan(bench.clients(n)))
             decode = {k: [t.decode_rate(num_clients) for t in v] for k, v in traces.items()}
             whole = {k: [trace.whole_rate for trace in v] for k, v in traces.items()}
             figures[f"C={num_clients}"] = {"decode": decode, "whole": whole}
-            rows += [
-                [
-                    str(num_clients),
-                    name,
-                    rate(decode[name]),
-                    ratio(decode[name], decode["BatchGenerator"]),
-                    rate(whole[name]),
-                    ratio(whole[name], whole["BatchGenerator"]),
-                ]
-                for name in arms
-            ]
+            for name in traces:
+                row = [str(num_clients), name]
+                for kind in (decode, whole):
+                    row += [rate(kind[name]), ratio(kind[name], kind["BatchGenerator"])]
+                rows.append(row)
+            asked = THROUGHPUT_ASKED[num_clients] if bench.is_small else 1.0
+            what = f"throughput, C={num_clients}"
+            comparisons += bench.against(what, "tok/s", whole, at_least(asked))
     columns = ["C", "arm", "decode tok/s", "÷ BG decode", "whole tok/s", "÷ BG whole"]
-    asked = f"{bench.num_rounds} × {bench.max_tokens} tokens a client"
-    note = f"{asked}, greedy, closed loop. BG is BatchGenerator, in the same pair."
-    return Table("Throughput", columns, rows, figures, [note])
+    note = (
+        f"{bench.num_rounds} × {bench.max_tokens} tokens a client, greedy, closed loop. BG is "
+        "mlx-lm's BatchGenerator without a server, in the same pair. Compared: the whole run."
+    )
+    return Table("Throughput", columns, rows, figures, [note], comparisons)
 
 
-def _arms(inprocess: InProcess, served: Served, num_clients: int) -> dict[str, Arm]:
+def _alone(inprocess: InProcess, num_clients: int) -> dict[str, Arm]:
+    """The arms without a server."""
     alone: dict[str, Arm] = {
         "mlx_lm generate_step": inprocess.generate_step,
         "mlx_lm stream_generate": inprocess.stream_generate,
@@ -113,59 +155,79 @@ def _arms(inprocess: InProcess, served: Served, num_clients: int) -> dict[str, A
         "BatchGenerator": inprocess.batch_generator,
         "scheduler + runner": inprocess.loop,
         "engine": inprocess.engine,
-        "server": served.run,
     }
     return alone | batched if num_clients == 1 else batched
 
 
 # --- mixed settings ---------------------------------------------------------------------------
 
+GREEDY, FIRST, AFTER, SEEDS = "greedy", "eight settings, first", "again", "eight seeds"
+GRAMMARS = "eight grammars"
+
 
 async def mixed(bench: Bench) -> Table:
-    """Eight clients who each want something else, against eight who are greedy."""
-    num_clients = len(MIXED_SETTINGS)
-    async with serve(bench.path, num_clients) as served:
+    """Eight clients who each want something else, against eight who are greedy.
 
-        def arm(settings: Sequence[Mapping[str, Any]] | None) -> Arm:
-            async def run(_: Plan) -> Trace:
-                return await served.run(Plan(_with(bench.clients(num_clients), settings)))
-
-            return run
-
-        arms = {
-            "greedy": arm(None),
-            "eight settings": arm(MIXED_SETTINGS),
-            "eight seeds": arm(EIGHT_SEEDS),
-        }
-        if find_spec("llguidance") is not None:
-            arms["eight grammars"] = arm(EIGHT_GRAMMARS)
-        traces = await bench.paired(arms, lambda: Plan(()))
-    decode = {k: [trace.decode_rate(num_clients) for trace in v] for k, v in traces.items()}
-    whole = {k: [trace.whole_rate for trace in v] for k, v in traces.items()}
+    Each pair has settings that no server has seen; they are asked twice.
+    """
+    whole: dict[str, dict[str, list[float]]] = {}
+    async with bench.servers(NUM_ROWS) as servers:
+        for pair in range(-1, bench.num_pairs):
+            for kind, settings in _kinds(pair + 1).items():
+                arms = runs(servers)
+                if kind == GRAMMARS:
+                    arms = {OURS: servers[OURS].run}
+                plan = Plan(with_settings(bench.clients(NUM_ROWS), settings))
+                for name, trace in (await bench.one_pair(arms, plan)).items():
+                    if pair >= 0:
+                        whole.setdefault(kind, {}).setdefault(name, []).append(trace.whole_rate)
     rows = [
-        [
-            name,
-            rate(decode[name]),
-            ratio(decode[name], decode["greedy"]),
-            rate(whole[name]),
-            ratio(whole[name], whole["greedy"]),
-        ]
-        for name in arms
+        [name, kind, rate(own), ratio(own, whole[GREEDY][name])]
+        for kind, by_name in whole.items()
+        for name, own in by_name.items()
+        if len(own) == bench.num_pairs
     ]
-    columns = ["server, C=8", "decode tok/s", "÷ greedy decode", "whole tok/s", "÷ greedy whole"]
-    return Table("Mixed settings", columns, rows, {"decode": decode, "whole": whole})
+    comparisons = [
+        comparison
+        for kind, asked in ((FIRST, FIRST_PASS_ASKED), (AFTER, AFTER_ASKED), (SEEDS, SEEDED_ASKED))
+        for comparison in bench.against(
+            f"{kind}, C={NUM_ROWS}",
+            "tok/s",
+            {name: own for name, own in whole[kind].items() if len(own) == bench.num_pairs},
+            at_least(asked) if bench.is_small else None,
+        )
+    ]
+    columns = ["server", f"what {NUM_ROWS} clients ask for", "whole tok/s", "÷ its own greedy"]
+    note = (
+        "Values are new in each pair, and asked for a second time after it: a server that compiles "
+        "a sampler for each value pays for it the first time."
+    )
+    return Table("Mixed settings", columns, rows, whole, [note], comparisons)
+
+
+def _kinds(turn: int) -> dict[str, Sequence[Mapping[str, Any]]]:
+    settings = scenarios.mixed_settings(turn)
+    kinds: dict[str, Sequence[Mapping[str, Any]]] = {
+        GREEDY: settings[:1] * NUM_ROWS,
+        FIRST: settings,
+        AFTER: settings,
+        SEEDS: scenarios.EIGHT_SEEDS,
+    }
+    if find_spec("llguidance") is not None:
+        kinds[GRAMMARS] = EIGHT_GRAMMARS
+    return kinds
 
 
 async def neighbours(bench: Bench) -> Table:
     """Four greedy clients beside four others: greedy ones, and ones bound to grammars."""
     if find_spec("llguidance") is None:
         return Table("Beside constrained rows", ["llguidance is not installed"], [], {})
-    greedy = MIXED_SETTINGS[:1] * 4
-    async with serve(bench.path, BURST_ROWS) as served:
+    greedy = scenarios.mixed_settings(0)[:1] * 4
+    async with serve(bench.path, NUM_ROWS) as served:
 
         def arm(others: Sequence[Mapping[str, Any]]) -> Arm:
             async def run(_: Plan) -> Trace:
-                return await served.run(Plan(_with(bench.clients(8), [*greedy, *others])))
+                return await served.run(Plan(with_settings(bench.clients(8), [*greedy, *others])))
 
             return run
 
@@ -191,17 +253,6 @@ def _steady_gaps(trace: Trace) -> list[float]:
     return trace.of(range(4)).gaps(start_s, stop_s)
 
 
-def _with(
-    clients: list[list[Request]], settings: Sequence[Mapping[str, Any]] | None
-) -> list[list[Request]]:
-    if settings is None:
-        return clients
-    return [
-        [replace(request, settings=own) for request in requests]
-        for requests, own in zip(clients, settings, strict=True)
-    ]
-
-
 # --- a long prompt ----------------------------------------------------------------------------
 
 
@@ -218,40 +269,52 @@ class _Arrival:
 async def longprompt(bench: Bench) -> Table:
     """Four streams decode while a long prompt arrives; and the same prompt alone."""
     num_prompt = min(LONG_PROMPT_TOKENS, bench.inprocess.model.context_size // 2)
-    rows: list[list[str]] = []
+    seen: dict[str, list[_Arrival]] = {}
+    alone_s: dict[str, list[float]] = {}
     figures: dict[str, Any] = {}
-    async with serve(bench.path, BURST_ROWS) as served:
+    async with bench.servers(NUM_ROWS) as servers:
         arms: dict[str, Arm] = {
             "BatchGenerator": bench.inprocess.batch_generator,
             "engine": bench.inprocess.engine,
-            "server": served.run,
+            **runs(servers),
         }
-        traces: dict[str, list[tuple[Trace, Trace]]] = {name: [] for name in arms}
         for _ in range(bench.num_pairs):
-            for name, arm in arms.items():
-                alone = await arm(Plan([[bench.writer.request(num_prompt, 4)]]))
-                among = await arm(_among_four(bench.writer, num_prompt))
-                traces[name].append((alone.checked(), among.checked()))
-    for name, pairs in traces.items():
-        seen = [_arrival(among) for _, among in pairs]
-        ttft_alone = [alone.streams[0].ttft_s for alone, _ in pairs]
-        ttft = [arrival.ttft_s for arrival in seen]
-        before = [arrival.gap_before_s for arrival in seen]
-        longest = [arrival.longest_gap_s for arrival in seen]
-        middle = [arrival.median_gap_s for arrival in seen]
-        rows.append([name, ms(before), ms(longest), ms(middle), ms(ttft_alone), ms(ttft)])
-        rows[-1].append(ratio(ttft, ttft_alone))
-        figures[name] = {"longest_gap_s": longest, "ttft_s": ttft, "ttft_alone_s": ttft_alone}
-        figures[name] |= {"median_gap_s": middle, "gap_before_s": before}
+            alone = Plan([[bench.writer.request(num_prompt, 4)]])
+            for name, trace in (await bench.one_pair(arms, alone)).items():
+                alone_s.setdefault(name, []).append(trace.streams[0].ttft_s)
+            among = scenarios.neighbour(bench.writer, num_prompt)
+            for name, trace in (await bench.one_pair(arms, among)).items():
+                seen.setdefault(name, []).append(_arrival(trace))
+                if name in servers:
+                    figures["timeline"] = figures.get("timeline", {}) | {name: _timeline(trace)}
+    kept = [name for name, own in seen.items() if len(own) == bench.num_pairs]
+    for name in kept:
+        figures[name] = _figures(seen[name]) | {"ttft_alone_s": alone_s[name]}
+    worst = {name: figures[name]["longest_gap_s"] for name in kept}
+    ttft = {name: figures[name]["ttft_s"] for name in kept}
+    comparisons = bench.against(
+        "worst gap beside a long prompt", "ms", worst, at_most(WORST_GAP_ASKED)
+    )
+    comparisons += bench.against("TTFT of the long prompt among streams", "ms", ttft)
     columns = ["arm", "gap before, ms", "longest gap, ms", "median gap, ms"]
     columns += ["newcomer's TTFT alone, ms", "among four, ms", "÷ alone"]
-    return Table(f"A prompt of {num_prompt} tokens among four streams", columns, rows, figures)
+    rows = [_arrival_row(name, figures[name]) for name in kept]
+    title = f"A prompt of {num_prompt} tokens among four streams"
+    return Table(title, columns, rows, figures, [], comparisons)
 
 
-def _among_four(writer: Writer, num_prompt: int) -> Plan:
-    """The streams are long enough to outlast the newcomer's prefill, and cut after it."""
-    streams = [[writer.request(32, 4000)] for _ in range(4)]
-    return Plan(streams, [[writer.request(num_prompt, 4)]], after_tokens=32, is_cut=True)
+def _figures(seen: Sequence[_Arrival]) -> dict[str, list[float]]:
+    return {
+        "longest_gap_s": [arrival.longest_gap_s for arrival in seen],
+        "median_gap_s": [arrival.median_gap_s for arrival in seen],
+        "gap_before_s": [arrival.gap_before_s for arrival in seen],
+        "ttft_s": [arrival.ttft_s for arrival in seen],
+    }
+
+
+def _arrival_row(name: str, own: Mapping[str, Sequence[float]]) -> list[str]:
+    keys = ("gap_before_s", "longest_gap_s", "median_gap_s", "ttft_alone_s", "ttft_s")
+    return [name, *(ms(own[key]) for key in keys), ratio(own["ttft_s"], own["ttft_alone_s"])]
 
 
 def _arrival(trace: Trace) -> _Arrival:
@@ -263,54 +326,19 @@ def _arrival(trace: Trace) -> _Arrival:
     return _Arrival(max(during), median(during), median(before), newcomer.ttft_s)
 
 
-# --- a burst ----------------------------------------------------------------------------------
-
-
-async def burst(bench: Bench) -> Table:
-    """64 requests at once against 8 rows, and one with a high priority at the end."""
-
-    def make() -> Plan:
-        first = bench.writer.clients(NUM_BURST, 16)
-        last = replace(bench.writer.request(32, 16), settings={"priority": PRIORITY})
-        return Plan(first, [[last]])
-
-    async with serve(bench.path, BURST_ROWS) as served:
-        traces = (await bench.paired({"server": served.run}, make))["server"]
-    walls = [trace.of(range(NUM_BURST)).wall_s for trace in traces]
-    by_queue = [_furthest_shift(trace, lambda s: s.opened_s or 0.0) for trace in traces]
-    by_sending = [_furthest_shift(trace, lambda s: s.sent_s) for trace in traces]
-    positions = [_position_of_last(trace) for trace in traces]
-    ttfts = [trace.of(range(NUM_BURST, NUM_BURST + 1)).streams[0].ttft_s for trace in traces]
-    answered = {len(trace.streams) - len(trace.errors) for trace in traces}
-    columns = ["answered", "wall, ms", "furthest from the queue's order", "from the sending's"]
-    columns += ["priority -10 starts", "its TTFT, ms", "its TTFT ÷ wall"]
-    row = [f"{min(answered)} of {NUM_BURST + 1}", ms(walls)]
-    row += [f"{max(shifts)} places" for shifts in (by_queue, by_sending)]
-    row += [f"{max(positions)}. of the waiting", ms(ttfts), ratio(ttfts, walls)]
-    figures = {"wall_s": walls, "positions": positions, "ttft_s": ttfts}
-    figures |= {"shifts_from_queue": by_queue, "shifts_from_sending": by_sending}
-    notes = [
-        f"Places of first tokens, {NUM_BURST} requests, all pairs: rows of a step arrive together, "
-        f"so up to {BURST_ROWS - 1} is FIFO. A request joins the queue, and its answer's head "
-        "leaves, when it is rendered."
+def _timeline(trace: Trace) -> dict[str, Any]:
+    """When the streams' tokens came around the newcomer's prefill: (seconds since it was sent, the
+    gap that ended then), and its TTFT.
+    """
+    newcomer = trace.of(range(4, 5)).streams[0]
+    around = (newcomer.sent_s - 0.3, newcomer.token_s[0] + 0.3)
+    points = [
+        (round(t - newcomer.sent_s, 4), round(t - earlier, 4))
+        for stream in trace.of(range(4)).streams
+        for earlier, t in pairwise(stream.token_s)
+        if around[0] < t < around[1]
     ]
-    return Table(f"{NUM_BURST} requests at once, {BURST_ROWS} rows", columns, [row], figures, notes)
-
-
-def _furthest_shift(trace: Trace, turn: Callable[[Stream], float]) -> int:
-    """By how many places a request's first token came before or after its turn, at most."""
-    streams = sorted(trace.of(range(NUM_BURST)).streams, key=turn)
-    order = sorted(range(NUM_BURST), key=lambda i: streams[i].token_s[0])
-    return max(abs(place - i) for place, i in enumerate(order))
-
-
-def _position_of_last(trace: Trace) -> int:
-    """1: no request that was waiting had its first token before the last one of all had its."""
-    last = trace.of(range(NUM_BURST, NUM_BURST + 1)).streams[0]
-    firsts = sorted(stream.token_s[0] for stream in trace.of(range(NUM_BURST)).streams)
-    # The first rows had left the queue before the last request came, whenever their tokens came.
-    waiting = firsts[BURST_ROWS:]
-    return 1 + sum(last.sent_s < first_s < last.token_s[0] for first_s in waiting)
+    return {"points": sorted(points), "ttft_s": newcomer.ttft_s}
 
 
 # --- steps ------------------------------------------------------------------------------------
@@ -321,7 +349,7 @@ async def steps(bench: Bench) -> Table:
     rows: list[list[str]] = []
     figures: dict[str, Any] = {}
     async with serve(bench.path, MAX_ROWS) as served:
-        for num_clients in (1, BURST_ROWS):
+        for num_clients in (1, NUM_ROWS):
             await bench.paired({"warm": served.run}, lambda n=num_clients: Plan(bench.clients(n)))
             before = await served.metrics()
             num_steps = len(bench.inprocess.log.steps)

@@ -1,55 +1,78 @@
-"""The real server as a subprocess, the load generator as another, and what /metrics says.
+"""Servers as subprocesses, the load generator as another, and what /metrics says of ours.
 
-Both get this process's environment, so that a preloaded BLAS and thread counts hold for all arms.
+All get this process's environment, so that a preloaded BLAS and thread counts hold for all arms.
+Who else is compared is `bench.peers`'s to say; a server is stopped on the way out, always.
 """
 
 import asyncio
 import re
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import socket
+from time import perf_counter
 
 import orjson
 
+from bench import load
 from bench.load import HOST
-from bench.plan import Plan, Trace
+from bench.plan import Plan, Request, Stream, Trace
+from bench.processes import cpu_s
 
-_READY = re.compile(r"\[mlx\] server is listening on .*:(\d+)")
 _SAMPLE = re.compile(r"^([^#\s{]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 180.0
 _RUN_TIMEOUT_S = 900.0  # a plan that takes longer is stuck
 _STOP_TIMEOUT_S = 10.0
+_SETTLE_TIMEOUT_S = 60.0
+_LOOK_S = 0.1  # over so long a server's CPU time is compared
+_IDLE_SHARE = 0.05  # of a core; mlx_lm.server looks at its queue ten times a second
+_RETRY_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that is ready."""
+    """A server that is ready. `model` is what requests must call it, where they must."""
 
     port: int
+    pid: int
+    model: str | None = None
+    listening_s: float = 0.0  # from its start to the first connection it took
+    ready_s: float = 0.0  # to the first answer
 
     async def run(self, plan: Plan) -> Trace:
         """Carry a plan out from the load generator's own process. Raises when that fails."""
-        bodies = {
-            name: [[request.body() for request in requests] for requests in clients]
-            for name, clients in (("first", plan.first), ("then", plan.then))
-        }
-        given = bodies | {"after_tokens": plan.after_tokens, "is_cut": plan.is_cut}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "bench.load"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
-        wanted = orjson.dumps({"port": self.port, "plan": given})
+        wanted = orjson.dumps({"port": self.port, "model": self.model, "plan": plan.as_json()})
         try:
             output, _ = await asyncio.wait_for(process.communicate(wanted), _RUN_TIMEOUT_S)
         finally:
             await stop(process)
         if process.returncode != 0:
             raise RuntimeError(f"the load generator failed with status {process.returncode}")
+        if plan.is_cut:
+            await self.settle()
         return Trace.from_json(orjson.loads(output))
+
+    async def run_here(self, plan: Plan) -> list[Stream]:
+        """Carry a small plan out in this process, for whoever watches the server meanwhile."""
+        return await load.run({"port": self.port, "model": self.model, "plan": plan.as_json()})
+
+    async def settle(self) -> None:
+        """Wait until it does nothing any more, so that nobody pays for what others left behind."""
+        deadline = perf_counter() + _SETTLE_TIMEOUT_S
+        while perf_counter() < deadline:
+            before = cpu_s(self.pid)
+            await asyncio.sleep(_LOOK_S)
+            if cpu_s(self.pid) - before < _IDLE_SHARE * _LOOK_S:
+                return
+        raise RuntimeError(f"the server was still busy after {_SETTLE_TIMEOUT_S:.0f} s")
 
     async def metrics(self) -> dict[str, float]:
         """Every sample of /metrics, by its name with labels."""
@@ -61,38 +84,82 @@ class Served:
         return {match[1]: float(match[2]) for match in _SAMPLE.finditer(text)}
 
 
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def our_command(path: Path, port: int, max_batch_size: int, *more: str) -> list[str]:
+    flags = {"--model": path, "--port": port, "--max-batch-size": max_batch_size}
+    arguments = [str(part) for flag in flags.items() for part in flag]
+    return [sys.executable, "-m", "mlxlite", *arguments, *more]
+
+
 @asynccontextmanager
 async def serve(path: Path, max_batch_size: int, *more: str) -> AsyncIterator[Served]:
-    """Start the server over a checkpoint, with `more` flags; stopped on the way out.
+    """Start our server over a checkpoint, with `more` flags; stopped on the way out.
 
     Raises RuntimeError with the end of its log when it does not become ready.
     """
-    flags = {"--model": path, "--port": 0, "--max-batch-size": max_batch_size}
-    arguments = [str(part) for flag in flags.items() for part in flag]
+    port = free_port()
+    async with started(our_command(path, port, max_batch_size, *more), port) as served:
+        yield served
+
+
+@asynccontextmanager
+async def started(
+    command: Sequence[str], port: int, model: str | None = None
+) -> AsyncIterator[Served]:
+    """Start a server and wait for its first answer.
+
+    Raises RuntimeError with the end of its log when there is none in time.
+    """
     with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mlxlite", *arguments, *more),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-        )
+        begun_at = perf_counter()
+        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        served = Served(port, process.pid, model)
         try:
-            port = await asyncio.wait_for(_ready(process), _START_TIMEOUT_S)
-            if port is None:
+            try:
+                async with asyncio.timeout(_START_TIMEOUT_S):
+                    await _listening(process, port)
+                    listening_s = perf_counter() - begun_at
+                    await _ready(process, served)
+            except (TimeoutError, ProcessLookupError):
                 log.seek(0)
                 end = log.read()[-2000:].decode(errors="replace")
-                raise RuntimeError(f"the server did not start:\n{end}")
-            yield Served(port)
+                raise RuntimeError(f"{' '.join(command)}: not ready:\n{end}") from None
+            ready_s = perf_counter() - begun_at
+            yield replace(served, listening_s=listening_s, ready_s=ready_s)
         finally:
             await stop(process)
 
 
-async def _ready(process: asyncio.subprocess.Process) -> int | None:
-    """The port, once the server says that it listens; None when it ends instead."""
-    assert process.stdout is not None
-    async for line in process.stdout:
-        if match := _READY.match(line.decode(errors="replace")):
-            return int(match[1])
-    return None
+async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
+    while True:
+        with suppress(OSError):
+            _, writer = await asyncio.open_connection(HOST, port)
+            writer.close()
+            return
+        await _pause(process)
+
+
+async def _ready(process: asyncio.subprocess.Process, served: Served) -> None:
+    """Ask for a token until there is one: some servers listen first and refuse, others hold on."""
+    plan = Plan([[Request("Hi", (), 1, is_streamed=False)]])
+    while True:
+        with suppress(OSError):
+            if not Trace(tuple(await served.run_here(plan))).errors:
+                return
+        await _pause(process)
+
+
+async def _pause(process: asyncio.subprocess.Process) -> None:
+    """Raises ProcessLookupError when the server has ended instead."""
+    if process.returncode is not None:
+        raise ProcessLookupError(process.pid)
+    await asyncio.sleep(_RETRY_S)
 
 
 async def stop(process: asyncio.subprocess.Process) -> None:

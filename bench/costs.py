@@ -1,0 +1,244 @@
+"""The measurements of what a server costs beside its tokens: to start, to hold, to be left alone.
+
+A server that is started is started from nothing, in turn with the others. What a lost client still
+costs is read off the server's CPU time, by the same rule for all.
+"""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from bench import scenarios
+from bench.arrivals import BURST_TOKENS, NUM_BURST
+from bench.compare import Comparison, at_most
+from bench.peers import MLX_LM, OURS, US
+from bench.plan import Plan, Request
+from bench.processes import cpu_s, rss_bytes
+from bench.report import Table, ms
+from bench.sections import NUM_ROWS, Bench
+from bench.serving import Served
+
+LISTENING_ASKED = 0.2
+READY_ASKED = 1.0
+RSS_ASKED = 1.0
+IMPORTS = {OURS: "mlxlite.__main__", MLX_LM: "mlx_lm.server"}
+
+CHUNK_TOKENS = 2048  # --prefill-chunk-size, while nobody decodes
+LOST_PROMPT_TOKENS = 6000
+LOST_TOKENS = 1500
+LEAVE_AFTER_S = 0.25
+SAMPLE_S = 0.02
+_BUSY = 0.25  # of what it used before the client left
+_QUIET_S = 0.4  # so long without work, and there is none
+_GIVE_UP_S = 60.0
+
+
+# --- start and memory -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start, and the memory beyond the weights then and after a burst."""
+
+    listening_s: float
+    ready_s: float
+    rss: float  # bytes
+    rss_after: float
+
+
+async def startup(bench: Bench) -> Table:
+    """From nothing to the first answer, and what is resident."""
+    weights = num_weight_bytes(bench.path)
+    starts: dict[str, list[Start]] = {}
+    imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for pair in range(-1, bench.num_pairs):
+        for name, module in IMPORTS.items():
+            seconds = await _import(module)
+            if pair >= 0:
+                imports[name].append(seconds)
+        for peer in (US, *bench.peers):
+            async with peer.start(bench.path, NUM_ROWS) as served:
+                begun = await _start(bench, served, weights)
+            if pair >= 0:
+                starts.setdefault(peer.name, []).append(begun)
+    rows, comparisons = _start_tables(bench, starts, imports)
+    columns = ["server", "listening, ms", "first answer, ms", "RSS above weights, MiB"]
+    columns += [f"after {NUM_BURST} at once", "import of its module, ms"]
+    note = (
+        f"The weights are {weights / 2**20:.1f} MiB. The first answer is the first 200 to a chat "
+        "of one token. Ours imports the model's libraries when it listens already, so its import "
+        "cost is the server's alone; the first answer has it all."
+    )
+    figures: dict[str, Any] = {"imports_s": imports, "weights": weights}
+    figures |= {name: [asdict(begun) for begun in own] for name, own in starts.items()}
+    return Table("Start and memory", columns, rows, figures, [note], comparisons)
+
+
+async def _start(bench: Bench, served: Served, weights: int) -> Start:
+    rss = rss_bytes(served.pid)
+    (await served.run(scenarios.burst(bench.writer, NUM_BURST, BURST_TOKENS))).checked()
+    after = rss_bytes(served.pid)
+    return Start(served.listening_s, served.ready_s, rss - weights, after - weights)
+
+
+def _start_tables(
+    bench: Bench, starts: dict[str, list[Start]], imports: dict[str, list[float]]
+) -> tuple[list[list[str]], list[Comparison]]:
+    listening = {name: [begun.listening_s for begun in own] for name, own in starts.items()}
+    ready = {name: [begun.ready_s for begun in own] for name, own in starts.items()}
+    rss = {name: [begun.rss for begun in own] for name, own in starts.items()}
+    after = {name: [begun.rss_after for begun in own] for name, own in starts.items()}
+    rows = [
+        [
+            *(name, ms(listening[name], 0), ms(ready[name], 0)),
+            *(f"{median(kind[name]) / 2**20:.0f}" for kind in (rss, after)),
+            ms(imports[name], 0) if name in imports else "",
+        ]
+        for name in starts
+    ]
+    comparisons = [
+        *bench.against("time to listening", "ms", listening, at_most(LISTENING_ASKED)),
+        *bench.against("time to the first answer", "ms", ready, at_most(READY_ASKED)),
+        *bench.against("import of the server", "ms", imports),
+        *bench.against("RSS above the weights", "MiB", rss, at_most(RSS_ASKED)),
+        *bench.against("the same after a burst", "MiB", after, at_most(RSS_ASKED)),
+    ]
+    return rows, comparisons
+
+
+def num_weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+async def _import(module: str) -> float:
+    """Seconds for an interpreter to start, import it and end."""
+    begun_at = perf_counter()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", f"import {module}")
+    if await process.wait() != 0:
+        raise RuntimeError(f"{module} cannot be imported")
+    return perf_counter() - begun_at
+
+
+# --- lost clients -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A process's CPU time at a moment, both in seconds."""
+
+    at_s: float
+    cpu_s: float
+
+
+def stopped_s(samples: Sequence[Sample], left_s: float) -> float:
+    """How long after `left_s` a process still worked: until the last stretch between two samples
+    in which it used a quarter of what it used, a second, before that.
+    """
+    before = [s for s in samples if s.at_s <= left_s]
+    level = (before[-1].cpu_s - before[0].cpu_s) / (before[-1].at_s - before[0].at_s)
+    worked_until_s = left_s
+    for earlier, later in pairwise(samples):
+        share = (later.cpu_s - earlier.cpu_s) / (later.at_s - earlier.at_s)
+        if later.at_s > left_s and share >= _BUSY * level:
+            worked_until_s = later.at_s
+    return worked_until_s - left_s
+
+
+async def lost(bench: Bench) -> Table:
+    """A client leaves in decode, in prefill, and while it waits for an answer in one piece."""
+    num_prompt = min(LOST_PROMPT_TOKENS, bench.inprocess.model.context_size * 3 // 4)
+    asks = {
+        "in decode": lambda: scenarios.lost_in_decode(bench.writer, LOST_TOKENS),
+        "in prefill": lambda: scenarios.lost_in_prefill(bench.writer, num_prompt, LEAVE_AFTER_S),
+        "unstreamed": lambda: scenarios.lost_unstreamed(bench.writer, LOST_TOKENS, LEAVE_AFTER_S),
+    }
+    figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in asks}
+    bounds: list[float] = []
+    released: dict[str, list[float]] = {kind: [] for kind in asks}
+    async with bench.servers(NUM_ROWS) as servers:
+        for served in servers.values():  # what is compiled at its first use is so now
+            (await served.run(Plan([[bench.writer.request(num_prompt, 32)]]))).checked()
+        for _ in range(bench.num_pairs):
+            bounds.append(await _step_and_chunk(bench, servers[OURS], num_prompt))
+            for kind, ask in asks.items():
+                for name, served in servers.items():
+                    figures[kind].setdefault(name, []).append(await _watched(served, ask()))
+                released[kind].append(await _released(servers[OURS], ask()))
+    rows = [[name, *(ms(figures[kind][name], 0) for kind in asks)] for name in figures["in decode"]]
+    rows.append([f"{OURS}, by /metrics", *(ms(released[kind], 0) for kind in asks)])
+    comparisons = [
+        comparison
+        for kind in asks
+        for comparison in bench.against(f"work after a client left, {kind}", "ms", figures[kind])
+    ]
+    comparisons += [
+        Comparison(f"work after a client left, {kind}", "ms", own[OURS], bounds, BOUND, at_most(1))
+        for kind, own in figures.items()
+    ]
+    columns = ["server", *(f"works on after a client left {kind}, ms" for kind in asks)]
+    return Table(
+        "Lost clients",
+        columns,
+        rows,
+        {"cpu": figures, "metrics": released},
+        _notes(num_prompt),
+        comparisons,
+    )
+
+
+BOUND = "a step and a chunk"
+
+
+def _notes(num_prompt: int) -> list[str]:
+    return [
+        f"Asked for: {LOST_TOKENS} tokens, left after 16; a prompt of {num_prompt}, left after "
+        f"{LEAVE_AFTER_S} s; {LOST_TOKENS} tokens not streamed, left after {LEAVE_AFTER_S} s. "
+        f"Measured from the server's CPU time every {1000 * SAMPLE_S:.0f} ms, for all alike: it "
+        "works while it uses a quarter of what it used before. On a GPU a long chunk may use less. "
+        "By /metrics: until no request is running.",
+        f"“{BOUND}” is our own median gap between tokens, the time of "
+        f"{CHUNK_TOKENS} prompt tokens at the rate of such a prompt undisturbed, and two samples.",
+    ]
+
+
+async def _step_and_chunk(bench: Bench, served: Served, num_prompt: int) -> float:
+    """Seconds of a step that decodes, of a chunk, and of the watching."""
+    asked = bench.writer.request(num_prompt, 32)
+    trace = (await served.run(Plan([[asked]]))).checked()
+    chunk_s = trace.streams[0].ttft_s * min(1.0, CHUNK_TOKENS / num_prompt)
+    return median(trace.gaps()) + chunk_s + 2 * SAMPLE_S
+
+
+async def _watched(served: Served, request: Request) -> float:
+    """Seconds for which the server works on after the client has left."""
+    await served.settle()
+    samples: list[Sample] = [Sample(perf_counter(), cpu_s(served.pid))]
+    client = asyncio.ensure_future(served.run_here(Plan([[request]])))
+    quiet_from_s = give_up_s = perf_counter() + _GIVE_UP_S
+    while perf_counter() < min(quiet_from_s + _QUIET_S, give_up_s):
+        await asyncio.sleep(SAMPLE_S)
+        samples.append(Sample(perf_counter(), cpu_s(served.pid)))
+        left_s = client.result()[0].left_s if client.done() else None
+        if left_s is not None and len(samples) > 2:
+            quiet_from_s = left_s + stopped_s(samples, left_s)
+        elif client.done():
+            raise RuntimeError("the answer came before the client could leave: ask for more")
+    assert left_s is not None
+    return stopped_s(samples, left_s)
+
+
+async def _released(served: Served, request: Request) -> float:
+    """Seconds until /metrics counts no running request."""
+    await served.settle()
+    left_s = (await served.run_here(Plan([[request]])))[0].left_s
+    assert left_s is not None, "the answer came before the client could leave"
+    running = "vllm:num_requests_running"
+    while any(v for k, v in (await served.metrics()).items() if k.startswith(running)):
+        pass  # each look is a request of its own, and the server's loop is free to answer it
+    return perf_counter() - left_s

@@ -1,0 +1,54 @@
+"""Puts a run's figures into the README, between two markers: never by hand.
+
+The block is a function of the JSON (tested against the README itself), so that what is shown is
+what was measured.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bench.compare import MARK, NOISE, Comparison, markdown
+
+OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
+_FIELDS = ("date", "machine", "versions", "BLAS", "pairs", "quiet machine", "what was noisy")
+_PLOTS = ("throughput", "gaps")
+
+
+def block(result: Mapping[str, Any], folder: str) -> str:
+    """The figures as Markdown; `folder` is where the plots lie, seen from the README."""
+    header = result["header"]
+    parts = ["\n".join(f"- {key}: {header[key]}" for key in _FIELDS if key in header)]
+    for model, sections in result["models"].items():
+        found = [
+            Comparison.from_json(value) for section in sections for value in section["comparisons"]
+        ]
+        parts += [f"### Against other servers: {model}", markdown(found)]
+        names = {section["section"] for section in sections}
+        kinds = [
+            kind for kind in _PLOTS if kind in names or (kind == "gaps" and "longprompt" in names)
+        ]
+        parts += [f"![{model}: {kind}]({folder}/{model}-{kind}.svg)" for kind in kinds]
+    parts.append(
+        f"A ratio is the median of the pairs' (and their range). {MARK}: the pairs are more than "
+        f"{NOISE:.0%} of it apart."
+    )
+    return "\n\n".join(parts)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """Raises ValueError where the markers are missing."""
+    before, opened, rest = readme.partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not opened or not closed:
+        raise ValueError(f"the README has no {OPEN} … {CLOSE}")
+    return f"{before}{OPEN}\n{text}\n{CLOSE}{after}"
+
+
+def put(readme: Path, json: Path) -> None:
+    """Rewrite the file; the plots are taken to lie beside the JSON."""
+    result = orjson.loads(json.read_bytes())
+    text = rewritten(readme.read_text(encoding="utf-8"), block(result, json.parent.as_posix()))
+    readme.write_text(text, encoding="utf-8")
