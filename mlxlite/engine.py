@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mlxlite.blocks import CacheStats
+from mlxlite.harmony import AnyChannels
 from mlxlite.lane import ChunkTuner, Lane
 from mlxlite.scheduler import Scheduler
 from mlxlite.sequence import (
@@ -53,7 +54,7 @@ from mlxlite.sequence import (
     Token,
     Usage,
 )
-from mlxlite.text import Channels, LoopGuard, Piece, TextStream
+from mlxlite.text import LoopGuard, Piece, TextStream
 
 log = logging.getLogger("mlxlite.engine")
 
@@ -116,7 +117,7 @@ class _Live:
     guard: LoopGuard | None = None
     has_looped: bool = False  # the guard has ended it
     wants_progress: bool = False  # of its prompt
-    channels: Channels | None = None  # None: all text is content
+    channels: AnyChannels | None = None  # None: all text is content
     num_reasoning: int = 0
 
     def deltas(self, text: str, now: float, *, is_last: bool = False) -> list[Delta]:
@@ -209,7 +210,7 @@ class Engine:
         sinks: SequenceOf[Sink],
         *,
         wants_progress: bool = False,
-        listen: Callable[[], Channels] | None = None,
+        listen: Callable[[], AnyChannels] | None = None,
     ) -> None:
         """Queue one request's sequences; each one's sink is called from now on until its `Done`.
 

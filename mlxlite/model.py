@@ -36,6 +36,7 @@ from mlx_lm.utils import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mlxlite import harmony
 from mlxlite.config import Config
 from mlxlite.grammar import Grammars
 from mlxlite.hub import locate, read_json, read_settings, read_template, reason_of
@@ -330,7 +331,7 @@ def _load_parts(
                 "choose a smaller one, or one with fewer bits"
             ) from error
         needs = f"mlx-lm {mlx_lm.__version__} supports the model"
-        if _has_vision(settings) and not _has_mlx_vlm():
+        if isinstance(settings.get("vision_config"), Mapping) and not _has_mlx_vlm():
             needs += ", or pip install 'mlxlite[vision]' for its pictures"
         raise LoadError(
             f"cannot load the model at {path}: {reason.rstrip('.')}; check that the download is "
@@ -339,17 +340,13 @@ def _load_parts(
     return network, tokenizer, processor
 
 
-def _has_vision(settings: Mapping[str, Any]) -> bool:
-    return isinstance(settings.get("vision_config"), Mapping)
-
-
 def _has_mlx_vlm() -> bool:
     return find_spec("mlx_vlm") is not None and find_spec("PIL") is not None
 
 
 def _load_vision(path: Path, settings: Mapping[str, Any]) -> tuple[nn.Module | None, Any]:
     """An image-text model's network and processor; None where text is all that can be served."""
-    if not _has_vision(settings):
+    if not isinstance(settings.get("vision_config"), Mapping):
         return None, BLIND
     if not _has_mlx_vlm():
         return None, f"{BLIND} here: pip install 'mlxlite[vision]'"
@@ -434,6 +431,7 @@ def _markers(tokenizer: Any) -> Markers:
         (tokenizer.tool_call_start or "") if has_parser else "",
         (tokenizer.tool_call_end or "") if has_parser else "",
         _has_json_calls(tokenizer),
+        {t.content for t in tokenizer.added_tokens_decoder.values()} >= harmony.MARKS,
     )
 
 
@@ -458,7 +456,8 @@ def _grammars(tokenizer: Any, num_vocab: int) -> Grammars:
 
 def _shown(tokenizer: Any, markers: Markers) -> dict[int, str]:
     """The special tokens of which markers consist."""
-    texts = (markers.think_start, markers.think_end, markers.call_start, markers.call_end)
+    texts = [markers.think_start, markers.think_end, markers.call_start, markers.call_end]
+    texts += harmony.MARKS if markers.is_harmony else ()
     found: dict[int, str] = {}
     for id, token in tokenizer.added_tokens_decoder.items():
         if token.special and any(token.content in text for text in texts if text):

@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from mlxlite import api
 from mlxlite.arguments import repaired
 from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
 from mlxlite.dialects import parse_count_tokens, parse_messages
+from mlxlite.harmony import AnyChannels, HarmonyChannels, with_thinking
 from mlxlite.media import Limits, MediaError, Picture, Source, load
 from mlxlite.messages import Message
 from mlxlite.plain import (
@@ -89,7 +90,9 @@ def prepare_response(
 
 def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
     """A chat's prompt. Raises APIError and, unless `is_patient`, HasPictures."""
-    messages = [message.as_template() for message in request.messages]
+    messages: list[Mapping[str, Any]] = [m.as_template() for m in request.messages]
+    if model.markers.is_harmony:
+        messages = [with_thinking(message) for message in messages]
     arguments = _with_tools(model, request)
     pictures = _pictures(model, request.sources, config, is_patient=is_patient)
     more = {"pictures": pictures} if pictures else {}
@@ -126,16 +129,27 @@ def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:
     """What the template gets beside the messages. Raises APIError."""
     if not request.tools:
         return request.template_kwargs
-    if not model.markers.call_start:
+    if not model.markers.call_start and not model.markers.is_harmony:
         message = "this model's template has no format for tools that this server knows"
         raise api.APIError(api.Cause.UNSUPPORTED, message, param="tools")
     return {**request.template_kwargs, "tools": [tool.as_template() for tool in request.tools]}
 
 
-def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callable[[], Channels]:
+def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callable[[], AnyChannels]:
     """What tells a chat's answers apart."""
     tools = [tool.as_template() for tool in request.tools]
     schemas = {tool.name: tool.parameters for tool in request.tools}
+    if model.markers.is_harmony:
+
+        def finish(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+            return cast("Mapping[str, Any]", repaired(arguments, schemas.get(name)))
+
+        return partial(
+            HarmonyChannels,
+            splits_reasoning=request.splits_reasoning,
+            finish=finish if tools else None,
+            max_calls=request.max_calls,
+        )
 
     def parse(text: str) -> list[tuple[str, Mapping[str, Any]]]:
         calls = model.parse_calls(text, tools)

@@ -27,6 +27,7 @@ from mlxlite.connection import JSON, AnswerSink, ErrorBody, Exchange
 from mlxlite.conversations import Conversations
 from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
+from mlxlite.harmony import AnyChannels
 from mlxlite.messages import Message
 from mlxlite.metrics import Metrics
 from mlxlite.prompts import (
@@ -45,7 +46,6 @@ from mlxlite.request import Options, parse_cancel
 from mlxlite.responses import ResponsesWriter, deleted
 from mlxlite.sequence import Prompt, Sequence
 from mlxlite.served import ServedModel
-from mlxlite.text import Channels
 
 log = logging.getLogger("mlxlite.routes")
 
@@ -438,7 +438,7 @@ class Routes:
         kind: str,
         write: Callable[[api.Envelope], api.Writer],
         then: Callable[[str], None] | None = None,
-        listen: Callable[[], Channels] | None = None,
+        listen: Callable[[], AnyChannels] | None = None,
     ) -> None:
         """Hand a request's sequences over; their sink answers it. Raises APIError.
 

@@ -493,6 +493,7 @@ class Markers:
     call_start: str = ""
     call_end: str = ""  # "" with a `call_start`: a call goes on to the end
     has_json_calls: bool = False  # between them is {"name": …, "arguments": {…}}
+    is_harmony: bool = False  # gpt-oss's: see `harmony`
 
 
 class Channel(Enum):

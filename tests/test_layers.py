@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "mlxlite"
 # scheduler `prefill`, config `flags`, text `arguments`, responses `conversations`. `media` is what
 # of pictures is not MLX: the design had it in `vision`, where requests could not read a source
 # without loading MLX.
-MAX_MODULES = 40
+MAX_MODULES = 41
 MAX_LINES = 600
 
 # layer → module → what it may import beside the standard library: our modules | other packages
@@ -41,6 +41,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "openapi": "fields request plain dialects responses | orjson",
         "arguments": "sequence | orjson",
         "text": "sequence arguments |",
+        "harmony": "sequence arguments text |",
         "grammar": "sequence served | llguidance numpy",
         "prefix": "sequence blocks | numpy",
     },
@@ -48,12 +49,12 @@ LAYERS: dict[int, dict[str, str]] = {
         "prefill": "sequence blocks |",
         "scheduler": "sequence blocks prefill prefix |",
         "prompts": "config sequence served blocks api media messages request plain dialects"
-        " responses text arguments |",
+        " responses text harmony arguments |",
     },
     3: {
         "sampling": "sequence | mlx numpy",
         "hub": "served | huggingface_hub",
-        "model": "config sequence served grammar hub vision | mlx mlx_lm numpy"
+        "model": "config sequence served grammar harmony hub vision | mlx mlx_lm numpy"
         " huggingface_hub transformers jinja2",
         "vision": "sequence served | mlx mlx_lm mlx_vlm numpy PIL",
         "caches": "| mlx mlx_lm",
@@ -63,10 +64,10 @@ LAYERS: dict[int, dict[str, str]] = {
     },
     4: {
         "lane": "sequence |",
-        "engine": "sequence blocks scheduler text lane |",
+        "engine": "sequence blocks scheduler text harmony lane |",
         "connection": "sequence http1 api |",
         "routes": "config sequence http1 api fields messages request plain prompts dialects"
-        " responses conversations openapi text served connection engine metrics |",
+        " responses conversations openapi harmony served connection engine metrics |",
         "server": "config sequence served http1 api routes connection lane engine"
         " scheduler metrics |",
         "metrics": "blocks sequence |",
