@@ -23,6 +23,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mlxlite.blocks import CacheStats
+from mlxlite.faults import told, trace_of
 from mlxlite.lane import ChunkTuner, Lane
 from mlxlite.scheduler import Scheduler
 from mlxlite.sequence import (
@@ -116,6 +117,16 @@ class _Live:
     wants_progress: bool = False  # of its prompt
     channels: Channels | None = None  # None: all text is content
     num_reasoning: int = 0
+    fault: str | None = None  # why its tokens cannot be made text
+
+    def push(self, token: int, now: float) -> list[Delta]:
+        """What one more token lets be told."""
+        text = self.text.push(token)
+        return self.deltas(text, now) if text else []
+
+    def flush(self, now: float, *, is_whole: bool) -> list[Delta]:
+        """What was held back, where the answer has come to its end."""
+        return self.deltas(self.text.flush() if is_whole else "", now, is_last=True)
 
     def deltas(self, text: str, now: float, *, is_last: bool = False) -> list[Delta]:
         """More text by channels; the first delta has the logprobs since the last one."""
@@ -219,13 +230,16 @@ class Engine:
         if num_waiting + len(sequences) > self._options.max_queue:
             raise QueueFull
         now = perf_counter()
+        lives: list[_Live] = []
         for sequence, sink in zip(sequences, sinks, strict=True):
-            text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
+            text = TextStream(self._detokenize, stop, sequence.prompt.tokens)  # may raise
             live = _Live(sequence, sink, text, now, wants_progress=wants_progress)
             live.channels = listen() if listen is not None else None
             live.guard = LoopGuard(self._options.guard) if self._options.guard else None
-            self._live[sequence.id] = live
-            self._command(Add(sequence))
+            lives.append(live)
+        for live in lives:
+            self._live[live.sequence.id] = live
+            self._command(Add(live.sequence))
 
     def cancel(self, id: int) -> None:
         """End a sequence at the next step; its sink still gets a `Done`. Unknown ids are void."""
@@ -264,7 +278,7 @@ class Engine:
         """A vector of length 1 for each input; None when nobody wants them any more.
 
         Done in pieces of at most `EMBED_TOKENS`, between which the rows that decode have their
-        steps. Raises NotImplementedError for a model that cannot.
+        steps. Raises NotImplementedError for a model that cannot, and what the runner raises.
         """
         vectors: list[list[float]] = [[] for _ in inputs]
         for group in _like_lengths(inputs):
@@ -330,11 +344,8 @@ class Engine:
         if self.failure is not None or self._lane_since is None:
             return self.failure
         since_s = now - self._lane_since
-        return (
-            f"the model has not answered for {since_s:.0f} s"
-            if since_s > self._options.stuck_s
-            else None
-        )
+        is_stuck = since_s > self._options.stuck_s
+        return f"the model has not answered for {since_s:.0f} s" if is_stuck else None
 
     def _command(self, command: Command) -> None:
         self._commands.append(command)
@@ -422,11 +433,11 @@ class Engine:
         """A whole step is lost: end what ran, keep what waits, go on with a clean runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
         self._lane_since = None
-        self._command(Lost(f"the model failed: {_summary(error)}"))
+        self._command(Lost(f"the model failed: {told(error)}"))
         try:
             await self._lane.run(self._runner.reset)
         except Exception as reset_error:  # the runner cannot be trusted any more
-            self.failure = f"the model failed and could not be reset: {_summary(reset_error)}"
+            self.failure = f"the model failed and could not be reset: {told(reset_error)}"
             log.exception("%s", self.failure, exc_info=reset_error)
             self.abort(self.failure)
             raise
@@ -460,7 +471,9 @@ class Engine:
         prompt = sequence.prompt
         number = bisect_right(prompt.heads, at)
         head = prompt.heads[number - 1] if number else 0
-        words = self._detokenize(prompt.tokens[head : head + 4]).split()  # the role, no content
+        words: list[str] = []
+        with contextlib.suppress(Exception):  # the tokenizer's own
+            words = self._detokenize(prompt.tokens[head : head + 4]).split()  # the role, no content
         role = words[0] if words and words[0] in ROLES else "?"
         log.debug(
             "sequence %d: %d of %d tokens cached; it leaves the nearest cached prompt at token %d, "
@@ -502,13 +515,27 @@ class Engine:
             self._command(Finish(live.sequence.id, FinishReason.LENGTH))
         if event.logprobs is not None:
             live.logprobs.append((event.token, event.logprobs))
-        if text := live.text.push(event.token):
-            for delta in live.deltas(text, now):
-                self._emit(live, delta)
+        deltas = self._read(live, lambda: live.push(event.token, now))
+        if live.fault is not None:
+            self._end(live.sequence.id, live.fault, now)
+            return
+        for delta in deltas:
+            self._emit(live, delta)
         has_called = live.channels is not None and live.channels.is_complete
         if live.text.stopped is not None or has_called:
             live.is_leaving = True
             self._command(Finish(live.sequence.id, FinishReason.STOP))
+
+    def _read(self, live: _Live, read: Callable[[], list[Delta]]) -> list[Delta]:
+        """Text, by the tokenizer and the tools' parser: what they raise costs one sequence."""
+        try:
+            return read()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            log.error("no text for sequence %d: %s", live.sequence.id, trace_of(error))
+            live.fault = f"the tokens could not be made text ({type(error).__name__})"
+            return []
 
     def _emit(self, live: _Live, output: Output) -> None:
         """Call a sink, which must not raise; one that does costs its own sequence only."""
@@ -516,8 +543,8 @@ class Engine:
             return
         try:
             live.sink(output)
-        except Exception:
-            log.exception("the sink of sequence %d raised", live.sequence.id)
+        except Exception as fault:
+            log.error("the sink of sequence %d raised: %s", live.sequence.id, trace_of(fault))
             live.is_deaf = True
             self.cancel(live.sequence.id)
             error = "the answer could not be written"
@@ -530,15 +557,17 @@ class Engine:
         if live is None:
             return
         is_whole = event.reason in (FinishReason.STOP, FinishReason.LENGTH)
-        for delta in live.deltas(live.text.flush() if is_whole else "", now, is_last=True):
+        for delta in self._read(live, lambda: live.flush(now, is_whole=is_whole)):
             self._emit(live, delta)
-        reason = event.reason
+        reason, error = event.reason, event.error
+        if live.fault is not None:
+            reason, error = FinishReason.ERROR, live.fault
         if reason is FinishReason.LENGTH and live.text.stopped is not None:
             reason = FinishReason.STOP  # the stop string was met in the very last token
         usage = live.usage(now)
         stop = live.text.stopped or ("repetition" if live.has_looped else None)
         num_calls = live.channels.num_calls if live.channels is not None else 0
-        self._emit(live, Done(reason, usage, event.error, stop, num_calls))
+        self._emit(live, Done(reason, usage, error, stop, num_calls))
         self._observer.finished(
             reason.value, now - live.added_at, usage.num_prompt, usage.num_output
         )
@@ -568,8 +597,3 @@ def _like_lengths(inputs: SequenceOf[tuple[int, ...]]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
-
-
-def _summary(error: Exception) -> str:
-    """One line for a client: what it was, never where."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

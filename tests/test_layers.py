@@ -30,6 +30,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "api": "sequence blocks http1 | orjson",
         "fields": "api | orjson",
         "served": "sequence |",
+        "faults": "|",
         "tools": "api fields served | orjson",
         "media": "api fields | h11 PIL",
         "messages": "api fields media | orjson",
@@ -53,21 +54,21 @@ LAYERS: dict[int, dict[str, str]] = {
     3: {
         "sampling": "sequence | mlx numpy",
         "hub": "served | huggingface_hub",
-        "model": "config sequence served grammar hub vision | mlx mlx_lm numpy"
+        "model": "config sequence served faults grammar hub vision | mlx mlx_lm numpy"
         " huggingface_hub transformers jinja2",
         "vision": "sequence served | mlx mlx_lm mlx_vlm numpy PIL",
         "caches": "| mlx mlx_lm",
         "store": "sequence blocks | orjson",
         "payloads": "blocks caches store | mlx numpy",
-        "runner": "sequence blocks sampling caches payloads store vision | mlx mlx_lm numpy",
+        "runner": "sequence blocks faults sampling caches payloads store vision | mlx mlx_lm numpy",
     },
     4: {
-        "lane": "sequence |",
-        "engine": "sequence blocks scheduler text lane |",
+        "lane": "sequence faults |",
+        "engine": "sequence blocks faults scheduler text lane |",
         "connection": "sequence http1 api |",
         "routes": "config sequence http1 api fields request plain prompts dialects responses"
-        " conversations openapi text served connection engine metrics |",
-        "server": "config sequence served http1 api routes connection lane engine"
+        " conversations openapi text served faults connection engine metrics |",
+        "server": "config flags sequence served faults http1 api routes connection lane engine"
         " scheduler metrics |",
         "metrics": "blocks sequence |",
     },
