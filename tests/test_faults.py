@@ -6,9 +6,21 @@ process does about signals and about a start that comes to nothing is in the sec
 """
 
 import asyncio
+import http.client
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +31,7 @@ import numpy.typing as npt
 import pytest
 from fakes import drive, make_sequence
 from helpers import (
+    DONE,
     ENDLESS,
     MARKERS,
     FakeModel,
@@ -28,21 +41,36 @@ from helpers import (
     connect,
     in_a_loop,
     new_server,
+    parse_frames,
     serving,
     text_of,
     until,
 )
 from mlx import nn
+from test_command_line import (
+    GONE_S,
+    ROOT,
+    TIMEOUT_S,
+    ask,
+    chat,
+    fails,
+    free_port,
+    running,
+    until_it_listens,
+)
 from test_runner import VOCABULARY, build, judge
 from test_server import assert_ends_with_an_error
 
 from mlxlite import faults, model
+from mlxlite.blocks import Stored
 from mlxlite.config import Config
 from mlxlite.faults import TookTooLong, told, trace_of, within
 from mlxlite.runner import ModelRunner
 from mlxlite.scheduler import Policy, Scheduler
-from mlxlite.sequence import Add, FinishReason, Matcher, Sequence
+from mlxlite.sequence import Add, FinishReason, Matcher, Sequence, Unstored
+from mlxlite.served import LoadError
 from mlxlite.server import Server  # noqa: TC001
+from mlxlite.store import File, Store
 
 
 @pytest.fixture(autouse=True)
@@ -510,3 +538,399 @@ def _stop_and_end(bounded: faults._Bounded) -> None:
     bounded.end()
     for _ in range(10):
         pass
+
+
+# --- the disk, file descriptors ------------------------------------------------------------------
+
+PROMPT = "Tell me a story about a river and a boat. " * 4
+
+
+def told_by(port: int, number: int) -> int:
+    """A chat that is like no other; its status."""
+    messages = [{"role": "user", "content": f"{number}: {PROMPT}"}]
+    body = chat(messages=messages, temperature=0, max_tokens=8)
+    return ask(port, "/v1/chat/completions", body)[0]
+
+
+def until_true(condition: Callable[[], object]) -> None:
+    give_up_at = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+@contextmanager
+def full_disk(directory: Path, _pid: int) -> Iterator[None]:
+    """A file system of its own that has no room."""
+    ballast = directory / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"\0" * 4096):
+            pass
+    yield
+    ballast.unlink()
+
+
+@contextmanager
+def no_large_files(_directory: Path, pid: int) -> Iterator[None]:
+    """A process that may write no more than 64 KiB into a file."""
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (64 << 10, hard))
+    yield
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and prlimit are Linux's")
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(full_disk, "No space left on device"), (no_large_files, "File too large")],
+)
+def test_a_full_disk_costs_no_answer_and_writing_goes_on_when_there_is_room(
+    tmp_path: Path, fault: Callable[[Path, int], AbstractContextManager[None]], reason: str
+) -> None:
+    directory = tmp_path / "prefixes"
+    directory.mkdir()
+    if fault is full_disk:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(directory)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("only root may mount")
+    port = free_port()
+    try:
+        with running(
+            tmp_path, "--port", str(port), "--prefix-cache-dir", str(directory)
+        ) as process:
+            process.until("server is listening")
+            with fault(directory, process.pid):
+                assert [told_by(port, number) for number in range(3)] == [200] * 3
+                until_true(lambda: reason in process.stderr)
+                assert ask(port, "/health")[0] == 200
+                assert ask(port, "/v1/cache")[1]["disk_bytes"] == 0
+                assert not list(directory.rglob("*.safetensors"))
+                assert not list(directory.rglob("*.tmp"))
+            assert told_by(port, 4) == 200
+            until_true(lambda: ask(port, "/v1/cache")[1]["disk_bytes"] > 0)
+            assert list(directory.rglob("*.safetensors"))
+            assert "Traceback" not in process.stderr
+            process.kill(signal.SIGTERM)
+            assert process.wait() == 0
+    finally:
+        if fault is full_disk:
+            subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_prefix_is_not_written_where_a_link_leads(tmp_path: Path) -> None:
+    told: list[Any] = []
+    store = Store(tmp_path / "home", "label", 1 << 20)
+    store.tell = told.append
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "home" / "label" / "7.tmp").symlink_to(victim)
+    store.write(7, File(Stored(1, 0, None, b"\1\0\0\0"), {}))
+    until_true(lambda: told)
+    assert told == [Unstored(7)]
+    assert victim.read_bytes() == b"precious"
+
+
+def cpu_s(pid: int) -> float:
+    """What a process has taken of the processor."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prlimit and /proc are Linux's")
+def test_without_file_descriptors_nobody_is_lost_and_the_server_does_not_spin(
+    tmp_path: Path,
+) -> None:
+    """Whoever is connected is served; who is not waits, and is served as descriptors come free."""
+    port = free_port()
+    raw = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with (
+        running(tmp_path, "--port", str(port)) as process,
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as before,
+        ExitStack() as stack,
+    ):
+        process.until("server is listening")
+        before.request("GET", "/health")
+        assert before.getresponse().read()
+        _, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        num_open = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (num_open + 3, hard))
+        socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for sock in socks:
+            stack.enter_context(closing(sock))
+            sock.settimeout(TIMEOUT_S)
+            sock.sendall(raw)
+        until_true(lambda: "no connection can be accepted for now" in process.stderr)
+        before.request("GET", "/health")
+        assert before.getresponse().read(), "who was there is served"
+        taken_s = cpu_s(process.pid)
+        assert select.select(socks[-1:], [], [], 2.5)[0] == [], "nothing comes for the last one"
+        assert cpu_s(process.pid) - taken_s < 1.0
+        for sock in socks:  # each one that leaves makes room for another
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+            sock.close()
+        assert ask(port, "/health")[0] == 200
+        assert process.stderr.count("no connection can be accepted") <= 3
+        assert "Traceback" not in process.stderr
+        process.kill(signal.SIGTERM)
+        assert process.wait(GONE_S) == 0
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "is_enough"), [(64, 4096, True), (64, 128, False), (2048, 4096, True)]
+)
+def test_as_many_files_may_be_open_as_connections_need(
+    soft: int, hard: int, is_enough: bool
+) -> None:
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from mlxlite.__main__ import _raise_file_limit
+_raise_file_limit(1024)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout) == (max(soft, 1024 + 128) if is_enough else hard)
+    assert ("too few for 1024 connections" in done.stderr) == (not is_enough), done.stderr
+
+
+# --- signals, at each phase of a real process ----------------------------------------------------
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_model_loads_is_exit_0(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    with running(tmp_path, "--model", str(checkpoint), "--port", str(port)) as process:
+        until_it_listens(process, port)
+        process.kill(number)
+        assert process.wait(GONE_S) == 0
+        assert process.stdout == ""
+        assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_streams_in_prefill_decode_and_queue_with_their_errors(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    flags = ("--port", str(port), "--max-batch-size", "2", "--prefill-chunk-size", "32")
+    with running(tmp_path, *flags, "--shutdown-grace-s", "0.05") as process, ExitStack() as stack:
+        process.until("server is listening")
+
+        def begin(content: str, **fields: Any) -> http.client.HTTPResponse:
+            link = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+            stack.enter_context(closing(link))
+            messages = [{"role": "user", "content": content}]
+            body = chat(messages=messages, ignore_eos=True, **fields)
+            link.request("POST", "/v1/chat/completions", json.dumps(body))
+            return link.getresponse()
+
+        decoding = begin("Hello", stream=True, temperature=1)
+        until_line(decoding, '"content":"', but='"content":""')
+        prefilling = begin("river boat " * 1000, stream=True, return_progress=True)
+        until_line(prefilling, '"prompt_progress"')
+        waiting = begin("Hello", stream=True)
+        until_line(waiting, '"role"')
+        process.kill(number)
+        for answer in (decoding, prefilling, waiting):
+            rest = answer.read().decode()
+            frames = parse_frames(rest[rest.index("data: ") :])
+            assert frames[-1] == DONE
+            assert "shutting down" in frames[-3].json["error"]["message"]
+            assert answer is decoding or not text_of(frames[:-3] + frames[-1:])
+        assert process.wait(GONE_S) == 0
+        assert "Traceback" not in process.stderr
+
+
+def until_line(answer: http.client.HTTPResponse, word: str, but: str = "\n\n") -> None:
+    """Read a stream up to the blank line after one with `word` in it."""
+    while True:
+        line = answer.readline().decode()
+        assert line, "the stream has ended"
+        if word in line and but not in line:
+            assert answer.readline() == b"\n"
+            return
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_while_it_drains_is_exit_130_at_once(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    with running(tmp_path, "--port", str(port), "--shutdown-grace-s", "60") as process:
+        process.until("server is listening")
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as link:
+            body = chat(stream=True, temperature=1, ignore_eos=True)
+            link.request("POST", "/v1/chat/completions", json.dumps(body))
+            answer = link.getresponse()
+            until_line(answer, '"content":"', but='"content":""')
+            process.kill(signal.SIGTERM)
+            until_true(lambda: not can_connect(port))  # it has heard the first
+            until_line(answer, '"content":"', but='"content":""')
+            process.kill(number)
+            assert process.wait(GONE_S) == 130
+            assert "Traceback" not in process.stderr
+
+
+def can_connect(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_hangup_that_was_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    """`nohup python -m mlxlite`, and the terminal is closed."""
+    port = free_port()
+    with running(tmp_path, "--port", str(port), prefix=("nohup",)) as process:
+        process.until("server is listening")
+        process.kill(signal.SIGHUP)
+        assert ask(port, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+        process.kill(signal.SIGTERM)
+        assert process.wait(GONE_S) == 0
+
+
+def test_who_has_launched_it_may_close_its_output(tmp_path: Path) -> None:
+    port = free_port()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlxlite", "--port", str(port)],
+            stdout=writing,
+            stderr=stderr,
+            cwd=ROOT,
+        )
+    os.close(writing)
+    try:
+        until_true(lambda: can_connect(port) and ask(port, "/health")[0] == 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(GONE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_after_a_kill_in_mid_stream_the_same_port_is_served_again(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "second").mkdir()
+    with running(tmp_path, "--port", str(port)) as process:
+        process.until("server is listening")
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as link:
+            body = chat(stream=True, temperature=1, ignore_eos=True)
+            link.request("POST", "/v1/chat/completions", json.dumps(body))
+            until_line(link.getresponse(), '"content":"', but='"content":""')
+            process.kill(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            with running(tmp_path / "second", "--port", str(port)) as again:
+                again.until("server is listening")
+                assert ask(port, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+
+
+# --- starts that come to nothing -----------------------------------------------------------------
+
+
+def assert_one_line(reason: str, words: str) -> None:
+    """The reason is one line that begins with the program's name, and the last one."""
+    lines = [line for line in reason.splitlines() if line.startswith("mlxlite: error: ")]
+    assert len(lines) == 1, reason
+    assert reason.splitlines()[-1] == lines[0]
+    assert words in lines[0]
+
+
+def without_configuration(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def without_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def without_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+
+
+def cut_weights(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_weights_at_all(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"\xff" * 4096)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_configuration, "no config.json"),
+        (without_weights, "no model*.safetensors"),
+        (without_tokenizer, "no tokenizer"),
+        (cut_weights, "check that the download is complete"),
+        (no_weights_at_all, "check that the download is complete"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_exit_1_with_one_line(
+    checkpoint: Path, tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    spoil(copy)
+    code, reason = fails(tmp_path, "--port", "0", "--model", str(copy))
+    assert code == 1
+    assert_one_line(reason, words)
+    assert str(copy) in reason
+
+
+def test_a_model_of_the_hub_without_a_network_is_exit_1_with_one_line(tmp_path: Path) -> None:
+    nowhere = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    flags = ("--port", "0", "--model", "owner/name")
+    code, reason = fails(tmp_path, *flags, variables=nowhere)
+    assert code == 1
+    assert_one_line(reason, "cannot get the model owner/name")
+    assert "check the network" in reason
+
+
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), TypeError("no such layer")], ids=str)
+def test_a_network_that_cannot_run_its_first_tokens_is_no_server(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    from mlxlite.__main__ import load
+
+    def warm_up(_: ModelRunner) -> None:
+        raise error
+
+    monkeypatch.setattr(ModelRunner, "warm_up", warm_up)
+    is_memory = not isinstance(error, TypeError)
+    with pytest.raises(LoadError) as caught:
+        load(Config())
+    words = (
+        "insufficient memory to run the model" if is_memory else "this model cannot run: no such"
+    )
+    assert words in str(caught.value)
+
+
+def test_a_file_where_the_unix_socket_should_be_is_exit_1_and_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "notes"
+    precious.write_text("precious")
+    code, reason = fails(tmp_path, "--uds", str(precious))
+    assert code == 1
+    assert_one_line(reason, "there is a file that is no socket")
+    assert precious.read_text() == "precious"
+
+
+def test_a_certificate_that_cannot_be_used_is_exit_2_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.pem").write_text("no certificate")
+    for name, words in (("nowhere.pem", "No such file"), ("broken.pem", "--tls-cert")):
+        code, reason = fails(tmp_path, "--port", "0", "--tls-cert", str(tmp_path / name))
+        assert code == 2
+        assert_one_line(reason, words)
