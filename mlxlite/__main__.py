@@ -2,12 +2,18 @@
 
     python -m mlxlite [--model PATH|ID] [--port PORT] …
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 when the server cannot start (the reason is on stderr), 2
-for a bad command line. Imports are inside the functions, each as late as it can be: `--help` waits
-for none of them, and the listening socket for none of the model's.
+Exit codes: 0 after SIGTERM, SIGINT or SIGHUP (a terminal that is closed), 1 when the server cannot
+start (the reason is on stderr), 2 for a bad command line; a second signal is 130, at once. A SIGHUP
+that was ignored from the start (nohup) stays so.
+
+Imports are inside the functions, each as late as it can be: `--help` waits for none of them, and
+the listening socket for none of the model's.
 """
 
+import contextlib
+import errno
 import os
+import signal
 import sys
 from functools import cache
 from typing import TYPE_CHECKING
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     import asyncio
     import socket
     from collections.abc import Callable
+    from typing import Any
 
     from mlxlite.sequence import Runner
     from mlxlite.served import ServedModel
@@ -26,27 +33,38 @@ if TYPE_CHECKING:
     from mlxlite.store import Store
 
 _EXIT_FAILED = 1
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_EXIT_AT_ONCE = 130
+_OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or a picture needs
+_REPEAT_S = 10.0  # between two lines of a log that say the same
 
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
     """A model and the runner that drives it, warmed up. Runs on the lane; raises LoadError."""
+    import logging
+
     from mlxlite.caches import KVBits
+    from mlxlite.faults import FOREIGN
+    from mlxlite.hub import reason_of
     from mlxlite.model import load as load_model
     from mlxlite.model import memory_budget
     from mlxlite.runner import ModelRunner
     from mlxlite.served import LoadError
 
-    model = load_model(config)
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
-    store = _open_store(config, model.fingerprint)
     try:
+        model = load_model(config)
+        store = _open_store(config, model.fingerprint)
         budget = memory_budget(config, model.network)
         runner = ModelRunner(model.network, kv_bits=kv_bits, memory_bytes=budget, store=store)
         runner.warm_up()
-    except (ValueError, RuntimeError) as error:
-        if kv_bits is None:
-            raise
-        raise LoadError(f"this model cannot run with --kv-bits {config.kv_bits}: {error}") from None
+    except FOREIGN as error:  # of a foreign network, on the first tokens that it gets
+        logging.getLogger("mlxlite").debug("the model cannot run", exc_info=error)
+        reason = reason_of(error)
+        if isinstance(error, MemoryError) or "allocate" in reason:
+            raise LoadError(f"insufficient memory to run the model ({reason})") from None
+        flags = f" with --kv-bits {config.kv_bits}" if kv_bits is not None else ""
+        raise LoadError(f"this model cannot run{flags}: {reason}") from None
     return model, runner
 
 
@@ -85,11 +103,11 @@ def server_class() -> "Callable[[Config], Server]":
 
 def main() -> None:
     """The console script."""
-    import signal
-
+    unheeded = (signal.SIG_DFL, signal.default_int_handler)
+    for number in _ENDING:  # until there is a loop, and something to end
+        if signal.getsignal(number) in unheeded:
+            signal.signal(number, lambda *_: os._exit(0))
     config = parse_args(sys.argv[1:], os.environ)
-    for number in (signal.SIGTERM, signal.SIGINT):  # until there is a loop, and something to end
-        signal.signal(number, lambda *_: os._exit(0))
     try:
         listener = _listen(config)
     except OSError as error:
@@ -99,17 +117,22 @@ def main() -> None:
     import logging
     import warnings
 
+    level = getattr(logging, config.log_level.upper())
     logging.basicConfig(
-        level=config.log_level.upper(),
+        # At debug other packages tell what they send, a token for the hub perhaps: not here.
+        level=max(level, logging.INFO),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("mlxlite").setLevel(level)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # What Pillow says of odd pictures is the clients' doing: no log, nor a list of all it has said.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    _raise_file_limit(config.max_connections)
     code = asyncio.run(_serve(config, listener))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever launched us may be gone
+            stream.flush()
     # The lane may be inside a kernel that cannot be interrupted: do not wait for it.
     os._exit(code)
 
@@ -150,6 +173,7 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
     from mlxlite.served import LoadError
 
     stopping = _stop_signals()
+    asyncio.get_running_loop().set_exception_handler(_no_files())
     try:
         server = server_class()(config)
         await server.start(listener)
@@ -176,21 +200,58 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
 
 
 def _stop_signals() -> "asyncio.Event":
-    """Set by the first SIGTERM or SIGINT; the second one exits at once."""
+    """Set by the first SIGTERM, SIGINT or SIGHUP; the second one exits at once."""
     import asyncio
-    import signal
 
     stopping = asyncio.Event()
 
     def stop() -> None:
         if stopping.is_set():
-            os._exit(130)
+            os._exit(_EXIT_AT_ONCE)
         stopping.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    for number in _ENDING:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, stop)
     return stopping
+
+
+def _raise_file_limit(max_connections: int) -> None:
+    """Each connection is an open file, of which macOS by default allows a process 256."""
+    import logging
+    import resource
+
+    wanted = max_connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
+        log = logging.getLogger("mlxlite")
+        log.warning("%d open files are too few for %d connections", most, max_connections)
+
+
+def _no_files() -> "Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]":
+    """Tells in one line, now and then, that no connection can be accepted; asyncio tries again."""
+    import logging
+
+    log = logging.getLogger("mlxlite")
+    said_at = -_REPEAT_S
+
+    def tell(loop: "asyncio.AbstractEventLoop", context: "dict[str, Any]") -> None:
+        nonlocal said_at
+        error = context.get("exception")
+        numbers = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+        if not (isinstance(error, OSError) and error.errno in numbers):
+            loop.default_exception_handler(context)
+        elif loop.time() - said_at >= _REPEAT_S:
+            said_at = loop.time()
+            log.warning("no connection can be accepted for now: %s", error.strerror)
+
+    return tell
 
 
 def _announce(server: "Server") -> None:
@@ -201,8 +262,10 @@ def _announce(server: "Server") -> None:
             "to try the API with, not a useful model",
             file=sys.stderr,
         )
-    print(f"[mlx] http server listening on {server.url}")
-    print(f"[mlx] server is listening on {server.url.removeprefix('http://')}", flush=True)
+    address = server.url.removeprefix("http://").removeprefix("https://")
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"[mlx] http server listening on {server.url}")
+        print(f"[mlx] server is listening on {address}", flush=True)
 
 
 def _fail(message: str, code: int = _EXIT_FAILED) -> int:

@@ -23,6 +23,7 @@ USAGE_STATUS = 2  # the exit status argparse and getopt use for a bad command li
 # What a client can put into a header, hmac.compare_digest can compare, and a comma can separate.
 _API_KEY = re.compile(r"[!-+\--~]+")
 _API_KEY_TEXT = "visible ASCII characters without a comma"
+_MODE = re.compile(r"0?[0-7]{3}")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
 
 _MODEL = "Model"
@@ -97,6 +98,24 @@ class Config:
     port: int = flag(8080, _NETWORK, "PORT", "port to listen on; 0 = any free one", maximum=65535)
     uds: str | None = flag(
         None, _NETWORK, "PATH", "listen on this Unix socket instead of host and port"
+    )
+    uds_mode: str = flag(
+        "600",
+        _NETWORK,
+        "MODE",
+        "who may connect to --uds, in chmod's digits: 660 adds its group",
+        item=_MODE,
+        item_text="three octal digits",
+    )
+    tls_cert: str | None = flag(
+        None, _NETWORK, "PATH", "serve HTTPS with this certificate chain (PEM)"
+    )
+    tls_key: str | None = flag(
+        None,
+        _NETWORK,
+        "PATH",
+        "the certificate's private key (PEM), without a password",
+        default_text="in --tls-cert",
     )
 
     api_key: tuple[str, ...] = flag(
@@ -246,6 +265,8 @@ class Config:
                 f"--host {self.host} can be reached from other machines and there is no API key: "
                 "give --api-key or --api-key-file, or listen on 127.0.0.1"
             )
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ConfigError("--tls-key needs --tls-cert")
 
     @classmethod
     def from_args(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:

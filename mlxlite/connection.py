@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Callable
 from email.utils import formatdate
 from functools import partial
@@ -52,19 +53,21 @@ EVENTS: Fields = (
 )
 
 
-def bind_unix(path: str) -> socket.socket:
-    """A Unix socket that only its owner may use. Raises OSError, as when a server answers there."""
+def bind_unix(path: str, mode: int = 0o600) -> socket.socket:
+    """A Unix socket of this mode. Raises OSError, as when a server answers there."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
     except FileNotFoundError:
         pass
-    except ConnectionRefusedError:  # left by a process that was killed
-        os.unlink(path)
+    except ConnectionRefusedError:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # a file is refused in the same words
+            raise OSError(errno.EEXIST, "there is a file that is no socket", path) from None
+        os.unlink(path)  # left by a process that was killed
     else:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
     listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o177)
+    mask = os.umask(0o777 & ~mode)
     try:
         listener.bind(path)
     finally:

@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 from typing import Protocol
 
 from mlxlite.blocks import CacheStats
+from mlxlite.embeddings import Embedder
+from mlxlite.faults import told, trace_of
 from mlxlite.harmony import AnyChannels
 from mlxlite.lane import ChunkTuner, Lane
 from mlxlite.scheduler import Scheduler
@@ -44,7 +45,6 @@ from mlxlite.sequence import (
     Lost,
     Outcome,
     Output,
-    Part,
     Progress,
     Runner,
     Sequence,
@@ -63,7 +63,6 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool"})
 
 # Of pictures, as their vision towers read them, in all live sequences; one request may have more.
 MAX_IMAGE_BYTES = 1 << 30
-EMBED_TOKENS = 512  # in one call: what a running stream may have to wait for
 
 
 class Observer(Protocol):
@@ -119,6 +118,16 @@ class _Live:
     wants_progress: bool = False  # of its prompt
     channels: AnyChannels | None = None  # None: all text is content
     num_reasoning: int = 0
+    fault: str | None = None  # why its tokens cannot be made text
+
+    def push(self, token: int, now: float) -> list[Delta]:
+        """What one more token lets be told."""
+        text = self.text.push(token)
+        return self.deltas(text, now) if text else []
+
+    def flush(self, now: float, *, is_whole: bool) -> list[Delta]:
+        """What was held back, where the answer has come to its end."""
+        return self.deltas(self.text.flush() if is_whole else "", now, is_last=True)
 
     def deltas(self, text: str, now: float, *, is_last: bool = False) -> list[Delta]:
         """More text by channels; the first delta has the logprobs since the last one."""
@@ -187,8 +196,7 @@ class Engine:
         self._image_bytes = 0  # in their prompts
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._num_embedded = 0  # calls, for ids
-        self._embedding = asyncio.Lock()  # one at a time: so much memory, and so long a wait
+        self.embedder = Embedder(lane, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
         self._gather_since: float | None = None
         self._lane_since: float | None = None  # when the step that the lane is at was handed over
@@ -225,15 +233,18 @@ class Engine:
         num_bytes = sum(map(_image_bytes, sequences))
         if self._image_bytes and num_bytes and self._image_bytes + num_bytes > MAX_IMAGE_BYTES:
             raise QueueFull
-        self._image_bytes += num_bytes
         now = perf_counter()
+        lives: list[_Live] = []
         for sequence, sink in zip(sequences, sinks, strict=True):
-            text = TextStream(self._detokenize, stop, sequence.prompt.tokens)
+            text = TextStream(self._detokenize, stop, sequence.prompt.tokens)  # may raise
             live = _Live(sequence, sink, text, now, wants_progress=wants_progress)
             live.channels = listen() if listen is not None else None
             live.guard = LoopGuard(self._options.guard) if self._options.guard else None
-            self._live[sequence.id] = live
-            self._command(Add(sequence))
+            lives.append(live)
+        self._image_bytes += num_bytes
+        for live in lives:
+            self._live[live.sequence.id] = live
+            self._command(Add(live.sequence))
 
     def cancel(self, id: int) -> None:
         """End a sequence at the next step; its sink still gets a `Done`. Unknown ids are void."""
@@ -261,53 +272,6 @@ class Engine:
     def clear_cache(self) -> None:
         """Forget all prefixes, at the next step."""
         self._command(ClearCache())
-
-    async def embed(
-        self,
-        inputs: SequenceOf[tuple[int, ...]],
-        *,
-        is_mean: bool,
-        is_wanted: Callable[[], bool],
-    ) -> list[list[float]] | None:
-        """A vector of length 1 for each input; None when nobody wants them any more.
-
-        Done in pieces of at most `EMBED_TOKENS`, between which the rows that decode have their
-        steps. Raises NotImplementedError for a model that cannot.
-        """
-        vectors: list[list[float]] = [[] for _ in inputs]
-        for group in _like_lengths(inputs):
-            batch = [inputs[i] for i in group]
-            async with self._embedding:
-                found = await self._embed(batch, is_mean=is_mean, is_wanted=is_wanted)
-            if found is None:
-                return None
-            for i, vector in zip(group, found, strict=True):
-                vectors[i] = vector
-        return vectors
-
-    async def _embed(
-        self,
-        batch: list[tuple[int, ...]],
-        *,
-        is_mean: bool,
-        is_wanted: Callable[[], bool],
-    ) -> list[list[float]] | None:
-        """A few inputs at once, or a long one in parts."""
-        self._num_embedded += 1
-        tokens = batch[0]
-        is_long = len(tokens) > EMBED_TOKENS
-        found: list[list[float]] = []
-        for start in range(0, len(tokens) if is_long else 1, EMBED_TOKENS):
-            if not is_wanted():
-                await self._lane.run(self._runner.drop_embedding, self._num_embedded)
-                return None
-            part = None
-            if is_long:
-                batch = [tokens[start : start + EMBED_TOKENS]]
-                part = Part(self._num_embedded, start + EMBED_TOKENS >= len(tokens))
-            call = partial(self._runner.embed, batch, is_mean=is_mean, part=part)
-            found = await self._lane.run(call)
-        return found
 
     def command_from_thread(self, command: Command) -> None:
         """What the prefix cache's files have to say; void once the loop is closed."""
@@ -338,11 +302,8 @@ class Engine:
         if self.failure is not None or self._lane_since is None:
             return self.failure
         since_s = now - self._lane_since
-        return (
-            f"the model has not answered for {since_s:.0f} s"
-            if since_s > self._options.stuck_s
-            else None
-        )
+        is_stuck = since_s > self._options.stuck_s
+        return f"the model has not answered for {since_s:.0f} s" if is_stuck else None
 
     def _command(self, command: Command) -> None:
         self._commands.append(command)
@@ -430,11 +391,11 @@ class Engine:
         """A whole step is lost: end what ran, keep what waits, go on with a clean runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
         self._lane_since = None
-        self._command(Lost(f"the model failed: {_summary(error)}"))
+        self._command(Lost(f"the model failed: {told(error)}"))
         try:
             await self._lane.run(self._runner.reset)
         except Exception as reset_error:  # the runner cannot be trusted any more
-            self.failure = f"the model failed and could not be reset: {_summary(reset_error)}"
+            self.failure = f"the model failed and could not be reset: {told(reset_error)}"
             log.exception("%s", self.failure, exc_info=reset_error)
             self.abort(self.failure)
             raise
@@ -468,7 +429,9 @@ class Engine:
         prompt = sequence.prompt
         number = bisect_right(prompt.heads, at)
         head = prompt.heads[number - 1] if number else 0
-        words = self._detokenize(prompt.tokens[head : head + 4]).split()  # the role, no content
+        words: list[str] = []
+        with contextlib.suppress(Exception):  # the tokenizer's own
+            words = self._detokenize(prompt.tokens[head : head + 4]).split()  # the role, no content
         role = words[0] if words and words[0] in ROLES else "?"
         log.debug(
             "sequence %d: %d of %d tokens cached; it leaves the nearest cached prompt at token %d, "
@@ -510,13 +473,27 @@ class Engine:
             self._command(Finish(live.sequence.id, FinishReason.LENGTH))
         if event.logprobs is not None:
             live.logprobs.append((event.token, event.logprobs))
-        if text := live.text.push(event.token):
-            for delta in live.deltas(text, now):
-                self._emit(live, delta)
+        deltas = self._read(live, lambda: live.push(event.token, now))
+        if live.fault is not None:
+            self._end(live.sequence.id, live.fault, now)
+            return
+        for delta in deltas:
+            self._emit(live, delta)
         has_called = live.channels is not None and live.channels.is_complete
         if live.text.stopped is not None or has_called:
             live.is_leaving = True
             self._command(Finish(live.sequence.id, FinishReason.STOP))
+
+    def _read(self, live: _Live, read: Callable[[], list[Delta]]) -> list[Delta]:
+        """Text, by the tokenizer and the tools' parser: what they raise costs one sequence."""
+        try:
+            return read()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            log.error("no text for sequence %d: %s", live.sequence.id, trace_of(error))
+            live.fault = f"the tokens could not be made text ({type(error).__name__})"
+            return []
 
     def _emit(self, live: _Live, output: Output) -> None:
         """Call a sink, which must not raise; one that does costs its own sequence only."""
@@ -524,8 +501,8 @@ class Engine:
             return
         try:
             live.sink(output)
-        except Exception:
-            log.exception("the sink of sequence %d raised", live.sequence.id)
+        except Exception as fault:
+            log.error("the sink of sequence %d raised: %s", live.sequence.id, trace_of(fault))
             live.is_deaf = True
             self.cancel(live.sequence.id)
             error = "the answer could not be written"
@@ -539,15 +516,17 @@ class Engine:
             return
         self._image_bytes -= _image_bytes(live.sequence)
         is_whole = event.reason in (FinishReason.STOP, FinishReason.LENGTH)
-        for delta in live.deltas(live.text.flush() if is_whole else "", now, is_last=True):
+        for delta in self._read(live, lambda: live.flush(now, is_whole=is_whole)):
             self._emit(live, delta)
-        reason = event.reason
+        reason, error = event.reason, event.error
+        if live.fault is not None:
+            reason, error = FinishReason.ERROR, live.fault
         if reason is FinishReason.LENGTH and live.text.stopped is not None:
             reason = FinishReason.STOP  # the stop string was met in the very last token
         usage = live.usage(now)
         stop = live.text.stopped or ("repetition" if live.has_looped else None)
         num_calls = live.channels.num_calls if live.channels is not None else 0
-        self._emit(live, Done(reason, usage, event.error, stop, num_calls))
+        self._emit(live, Done(reason, usage, error, stop, num_calls))
         self._observer.finished(
             reason.value, now - live.added_at, usage.num_prompt, usage.num_output
         )
@@ -573,19 +552,3 @@ def _image_bytes(sequence: Sequence) -> int:
     if sequence.fork_of is not None:
         return 0
     return sum(image.num_bytes for image in sequence.prompt.images)
-
-
-def _like_lengths(inputs: SequenceOf[tuple[int, ...]]) -> list[list[int]]:
-    """Inputs that go through the model together, by index: padded, no more than EMBED_TOKENS."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
-        if groups and (len(groups[-1]) + 1) * len(inputs[i]) <= EMBED_TOKENS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _summary(error: Exception) -> str:
-    """One line for a client: what it was, never where."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

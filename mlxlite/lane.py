@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from mlxlite.faults import bearable
 from mlxlite.sequence import Step
 
 T = TypeVar("T")
@@ -52,9 +53,7 @@ class Lane:
             except BaseException as error:  # carried to the awaiting task, whatever it is
                 # Its frames hold the arrays of what failed, which must be dropped here, and now.
                 traceback.clear_frames(error.__traceback__)
-                if isinstance(error, StopIteration):  # which a future refuses
-                    error = RuntimeError(f"StopIteration: {error.value}")
-                deliver = _Failure(future, error)
+                deliver = _Failure(future, bearable(error))
             else:
                 deliver = _Success(future, result)
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more

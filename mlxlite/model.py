@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlxlite import harmony
 from mlxlite.config import Config
+from mlxlite.faults import FOREIGN, TookTooLong, within
 from mlxlite.grammar import Grammars
 from mlxlite.hub import locate, read_json, read_settings, read_template, reason_of
 from mlxlite.sequence import Grammar, Markers, Prompt, SamplingParams
@@ -65,19 +66,10 @@ _CONTEXT_KEYS = (
 )
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
 _UNKNOWN_CONTEXT = 32_768  # recurrent models name none; bounded all the same
-# What a template can run into on messages that it was not written for; RecursionError and the
-# arithmetic are a hostile one's.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_TEMPLATE_ERRORS = (jinja2.TemplateError, AssertionError, *FOREIGN)
+# A template is the operator's or the checkpoint's; what it works on is the client's.
+TEMPLATE_TIMEOUT_S = 10.0
+MAX_RENDERED = 256 << 20  # characters: four times the largest default body
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +222,17 @@ class Model:
         if self.wants_parts:
             messages = [_in_parts(message) for message in messages]
         try:
-            return self._apply_template(messages, kwargs, is_continuation)
+            apply = partial(self._apply_template, messages, kwargs, is_continuation)
+            text = within(TEMPLATE_TIMEOUT_S, apply)
         except _TEMPLATE_ERRORS as error:
             reason = reason_of(error)
             raise PromptError(f"the chat template refused the messages: {reason}") from error
+        except TookTooLong as error:
+            log.warning("the chat template was %s", error)
+            raise PromptError(f"the chat template did not end and was {error}") from None
+        if len(text) > MAX_RENDERED:
+            raise PromptError(f"the chat template made {len(text)} characters of the messages")
+        return text
 
     def _apply_template(
         self, messages: list[Any], kwargs: dict[str, Any], is_continuation: bool

@@ -27,6 +27,7 @@ from mlxlite.connection import JSON, AnswerSink, ErrorBody, Exchange
 from mlxlite.conversations import Conversations
 from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
+from mlxlite.faults import FOREIGN, bearable, trace_of
 from mlxlite.harmony import AnyChannels
 from mlxlite.messages import Message
 from mlxlite.metrics import Metrics
@@ -305,9 +306,9 @@ class Routes:
         loop = asyncio.get_running_loop()
         executor = self._home.executors[len(body) > LONG_BODY_BYTES]
         try:
-            return await loop.run_in_executor(executor, partial(work, *args))
+            return await loop.run_in_executor(executor, partial(_carry, work, *args))
         except HasPictures:
-            patient = partial(work, *args, is_patient=True)
+            patient = partial(_carry, work, *args, is_patient=True)
             return await loop.run_in_executor(self._home.executors[2], patient)
 
     async def _begin_chat(self, ready: Ready, exchange: Exchange, body: bytes) -> None:
@@ -391,11 +392,15 @@ class Routes:
             if len(tokens) > ready.card.context_size:
                 raise api.context_exceeded(len(tokens), ready.card.context_size, "input")
         try:
-            vectors = await ready.engine.embed(
+            vectors = await ready.engine.embedder.embed(
                 inputs, is_mean=request.is_mean, is_wanted=lambda: not exchange.is_lost
             )
         except NotImplementedError as error:
             raise api.APIError(Cause.NOT_OFFERED, f"no embeddings: {error}") from None
+        except FOREIGN as error:
+            log.error("an embedding failed: %s", trace_of(error))
+            kind = type(error).__name__
+            raise api.APIError(Cause.MODEL_FAILED, f"the model failed: {kind}") from None
         if vectors is not None:
             num_tokens = sum(map(len, inputs))
             answer = await self._off_loop(
@@ -532,6 +537,16 @@ class Routes:
         if self._home.served is not None:
             for id in exchange.sequence_ids:
                 self._home.served.engine.cancel(id)
+
+
+def _carry(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call `work` in a thread; whatever it raises can be carried back."""
+    try:
+        return work(*args, **kwargs)
+    except BaseException as error:
+        if (bare := bearable(error)) is error:
+            raise
+        raise bare from error
 
 
 def _own(exchange: Exchange, id: str) -> str:

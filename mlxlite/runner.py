@@ -13,6 +13,7 @@ The rows of the batch are always exactly `step.rows` of the last step launched, 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +36,7 @@ from mlxlite.caches import (
     merge,
     quantized,
 )
+from mlxlite.faults import FOREIGN, told
 from mlxlite.payloads import Payloads, Write
 from mlxlite.sampling import Draw, LogprobArrays, Sampler
 from mlxlite.sequence import (
@@ -59,7 +61,6 @@ if TYPE_CHECKING:
     from mlxlite.vision import Sight
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
-_FAULTS = (ValueError, RuntimeError, MemoryError)  # of one sequence: the others go on
 
 
 @dataclass(slots=True)
@@ -245,7 +246,7 @@ class ModelRunner:
         rows = step.rows
         if self._failed:
             rows = tuple(id for id in rows if id not in self._failed)
-        self._regroup(rows, step.kept_stems)
+        self._regroup(rows, step.kept_stems, failed)
         output, logprobs = self._decode(in_flight, states, failed) if self._ids else (None, None)
         launched_at = perf_counter()
         reported = [logprobs.drawn, logprobs.top_ids, logprobs.top] if logprobs else []
@@ -274,7 +275,7 @@ class ModelRunner:
             if admission.hit.num_tokens:
                 num_computed = admission.hit.num_tokens
                 self._resume(cache, admission.hit, tokens, sight)
-        except _FAULTS as error:
+        except FOREIGN as error:
             return self._give_up(sequence.id, error)
         self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed, sight)
         return None
@@ -308,7 +309,7 @@ class ModelRunner:
             return []
         try:
             return prefill.sight.look(look.image)
-        except _FAULTS as error:
+        except FOREIGN as error:
             failed.append(self._give_up(look.id, error))
             return []
 
@@ -325,7 +326,7 @@ class ModelRunner:
         """
         try:
             return self._prefill_together(group)
-        except _FAULTS as error:
+        except FOREIGN as error:
             if len(group) > 1:
                 return [state for chunk in group for state in self._prefill([chunk], failed)]
             failed.append(self._give_up(group[0].id, error))
@@ -335,7 +336,7 @@ class ModelRunner:
         """One sequence has failed, and only that one: its id and the reason."""
         self._prefills.pop(id, None)
         self._failed.add(id)
-        return id, f"{type(error).__name__}: {error}"
+        return id, told(error)
 
     def _prefill_together(self, group: list[Chunk]) -> list[Any]:
         """One forward pass: a chunk of one sequence, or the first chunks of several, padded."""
@@ -388,26 +389,34 @@ class ModelRunner:
         """
         mx.async_eval(logits, states)
         if in_flight is not None and in_flight.tokens is not None:
-            self._match(in_flight, cast("list[int]", in_flight.tokens.tolist()))
+            self._match(in_flight, cast("list[int]", in_flight.tokens.tolist()), failed)
         masks = np.full((len(self._ids), (self.num_vocab + 31) // 32), 0xFFFFFFFF, np.uint32)
         for row, id in enumerate(self._ids):
             if (matcher := self._matchers.get(id)) is not None:
-                matcher.fill(masks[row])
-                if (error := matcher.error) is not None:
-                    failed.append((id, f"the grammar failed: {error}"))
+                fault = _fault_of(matcher, partial(matcher.fill, masks[row]))
+                if fault is not None:
                     masks[row] = 0xFFFFFFFF
-                    del self._matchers[id]
+                    failed.append(self._drop_matcher(id, fault))
         return mx.array(masks)
 
-    def _match(self, in_flight: _InFlight, drawn: list[int]) -> None:
+    def _match(self, in_flight: _InFlight, drawn: list[int], failed: list[tuple[int, str]]) -> None:
         """Every matcher takes its row's token, once."""
         if not in_flight.is_matched:
             in_flight.is_matched = True
             for id, token in zip(in_flight.ids, drawn, strict=True):
                 if (matcher := self._matchers.get(id)) is not None:
-                    matcher.accept((token,))
+                    fault = _fault_of(None, partial(matcher.accept, (token,)))
+                    if fault is not None:
+                        failed.append(self._drop_matcher(id, fault))
 
-    def _regroup(self, ids: tuple[int, ...], stems: tuple[int, ...]) -> None:
+    def _drop_matcher(self, id: int, fault: str) -> tuple[int, str]:
+        """A grammar that fails costs its own sequence, whose row leaves with a later step."""
+        self._matchers.pop(id, None)
+        return id, f"the grammar failed: {fault}"
+
+    def _regroup(
+        self, ids: tuple[int, ...], stems: tuple[int, ...], failed: list[tuple[int, str]]
+    ) -> None:
         """Make the batch's rows those of the step: drop who left, append who joins."""
         if self._ids == list(ids):
             return
@@ -426,7 +435,9 @@ class ModelRunner:
             if id not in wanted:
                 self._matchers.pop(id, None)
         for prefill in joining:
-            self._join_matcher(prefill)
+            fault = _fault_of(None, partial(self._join_matcher, prefill))
+            if fault is not None:
+                failed.append(self._drop_matcher(prefill.admission.sequence.id, fault))
         self._ids = [self._ids[i] for i in keep]
         self._ids += [prefill.admission.sequence.id for prefill in joining]
         assert self._ids == list(ids)
@@ -462,8 +473,9 @@ class ModelRunner:
         began_at = perf_counter()
         mx.eval(in_flight.tokens, in_flight.states)
         tokens = [] if in_flight.tokens is None else cast("list[int]", in_flight.tokens.tolist())
+        failed = list(in_flight.failed)
         if self._matchers:
-            self._match(in_flight, tokens)
+            self._match(in_flight, tokens, failed)
         rows = in_flight.step.rows
         if len(tokens) < len(rows):  # rows of sequences that were given up have none
             drawn = iter(tokens)
@@ -479,7 +491,7 @@ class ModelRunner:
         return Outcome(
             tuple(tokens),
             logprobs,
-            in_flight.failed,
+            tuple(failed),
             lost=in_flight.lost,
             device_s=device_s + self._done_at,
             build_s=in_flight.build_s,
@@ -497,6 +509,15 @@ def _states_of(model: nn.Module) -> Callable[..., mx.array] | None:
         if isinstance(found := getattr(inner, name, None), nn.Module):
             return cast("Callable[..., mx.array]", found)
     return None
+
+
+def _fault_of(matcher: Matcher | None, call: Callable[[], None]) -> str | None:
+    """Why a call into a grammar's own code has failed, or has left `matcher` in error."""
+    try:
+        call()
+        return None if matcher is None else matcher.error
+    except BaseException as error:  # a panic in Rust is no Exception; signals come to other threads
+        return told(error)
 
 
 def _draw(prefill: _Prefill) -> Draw:

@@ -18,14 +18,16 @@ import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from time import perf_counter, time
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from mlxlite import __version__, api, http1
 from mlxlite.api import Cause
 from mlxlite.config import Config
-from mlxlite.connection import Client, Exchange, Fields, bind_unix, is_json
+from mlxlite.connection import HEADER_TIMEOUT_S, Client, Exchange, Fields, bind_unix, is_json
 from mlxlite.engine import Engine, EngineOptions
+from mlxlite.faults import trace_of
+from mlxlite.flags import ConfigError
 from mlxlite.lane import Lane
 from mlxlite.metrics import Metrics
 from mlxlite.routes import Phase, Ready, Route, Routes
@@ -33,12 +35,19 @@ from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import Memory, Runner
 from mlxlite.served import LoadError, ServedModel
 
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
 log = logging.getLogger("mlxlite.server")
 
 MIN_CONTEXT = 16  # tokens; a server with less is of no use
 SWEEP_S = 0.25  # how often deadlines are looked at
 PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache unless it is told otherwise
 _DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
+# Connections that wait, and those that are taken in one turn of the loop. asyncio has one number
+# for both, and where no file descriptor is left it reports as many errors in each of its retries.
+_BACKLOG = 1024
+_ACCEPT_AT_ONCE = 8
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
 
 Load = Callable[[Config], tuple[ServedModel, Runner]]
@@ -80,23 +89,13 @@ class Server:
     # --- life -------------------------------------------------------------------------------
 
     async def start(self, listener: socket.socket | None = None) -> None:
-        """Listen, then begin to load. Raises OSError when the address cannot be had.
+        """Listen, then begin to load.
 
         `listener` is a TCP socket that listens already, instead of the configuration's address.
+        Raises OSError when the address cannot be had, ConfigError for an unusable certificate.
         """
         loop = asyncio.get_running_loop()
-        if self.config.uds is not None:
-            self._listener = await loop.create_unix_server(
-                lambda: Client(self), sock=bind_unix(self.config.uds)
-            )
-        elif listener is not None:
-            self._listener = await loop.create_server(
-                lambda: Client(self), sock=listener, backlog=1024
-            )
-        else:
-            self._listener = await loop.create_server(
-                lambda: Client(self), self.config.host, self.config.port, backlog=1024
-            )
+        await self._listen(listener)
         self.phase = Phase.LOADING
         self._lane = Lane()
         # One thread for short bodies, in order of arrival, one for long ones, which take long, and
@@ -107,6 +106,40 @@ class Server:
         self._loaded = loop.create_future()
         self.spawn(self._live(), self._died)
         self.spawn(self._sweep(), self._died)
+
+    async def _listen(self, listener: socket.socket | None) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+        tls = _tls(config)
+        handshake_s = None if tls is None else HEADER_TIMEOUT_S
+        if config.uds is not None:
+            sock = bind_unix(config.uds, int(config.uds_mode, 8))
+            self._listener = await loop.create_unix_server(
+                lambda: Client(self),
+                sock=sock,
+                backlog=_ACCEPT_AT_ONCE,
+                ssl=tls,
+                ssl_handshake_timeout=handshake_s,
+            )
+        elif listener is not None:
+            self._listener = await loop.create_server(
+                lambda: Client(self),
+                sock=listener,
+                backlog=_ACCEPT_AT_ONCE,
+                ssl=tls,
+                ssl_handshake_timeout=handshake_s,
+            )
+        else:
+            self._listener = await loop.create_server(
+                lambda: Client(self),
+                config.host,
+                config.port,
+                backlog=_ACCEPT_AT_ONCE,
+                ssl=tls,
+                ssl_handshake_timeout=handshake_s,
+            )
+        for listening in self._listener.sockets:
+            with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
+                same.listen(_BACKLOG)
 
     async def _live(self) -> None:
         """Load the model, then drive it until the server stops."""
@@ -227,7 +260,8 @@ class Server:
         if self.config.uds is not None:
             return f"unix:{self.config.uds}"
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        return f"http://{host}:{self.port}"
+        scheme = "http" if self.config.tls_cert is None else "https"
+        return f"{scheme}://{host}:{self.port}"
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
@@ -237,7 +271,7 @@ class Server:
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("a task died", exc_info=error)
+                log.error("a task died: %s", trace_of(error))
                 on_error(error)
 
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -376,6 +410,24 @@ class Server:
         self._clients.discard(client)
         self._has_left.set()
         self.metrics.connection_closed()
+
+
+def _tls(config: Config) -> "SSLContext | None":
+    """TLS 1.2 and 1.3 with Python's own choice of ciphers. Raises ConfigError."""
+    if config.tls_cert is None:
+        return None
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # A password is never asked for: there may be nobody at the terminal.
+        context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: "")
+    except OSError as error:  # ssl.SSLError too
+        flags = f"--tls-cert {config.tls_cert}"
+        if config.tls_key is not None:
+            flags += f" --tls-key {config.tls_key}"
+        raise ConfigError(f"{flags}: {error.strerror or error}") from None
+    return context
 
 
 def _is_local(head: http1.Head, config: Config) -> bool:

@@ -39,6 +39,7 @@ log = logging.getLogger("mlxlite.store")
 MAX_PENDING_BYTES = 256 << 20  # waiting to be written; beyond that a payload is not
 _FORMAT = "mlxlite-prefix/1"
 _MAX_HEADER_BYTES = 16 << 20
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # nobody may lead it elsewhere
 _NAME = re.compile(r"([1-9][0-9]{0,14})\.safetensors")
 
 
@@ -225,7 +226,7 @@ class Store:
         try:
             pieces = encode(file)
             self._make_way(sum(map(len, pieces)))
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
+            with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as f:
                 f.writelines(pieces)
             temporary.replace(self._path(id))
         except (OSError, MemoryError) as error:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,29 @@ KEY = "a-key"
 
 
 class Process:
-    """A running `python -m mlxlite`; what it prints is collected as it comes."""
+    """A running `python -m mlxlite`; what it prints is collected as it comes.
 
-    def __init__(self, stderr: Path, *args: str) -> None:
+    `prefix` is a command that runs it, `variables` are added to its environment.
+    """
+
+    def __init__(
+        self,
+        stderr: Path,
+        *args: str,
+        prefix: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("MLX", "HF_"))}
         self._stderr = stderr
         self.stdout = ""
         with stderr.open("wb") as file:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "mlxlite", *args],
+                [*prefix, sys.executable, "-m", "mlxlite", *args],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 cwd=ROOT,
-                env=environ | {"HF_HUB_OFFLINE": "1"},
+                env=environ | {"HF_HUB_OFFLINE": "1"} | dict(variables or {}),
             )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -49,6 +58,10 @@ class Process:
         assert self._popen.stdout is not None
         while piece := os.read(self._popen.stdout.fileno(), 4096):
             self.stdout += piece.decode()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     @property
     def stderr(self) -> str:
@@ -79,8 +92,8 @@ class Process:
 
 
 @contextmanager
-def running(tmp_path: Path, *args: str) -> Iterator[Process]:
-    process = Process(tmp_path / "stderr", *args)
+def running(tmp_path: Path, *args: str, **more: Any) -> Iterator[Process]:
+    process = Process(tmp_path / "stderr", *args, **more)
     try:
         yield process
     finally:
@@ -190,9 +203,9 @@ def test_a_signal_while_it_loads_ends_it_at_once(checkpoint: Path, tmp_path: Pat
         assert process.stdout == ""
 
 
-def fails(tmp_path: Path, *args: str) -> tuple[int, str]:
+def fails(tmp_path: Path, *args: str, **more: Any) -> tuple[int, str]:
     """Exit code and stderr of a start that comes to nothing; stdout stays empty."""
-    with running(tmp_path, *args) as process:
+    with running(tmp_path, *args, **more) as process:
         code = process.wait()
         assert process.stdout == ""
         assert "Traceback" not in process.stderr

@@ -144,11 +144,13 @@ def test_every_field_can_be_set_by_its_flag_and_by_its_variable() -> None:
         "prefix_cache_bytes": ("2GB", "2GB"),
         "prefix_cache_disk_bytes": ("3GB", "3GB"),
         "prefix_cache_scope": ("key", "key"),
+        "uds_mode": ("660", "660"),
     }
     for f in dataclasses.fields(Config):
         raw, value = of_name.get(f.name) or of_type[f.type]
-        by_flag = from_args(f"--{f.name.replace('_', '-')}={raw}")
-        by_variable = Config.from_args([], {f"MLXLITE_{f.name.upper()}": raw})
+        beside = ["--tls-cert=x"] if f.name == "tls_key" else []  # of no use alone
+        by_flag = from_args(*beside, f"--{f.name.replace('_', '-')}={raw}")
+        by_variable = Config.from_args(beside, {f"MLXLITE_{f.name.upper()}": raw})
         assert by_flag == by_variable
         assert getattr(by_flag, f.name) == value
 
@@ -390,6 +392,9 @@ def test_a_bad_variable_is_named_with_its_value(name: str, raw: str, complaint: 
         ("prefix_cache_disk_bytes", None),
         ("prefix_cache_dir", ""),
         ("prefix_cache_scope", "tenant"),
+        ("uds_mode", "rw-------"),
+        ("uds_mode", "6600"),
+        ("tls_cert", ""),
         ("request_timeout_s", -1),
         ("adapter_path", ""),
         ("api_key", "a plain string would be one key a character"),

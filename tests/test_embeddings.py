@@ -16,7 +16,7 @@ from helpers import connect, in_a_loop
 from mlx import nn
 
 import mlxlite
-from mlxlite import engine
+from mlxlite import embeddings
 from mlxlite.config import Config
 from mlxlite.model import Model, load
 from mlxlite.runner import ModelRunner
@@ -41,7 +41,7 @@ def tiny(checkpoint: Path) -> Model:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "EMBED_TOKENS", PART)
+    monkeypatch.setattr(embeddings, "EMBED_TOKENS", PART)
 
 
 def states(model: Model, tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -160,9 +160,9 @@ def test_a_long_input_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
             assert isinstance(runner, ModelRunner)
             inputs = [list(text_tokens(NUM_LONG)), list(text_tokens(NUM_LONG - 1, 5)), [5]]
             for pooling in ("last", "mean"):
-                monkeypatch.setattr(engine, "EMBED_TOKENS", PART)
+                monkeypatch.setattr(embeddings, "EMBED_TOKENS", PART)
                 in_parts = await vectors(server, inputs, pooling=pooling)
-                monkeypatch.setattr(engine, "EMBED_TOKENS", 10_000)
+                monkeypatch.setattr(embeddings, "EMBED_TOKENS", 10_000)
                 whole = await vectors(server, inputs, pooling=pooling)
                 assert np.allclose(in_parts, whole, atol=1e-4)
             assert runner._embedding == {}
@@ -191,7 +191,7 @@ def test_who_goes_in_the_middle_of_an_input_leaves_no_state(
             monkeypatch.setattr(runner, "embed", counting)
             tokens = tuple(text_tokens(NUM_LONG))
             is_wanted = iter([True, True, False])
-            found = await server.served.engine.embed(
+            found = await server.served.engine.embedder.embed(
                 [tokens], is_mean=False, is_wanted=lambda: next(is_wanted)
             )
             assert found is None

@@ -34,7 +34,7 @@ from helpers import (
 
 import mlxlite
 from mlxlite.config import Config
-from mlxlite.engine import EMBED_TOKENS
+from mlxlite.embeddings import EMBED_TOKENS
 from mlxlite.sequence import Part, Prompt
 from mlxlite.served import ServedModel
 
