@@ -89,12 +89,13 @@ class Answer:
         """The connection has ended, which ends some bodies and breaks others off."""
         if self.is_whole:
             return
-        if self._framing is Framing.CLOSED:
+        if self._framing is Framing.CLOSED and self.stream.left_s is None:
             assert self.stream.ended_s is not None
             self._finish(self.stream.ended_s)
         else:
-            self.stream.error = f"the connection was lost: {reason}"
             self.is_whole = True
+            if self.stream.left_s is None:
+                self.stream.error = f"the connection was lost: {reason}"
 
     def _open(self, head: bytes, now: float) -> None:
         self.stream.opened_s = now

@@ -74,6 +74,10 @@ def save_checkpoint(path: Path, size: str) -> None:
     (path / "config.json").write_text(json.dumps(settings))
     mx.random.seed(0)
     network = qwen3.Model(qwen3.ModelArgs.from_dict(settings))
+    # A text of blanks alone is no sign of life: some servers hold it until there is more, which
+    # would look like waiting. A row of zeros has the logit 0, and 4096 others the greatest.
+    blank = [id for id, text in enumerate(_texts(path)) if not text.strip("ĠĊ")]
+    network.model.embed_tokens.weight[mx.array(blank)] = 0
     weights = dict(tree_flatten(network.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
 
@@ -95,6 +99,12 @@ def _save_tokenizer(path: Path) -> int:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return int(tokenizer.get_vocab_size())
+
+
+def _texts(path: Path) -> list[str]:
+    """The vocabulary by id, in the byte level's writing."""
+    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def save_endless(path: Path, to: Path) -> None:
