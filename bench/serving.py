@@ -4,13 +4,15 @@ Both get this process's environment, so that a preloaded BLAS and thread counts 
 """
 
 import asyncio
+import os
 import re
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import orjson
 
@@ -19,6 +21,12 @@ from bench.plan import Plan, Trace
 
 _READY = re.compile(r"\[mlx\] server is listening on .*:(\d+)")
 _SAMPLE = re.compile(r"^([^#\s{]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "sequence memory",
+    "mlxlite:connections": "connections",
+}
 _START_TIMEOUT_S = 120.0
 _RUN_TIMEOUT_S = 900.0  # a plan that takes longer is stuck
 _STOP_TIMEOUT_S = 10.0
@@ -29,6 +37,7 @@ class Served:
     """A server that is ready."""
 
     port: int
+    pid: int
 
     async def run(self, plan: Plan) -> Trace:
         """Carry a plan out from the load generator's own process. Raises when that fails."""
@@ -60,18 +69,44 @@ class Served:
         writer.close()
         return {match[1]: float(match[2]) for match in _SAMPLE.finditer(text)}
 
+    async def gauges(self) -> dict[str, float]:
+        """What is zero at rest."""
+        found: dict[str, float] = {}
+        for key, value in (await self.metrics()).items():
+            if name := _GAUGES.get(key.partition("{")[0]):
+                found[name] = found.get(name, 0) + value
+        found["connections"] -= 1  # the one that this came over
+        return found
+
+    def cpu_s(self) -> float:
+        """What the process has computed so far: a busy machine changes it little."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")  # user and system
+
+    def rss_mib(self) -> float:
+        """Of the process, where the system has /proc."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
 
 @asynccontextmanager
-async def serve(path: Path, max_batch_size: int, *more: str) -> AsyncIterator[Served]:
-    """Start the server over a checkpoint, with `more` flags; stopped on the way out.
+async def serve(
+    path: Path | None,
+    max_batch_size: int,
+    *more: str,
+    program: Sequence[str] = ("-m", "mlxlite"),
+    log: IO[bytes] | None = None,
+) -> AsyncIterator[Served]:
+    """Start the server over a checkpoint or the demo, with `more` flags; stopped on the way out.
 
-    Raises RuntimeError with the end of its log when it does not become ready.
+    `program` is what Python runs, and `log` where its stderr goes. Raises RuntimeError with the end
+    of that when it does not become ready.
     """
     flags = {"--model": path, "--port": 0, "--max-batch-size": max_batch_size}
-    arguments = [str(part) for flag in flags.items() for part in flag]
-    with tempfile.TemporaryFile() as log:
+    arguments = [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
+    with nullcontext(log) if log is not None else tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mlxlite", *arguments, *more),
+            *(sys.executable, *program, *arguments, *more),
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
         )
@@ -81,7 +116,7 @@ async def serve(path: Path, max_batch_size: int, *more: str) -> AsyncIterator[Se
                 log.seek(0)
                 end = log.read()[-2000:].decode(errors="replace")
                 raise RuntimeError(f"the server did not start:\n{end}")
-            yield Served(port)
+            yield Served(port, process.pid)
         finally:
             await stop(process)
 
