@@ -9,11 +9,12 @@ import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from time import perf_counter
+from typing import IO
 
 import orjson
 
@@ -23,6 +24,12 @@ from bench.plan import Plan, Request, Stream, Trace
 from bench.processes import cpu_s
 
 _SAMPLE = re.compile(r"^([^#\s{]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "sequence memory",
+    "mlxlite:connections": "connections",
+}
 _START_TIMEOUT_S = 180.0
 _RUN_TIMEOUT_S = 900.0  # a plan that takes longer is stuck
 _STOP_TIMEOUT_S = 10.0
@@ -83,6 +90,15 @@ class Served:
         writer.close()
         return {match[1]: float(match[2]) for match in _SAMPLE.finditer(text)}
 
+    async def gauges(self) -> dict[str, float]:
+        """What is zero at rest."""
+        found: dict[str, float] = {}
+        for key, value in (await self.metrics()).items():
+            if name := _GAUGES.get(key.partition("{")[0]):
+                found[name] = found.get(name, 0) + value
+        found["connections"] -= 1  # the one that this came over
+        return found
+
 
 def free_port() -> int:
     """A port that nobody listens on at the moment."""
@@ -91,32 +107,46 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def our_command(path: Path, port: int, max_batch_size: int, *more: str) -> list[str]:
+def our_command(
+    path: Path | None,
+    port: int,
+    max_batch_size: int,
+    *more: str,
+    program: Sequence[str] = ("-m", "mlxlite"),
+) -> list[str]:
+    """`program` is what Python runs; without a path it serves the demo."""
     flags = {"--model": path, "--port": port, "--max-batch-size": max_batch_size}
-    arguments = [str(part) for flag in flags.items() for part in flag]
-    return [sys.executable, "-m", "mlxlite", *arguments, *more]
+    arguments = [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
+    return [sys.executable, *program, *arguments, *more]
 
 
 @asynccontextmanager
-async def serve(path: Path, max_batch_size: int, *more: str) -> AsyncIterator[Served]:
-    """Start our server over a checkpoint, with `more` flags; stopped on the way out.
+async def serve(
+    path: Path | None,
+    max_batch_size: int,
+    *more: str,
+    program: Sequence[str] = ("-m", "mlxlite"),
+    log: IO[bytes] | None = None,
+) -> AsyncIterator[Served]:
+    """Start our server over a checkpoint or the demo, with `more` flags; stopped on the way out.
 
-    Raises RuntimeError with the end of its log when it does not become ready.
+    `log` has what it says. Raises RuntimeError with the end of that when it does not become ready.
     """
     port = free_port()
-    async with started(our_command(path, port, max_batch_size, *more), port) as served:
+    command = our_command(path, port, max_batch_size, *more, program=program)
+    async with started(command, port, log=log) as served:
         yield served
 
 
 @asynccontextmanager
 async def started(
-    command: Sequence[str], port: int, model: str | None = None
+    command: Sequence[str], port: int, model: str | None = None, log: IO[bytes] | None = None
 ) -> AsyncIterator[Served]:
     """Start a server and wait for its first answer.
 
     Raises RuntimeError with the end of its log when there is none in time.
     """
-    with tempfile.TemporaryFile() as log:
+    with nullcontext(log) if log is not None else tempfile.TemporaryFile() as log:
         begun_at = perf_counter()
         process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         served = Served(port, process.pid, model)

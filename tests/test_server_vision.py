@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import tiny_vlms
 from anthropic import Anthropic
 from live import serving
 from openai import OpenAI
+from pictures import COLOURS, SHAPES, draw
 from test_vision import picture
 
 import mlxlite
@@ -369,3 +371,68 @@ def test_a_network_whose_first_picture_fails_still_serves_its_text(
         status, answer = Site(server).chat(shown(uri(png())))
     assert status == 400
     assert "does not see pictures: shapes" in answer["error"]["message"]
+
+
+# --- a model that was taught to see -----------------------------------------------------------
+
+DEMO = Path(__file__).parent / "vlm_demo"
+
+
+def shown_picture(colour: str, shape: str) -> dict[str, Any]:
+    out = io.BytesIO()
+    draw(colour, shape).save(out, "PNG")
+    return shown(uri(out.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def painter() -> Iterator[OpenAI]:
+    with (
+        serving(site(DEMO)) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        yield client
+
+
+def answers(client: OpenAI, *turns: Any) -> str:
+    """The answer to a chat's last turn, streamed and not: they are the same."""
+    messages: list[Any] = [
+        {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
+    ]
+    asked: dict[str, Any] = {"model": "-", "messages": messages, "temperature": 0, "max_tokens": 40}
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    stream = client.chat.completions.create(stream=True, **asked)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert streamed == whole
+    return streamed
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_picture_is_named_by_its_colour_and_shape(painter: OpenAI, colour: str, shape: str):
+    said = answers(painter, [shown_picture(colour, shape), text("What is in the picture?")])
+    assert said == f"A {colour} {shape}."
+
+
+def test_two_pictures_are_told_apart(painter: OpenAI):
+    both = [shown_picture("red", "circle"), shown_picture("blue", "square")]
+    said = answers(painter, [*both, text("What is in the pictures?")])
+    assert said == "First: a red circle. Second: a blue square."
+    said = answers(painter, [*reversed(both), text("What is in the pictures?")])
+    assert said == "First: a blue square. Second: a red circle."
+
+
+def test_a_conversation_goes_on_about_the_picture(painter: OpenAI):
+    first = [shown_picture("green", "triangle"), text("What colour is it?")]
+    assert answers(painter, first) == "Green."
+    assert answers(painter, first, "Green.", "And the shape?") == "A triangle."
+
+
+def test_many_at_once_are_each_shown_their_own_picture(painter: OpenAI):
+    asked = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+    def ask(what: tuple[str, str]) -> str:
+        return answers(painter, [shown_picture(*what), text("What is in the picture?")])
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        said = list(pool.map(ask, asked))
+    assert said == [f"A {colour} {shape}." for colour, shape in asked]
