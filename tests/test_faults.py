@@ -712,6 +712,22 @@ def test_a_signal_while_the_model_loads_is_exit_0(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_nobody_asks_is_exit_0_at_once(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    with running(tmp_path, "--port", str(port), "--shutdown-grace-s", "60") as process:
+        process.until("server is listening")
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as link:
+            link.request("GET", "/health")
+            assert link.getresponse().read()
+            process.kill(number)
+            assert link.sock.recv(1) == b"", "an idle connection holds nothing up"
+        assert process.wait(GONE_S) == 0
+        assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_streams_in_prefill_decode_and_queue_with_their_errors(
     tmp_path: Path, number: signal.Signals
 ) -> None:
