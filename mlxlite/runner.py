@@ -517,7 +517,7 @@ def _fault_of(matcher: Matcher | None, call: Callable[[], None]) -> str | None:
         call()
         return None if matcher is None else matcher.error
     except BaseException as error:  # a panic in Rust is no Exception; signals come to other threads
-        return told(error)
+        return type(error).__name__  # what it says may quote the answer
 
 
 def _draw(prefill: _Prefill) -> Draw:

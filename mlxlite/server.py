@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,6 +49,7 @@ _DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
 # for both, and where no file descriptor is left it reports as many errors in each of its retries.
 _BACKLOG = 1024
 _ACCEPT_AT_ONCE = 8
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\]+)(?::[0-9]{0,5})?")  # a name, a port
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
 
 Load = Callable[[Config], tuple[ServedModel, Runner]]
@@ -432,13 +434,11 @@ def _tls(config: Config) -> "SSLContext | None":
 
 def _is_local(head: http1.Head, config: Config) -> bool:
     """Whether the Host header names this machine; HTTP/1.0 may leave it out."""
-    host = head.headers.get("host")
-    if not host:
+    if "host" not in head.headers:
         return True
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
+    if (match := _HOST.fullmatch(head.headers.get("host"))) is None:
         return False
+    name = match[1].strip("[]").lower()
     return name in ("localhost", "127.0.0.1", "::1", config.host.lower()) or name.endswith(
         ".localhost"
     )

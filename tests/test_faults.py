@@ -285,7 +285,7 @@ def test_a_matcher_that_raises_costs_its_own_sequence(place: str, error: BaseExc
     run = drive(scheduler, runner, {0: [Add(free)], 3: [Add(faulty), Add(matched)]})
     (end,) = run.ends(2)
     assert end.reason is FinishReason.ERROR
-    assert end.error == f"the grammar failed: {type(error).__name__}: odd"
+    assert end.error == f"the grammar failed: {type(error).__name__}"
     num_told = 2 if place == "accept" else 0
     assert len(run.tokens(2)) in (num_told, num_told + 1)
     for sequence in (free, matched):
@@ -426,7 +426,7 @@ IF_ASKED = (
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "TEMPLATE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(model, "TEMPLATE_TIMEOUT_S", 1.0)  # a busy machine renders in less
 
 
 @pytest.mark.usefixtures("impatient")
@@ -455,14 +455,14 @@ def test_a_template_that_does_not_end_is_stopped_and_others_are_served(
             answer = await spinning.answer()
             assert answer.status == 400
             assert answer.error["message"] == (
-                "the chat template did not end and was stopped after 0.3 s"
+                "the chat template did not end and was stopped after 1 s"
             )
             assert answer.error["param"] == "messages"
             assert (await later.answer()).status == 200
             assert (await later.post("/tokenize", chat_body("Hello"))).status == 200
 
     test()
-    assert "the chat template was stopped after 0.3 s" in caplog.text
+    assert "the chat template was stopped after 1 s" in caplog.text
 
 
 @pytest.mark.usefixtures("impatient")
@@ -603,9 +603,9 @@ def test_a_full_disk_costs_no_answer_and_writing_goes_on_when_there_is_room(
                 assert [told_by(port, number) for number in range(3)] == [200] * 3
                 until_true(lambda: reason in process.stderr)
                 assert ask(port, "/health")[0] == 200
-                assert ask(port, "/v1/cache")[1]["disk_bytes"] == 0
+                until_true(lambda: ask(port, "/v1/cache")[1]["disk_bytes"] == 0)
                 assert not list(directory.rglob("*.safetensors"))
-                assert not list(directory.rglob("*.tmp"))
+                until_true(lambda: not list(directory.rglob("*.tmp")))
             assert told_by(port, 4) == 200
             until_true(lambda: ask(port, "/v1/cache")[1]["disk_bytes"] > 0)
             assert list(directory.rglob("*.safetensors"))
@@ -708,6 +708,22 @@ def test_a_signal_while_the_model_loads_is_exit_0(
         process.kill(number)
         assert process.wait(GONE_S) == 0
         assert process.stdout == ""
+        assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_nobody_asks_is_exit_0_at_once(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    with running(tmp_path, "--port", str(port), "--shutdown-grace-s", "60") as process:
+        process.until("server is listening")
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as link:
+            link.request("GET", "/health")
+            assert link.getresponse().read()
+            process.kill(number)
+            assert link.sock.recv(1) == b"", "an idle connection holds nothing up"
+        assert process.wait(GONE_S) == 0
         assert "Traceback" not in process.stderr
 
 

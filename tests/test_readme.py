@@ -35,3 +35,15 @@ async def test_the_readme_lists_every_route_with_its_methods() -> None:
     async with serving() as served:
         routes = served.server._routes.table.values()
         assert set(shown) == {(method, r.label) for r in routes for method in r.handlers}
+
+
+def test_each_fault_in_the_readme_names_tests_that_there_are() -> None:
+    rows = re.findall(r"^\| .* \|$", README.partition("## Faults")[2].partition("\n## ")[0], re.M)
+    there_are = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        there_are |= set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.M))
+    assert len(rows) > 20
+    for row in rows[2:]:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= there_are, row
