@@ -54,6 +54,7 @@ FLAGS = (
 _SLOW = re.compile(r"Executing .* took \d")
 _EXPECTED = re.compile(
     r"^\[mlx\] |unknown request field ignored|serving the built-in demo|^\s*$|check: "
+    r"|503 the model is loading"
 )
 _ENDS = (b"data: [DONE]", b"event: message_stop", b"response.completed", b"response.incomplete")
 _ERRORS = (b"event: error", b'data: {"error"', b"event: response.failed")
