@@ -6,6 +6,7 @@ family adds to the embeddings changes what is generated, so that dropping one ca
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import mlx_vlm
 import tiny_vlms
 from mlx_lm.generate import generate_step as generate_text_step
 from mlx_vlm.generate import generate_step
+from pictures import COLOURS, SHAPES, draw
 from PIL import Image
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
@@ -29,6 +31,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
 
 NUM_TOKENS = 12
 IN_MLX_LM = ("qwen3_vl", "qwen3_5", "gemma4")
+
+Part = str | Image.Image
+
+
+def content_of(parts: Iterable[Part]) -> list[dict[str, str]]:
+    """Parts of a message as a template takes them: a picture is a place for it."""
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in parts
+    ]
 
 
 @dataclass(frozen=True)
@@ -39,20 +51,17 @@ class Loaded:
     model: Any
     processor: Any
 
-    def prompt(self, *parts: str | Image.Image) -> dict[str, Any]:
+    def prompt(self, *parts: Part) -> dict[str, Any]:
         """The processor's inputs for a chat of one message."""
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-            for part in parts
-        ]
+        messages = [{"role": "user", "content": content_of(parts)}]
         text = self.processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
         pictures = [part for part in parts if not isinstance(part, str)]
         inputs = self.processor(text=[text], images=pictures or None, add_special_tokens=False)
         return {name: value for name, value in inputs.items() if value is not None}
 
-    def answer(self, *parts: str | Image.Image) -> list[int]:
+    def answer(self, *parts: Part) -> list[int]:
         """The most probable tokens after a chat of one message."""
         inputs = self.prompt(*parts)
         ids, mask = mx.array(inputs.pop("input_ids")), inputs.pop("attention_mask")
@@ -187,3 +196,76 @@ def test_a_checkpoint_has_the_same_bytes_in_another_process(
         assert files == sorted(path.name for path in (tmp_path / name).iterdir())
         for file in files:
             assert (tmp_path / name / file).read_bytes() == (loaded.path / file).read_bytes()
+
+
+# --- the trained one --------------------------------------------------------------------------
+
+DEMO = Path(__file__).parent / "vlm_demo"
+NUM_DEMO_BYTES = 1_500_000
+EACH = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    return mlx_vlm.load(str(DEMO), trust_remote_code=False)
+
+
+def say(demo: tuple[Any, Any], *turns: Part | tuple[Part, ...]) -> str:
+    """The answer to the last turn of a chat whose turns are the user's and the assistant's."""
+    messages, pictures = [], []
+    for number, turn in enumerate(turns):
+        parts = turn if isinstance(turn, tuple) else (turn,)
+        pictures += [part for part in parts if not isinstance(part, str)]
+        role = ("user", "assistant")[number % 2]
+        messages.append({"role": role, "content": content_of(parts)})
+    model, processor = demo
+    prompt = processor.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    result = mlx_vlm.generate(
+        model, processor, prompt, image=pictures or None, max_tokens=32, temperature=0.0
+    )
+    return str(result.text)
+
+
+@pytest.mark.parametrize(("colour", "shape"), EACH)
+def test_the_trained_one_names_what_it_sees(colour: str, shape: str, demo: tuple[Any, Any]) -> None:
+    picture = draw(colour, shape)
+    assert say(demo, (picture, "What is in the picture?")) == f"A {colour} {shape}."
+    assert say(demo, ("Which colour and which shape?", picture)) == f"A {colour} {shape}."
+
+
+def test_the_trained_one_sees_small_and_wide_pictures_on_any_light_ground(
+    demo: tuple[Any, Any],
+) -> None:
+    small = draw("blue", "triangle", (64, 64), (4, 20, 40, 56), "lightyellow")
+    wide = draw("red", "square", (128, 70), (70, 10, 110, 50), "lightgrey")
+    assert say(demo, (small, "What do you see?")) == "A blue triangle."
+    assert say(demo, (wide, "Describe this image.")) == "A red square."
+
+
+def test_the_trained_one_tells_two_pictures_apart(demo: tuple[Any, Any]) -> None:
+    for first, second in zip(EACH, EACH[5:] + EACH[:5], strict=True):
+        pictures = draw(*first), draw(*second)
+        both = say(demo, (*pictures, "What is in the pictures?"))
+        assert both == f"First: a {' '.join(first)}. Second: a {' '.join(second)}."
+        one = say(demo, (*pictures, "What is in the second picture?"))
+        assert one == f"A {' '.join(second)}."
+
+
+def test_the_trained_one_remembers_the_picture_of_an_earlier_turn(
+    demo: tuple[Any, Any],
+) -> None:
+    asked = draw("yellow", "circle"), "What colour is it?"
+    assert say(demo, asked) == "Yellow."
+    assert say(demo, asked, "Yellow.", "And the shape?") == "A circle."
+    again = draw("green", "square"), "And this one?"
+    assert say(demo, asked, "Yellow.", again) == "A green square."
+
+
+def test_the_trained_one_says_when_there_is_no_picture(demo: tuple[Any, Any]) -> None:
+    assert say(demo, "What is in the picture?") == "There is no picture."
+
+
+def test_the_trained_one_is_small() -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= NUM_DEMO_BYTES

@@ -1,0 +1,30 @@
+"""Pictures for the tests: one filled shape of a plain colour, as the tiny trained model knows them.
+
+They are drawn here and not with what the model was trained on, so that the two can disagree.
+"""
+
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+
+
+def draw(
+    colour: str,
+    shape: str,
+    size: tuple[int, int] = (96, 96),
+    box: tuple[int, int, int, int] = (24, 20, 76, 72),
+    background: str = "white",
+) -> Image.Image:
+    """A picture of a shape that fills a box (left, top, right, bottom)."""
+    picture = Image.new("RGB", size, background)
+    pen = ImageDraw.Draw(picture)
+    left, top, right, bottom = box
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "square":
+        pen.rectangle(box, fill=colour)
+    else:
+        assert shape == "triangle"
+        pen.polygon([((left + right) // 2, top), (left, bottom), (right, bottom)], fill=colour)
+    return picture
