@@ -146,12 +146,18 @@ async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
 
 
 async def _ready(process: asyncio.subprocess.Process, served: Served) -> None:
-    """Ask for a token until there is one: some servers listen first and refuse, others hold on."""
+    """Ask for a token until there is one: some servers listen first and say 503, others hold on.
+
+    Raises RuntimeError with any other refusal: it will not become better.
+    """
     plan = Plan([[Request("Hi", (), 1, is_streamed=False)]])
     while True:
         with suppress(OSError):
-            if not Trace(tuple(await served.run_here(plan))).errors:
+            (stream,) = await served.run_here(plan)
+            if stream.error is None:
                 return
+            if stream.opened_s is not None and " 503 " not in stream.error[:13]:
+                raise RuntimeError(stream.error)
         await _pause(process)
 
 
