@@ -5,8 +5,8 @@ prompts of its own. Throughput is counted while all rows decode ("decode") and o
 the first request to the last token ("whole").
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
@@ -68,18 +68,23 @@ class Bench:
         return all_started(able, self.path, num_rows)
 
     async def one_pair(self, arms: Mapping[str, Arm], plan: Plan) -> dict[str, Trace]:
-        """Every arm on one plan, in turn. A peer that fails and is not required is left out."""
+        """Every arm on one plan, in turn, but those that have failed."""
         traces: dict[str, Trace] = {}
         for name, arm in arms.items():
-            if name in self.failures:
-                continue
-            try:
-                traces[name] = (await arm(plan)).checked()
-            except RuntimeError as error:
-                if name == MLX_LM or name not in {peer.name for peer in self.peers}:
-                    raise
-                self.failures[name] = str(error)
+            if name not in self.failures:
+                with self.excused(name):
+                    traces[name] = (await arm(plan)).checked()
         return traces
+
+    @contextmanager
+    def excused(self, name: str) -> Iterator[None]:
+        """A peer that fails here is left out from now on; ours and mlx-lm's must not fail."""
+        try:
+            yield
+        except RuntimeError as error:
+            if name == MLX_LM or name not in {peer.name for peer in self.peers}:
+                raise
+            self.failures[name] = str(error)
 
     async def paired(
         self, arms: Mapping[str, Arm], make: Callable[[], Plan], has_warm_up: bool = True
@@ -109,7 +114,7 @@ class Bench:
                 asked if p.name == MLX_LM else None,
             )
             for p in self.peers
-            if p.name in figures
+            if p.name in figures and p.name not in self.failures
         ]
 
 
