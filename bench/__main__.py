@@ -175,6 +175,7 @@ async def _bench(
         num_pairs=args.pairs or scale.num_pairs,
         max_tokens=args.tokens or scale.max_tokens,
         num_rounds=scale.num_rounds,
+        has_parts=args.full,
     )
 
 

@@ -2,8 +2,8 @@
 wanted length.
 
 A checkpoint is a directory that the real server and mlx-lm load like any other. Its weights are
-random, so its speed is a model's and its text is noise. The vocabulary is ASCII and has no special
-tokens, so that each token is text at once and a frame of the server is a token.
+random, so its speed is a model's and its text is noise. The vocabulary is ASCII and no special
+token is drawn, so that each token is text at once and a frame of the server is a token.
 """
 
 import json
@@ -17,6 +17,7 @@ from bench.plan import Request
 
 NUM_VOCAB = 4096
 CONTEXT_SIZE = 8192
+_PAD = "<pad>"  # never drawn; one of the peers will not load a tokenizer without it
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -76,7 +77,7 @@ def save_checkpoint(path: Path, size: str) -> None:
     network = qwen3.Model(qwen3.ModelArgs.from_dict(settings))
     # A text of blanks alone is no sign of life: some servers hold it until there is more, which
     # would look like waiting. A row of zeros has the logit 0, and 4096 others the greatest.
-    blank = [id for id, text in enumerate(_texts(path)) if not text.strip("ĠĊ")]
+    blank = [id for id, text in enumerate(_texts(path)) if not text.strip("ĠĊ") or text == _PAD]
     network.model.embed_tokens.weight[mx.array(blank)] = 0
     weights = dict(tree_flatten(network.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
@@ -91,19 +92,23 @@ def _save_tokenizer(path: Path) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = ["Ġ", "Ċ", *map(chr, range(33, 127))]  # the byte level's names for ASCII
     trainer = trainers.BpeTrainer(
-        vocab_size=NUM_VOCAB, initial_alphabet=alphabet, show_progress=False
+        vocab_size=NUM_VOCAB - 1, initial_alphabet=alphabet, show_progress=False
     )
     roles = ["user: ", "assistant: "] * 50
     tokenizer.train_from_iterator([" ".join(WORDS), *roles], trainer)
+    tokenizer.add_special_tokens([_PAD])
     tokenizer.save(str(path / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": _TEMPLATE}
+    settings["pad_token"] = _PAD
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return int(tokenizer.get_vocab_size())
 
 
 def _texts(path: Path) -> list[str]:
     """The vocabulary by id, in the byte level's writing."""
-    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 

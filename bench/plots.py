@@ -13,6 +13,7 @@ from bench.svg import Kind, Plot, Series
 _SERVERS = (OURS, *(peer.name for peer in PEERS))
 _NAMES = {OURS: "mlxlite"}
 _UPPER = "BatchGenerator"
+_LEAST_MS = 0.1  # what is shorter is drawn so: tokens that come in one packet are no time apart
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, str]:
@@ -57,7 +58,7 @@ def _distribution(model: str, figures: Mapping[str, Any], key: str, what: str) -
     series = [
         Series(
             _shown(name),
-            [(max(1000 * value, 0.01), n) for n, value in enumerate(figures[name][key])],
+            [(max(1000 * value, _LEAST_MS), n) for n, value in enumerate(figures[name][key])],
         )
         for name in _SERVERS
         if name in figures

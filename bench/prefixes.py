@@ -23,7 +23,7 @@ from mlxlite.blocks import blocks_of
 OFF = "--no-enable-prefix-caching"
 OURS_OFF = f"{OURS}, cache off"
 SHARED_TOKENS = 1500
-NUM_TAILS = 16
+NUM_TAILS = 8
 NUM_AT_ONCE = (4, 8)
 HASHED_TOKENS = 131_072
 WARM_ASKED = 0.8

@@ -25,7 +25,13 @@ def block(result: Mapping[str, Any], folder: str) -> str:
         found = [
             Comparison.from_json(value) for section in sections for value in section["comparisons"]
         ]
-        parts += [f"### Against other servers: {model}", markdown(found)]
+        parts += [
+            f"### Against other servers: {model}",
+            markdown([comparison for comparison in found if comparison.asked is not None]),
+            "<details><summary>What was compared beside that</summary>",
+            markdown([comparison for comparison in found if comparison.asked is None]),
+            "</details>",
+        ]
         names = {section["section"] for section in sections}
         kinds = [
             kind for kind in _PLOTS if kind in names or (kind == "gaps" and "longprompt" in names)

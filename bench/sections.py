@@ -5,8 +5,8 @@ prompts of its own. Throughput is counted while all rows decode ("decode") and o
 the first request to the last token ("whole").
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
@@ -56,6 +56,7 @@ class Bench:
     num_pairs: int
     max_tokens: int
     num_rounds: int  # requests that each client makes, one after the other
+    has_parts: bool  # whether parts of ours, and of mlx-lm, are measured without a server
     failures: dict[str, str] = field(default_factory=dict)  # of peers that nobody requires
 
     def clients(self, num_clients: int) -> list[list[scenarios.Request]]:
@@ -67,26 +68,33 @@ class Bench:
         return all_started(able, self.path, num_rows)
 
     async def one_pair(self, arms: Mapping[str, Arm], plan: Plan) -> dict[str, Trace]:
-        """Every arm on one plan, in turn. A peer that fails and is not required is left out."""
+        """Every arm on one plan, in turn, but those that have failed."""
         traces: dict[str, Trace] = {}
         for name, arm in arms.items():
-            if name in self.failures:
-                continue
-            try:
-                traces[name] = (await arm(plan)).checked()
-            except RuntimeError as error:
-                if name == MLX_LM or name not in {peer.name for peer in self.peers}:
-                    raise
-                self.failures[name] = str(error)
+            if name not in self.failures:
+                with self.excused(name):
+                    traces[name] = (await arm(plan)).checked()
         return traces
 
+    @contextmanager
+    def excused(self, name: str) -> Iterator[None]:
+        """A peer that fails here is left out from now on; ours and mlx-lm's must not fail."""
+        try:
+            yield
+        except RuntimeError as error:
+            if name == MLX_LM or name not in {peer.name for peer in self.peers}:
+                raise
+            self.failures[name] = str(error)
+
     async def paired(
-        self, arms: Mapping[str, Arm], make: Callable[[], Plan]
+        self, arms: Mapping[str, Arm], make: Callable[[], Plan], has_warm_up: bool = True
     ) -> dict[str, list[Trace]]:
-        """Every arm on every pair's plan, in turn; the first pair is not counted."""
-        pairs = [await self.one_pair(arms, make()) for _ in range(-1, self.num_pairs)]
+        """Every arm on every pair's plan, in turn; a first pair to warm up is not counted."""
+        if has_warm_up:
+            await self.one_pair(arms, make())
+        pairs = [await self.one_pair(arms, make()) for _ in range(self.num_pairs)]
         names = [name for name in arms if name not in self.failures]
-        return {name: [pair[name] for pair in pairs[1:]] for name in names}
+        return {name: [pair[name] for pair in pairs] for name in names}
 
     def against(
         self,
@@ -106,7 +114,7 @@ class Bench:
                 asked if p.name == MLX_LM else None,
             )
             for p in self.peers
-            if p.name in figures
+            if p.name in figures and p.name not in self.failures
         ]
 
 
@@ -124,7 +132,7 @@ async def throughput(bench: Bench) -> Table:
     comparisons: list[Comparison] = []
     async with bench.servers(MAX_ROWS) as servers:
         for num_clients in CONCURRENCIES:
-            arms = _alone(bench.inprocess, num_clients) | runs(servers)
+            arms = _alone(bench, num_clients) | runs(servers)
             traces = await bench.paired(arms, lambda n=num_clients: Plan(bench.clients(n)))
             decode = {k: [t.decode_rate(num_clients) for t in v] for k, v in traces.items()}
             whole = {k: [trace.whole_rate for trace in v] for k, v in traces.items()}
@@ -145,18 +153,16 @@ async def throughput(bench: Bench) -> Table:
     return Table("Throughput", columns, rows, figures, [note], comparisons)
 
 
-def _alone(inprocess: InProcess, num_clients: int) -> dict[str, Arm]:
-    """The arms without a server."""
-    alone: dict[str, Arm] = {
-        "mlx_lm generate_step": inprocess.generate_step,
-        "mlx_lm stream_generate": inprocess.stream_generate,
-    }
-    batched: dict[str, Arm] = {
-        "BatchGenerator": inprocess.batch_generator,
-        "scheduler + runner": inprocess.loop,
-        "engine": inprocess.engine,
-    }
-    return alone | batched if num_clients == 1 else batched
+def _alone(bench: Bench, num_clients: int) -> dict[str, Arm]:
+    """The arms without a server; the first of these is the upper bound."""
+    inprocess = bench.inprocess
+    arms: dict[str, Arm] = {"BatchGenerator": inprocess.batch_generator}
+    if bench.has_parts:
+        arms |= {"scheduler + runner": inprocess.loop, "engine": inprocess.engine}
+        if num_clients == 1:
+            arms["mlx_lm generate_step"] = inprocess.generate_step
+            arms["mlx_lm stream_generate"] = inprocess.stream_generate
+    return arms
 
 
 # --- mixed settings ---------------------------------------------------------------------------
@@ -273,11 +279,10 @@ async def longprompt(bench: Bench) -> Table:
     alone_s: dict[str, list[float]] = {}
     figures: dict[str, Any] = {}
     async with bench.servers(NUM_ROWS) as servers:
-        arms: dict[str, Arm] = {
-            "BatchGenerator": bench.inprocess.batch_generator,
-            "engine": bench.inprocess.engine,
-            **runs(servers),
-        }
+        arms = runs(servers)
+        if bench.has_parts:
+            arms["BatchGenerator"] = bench.inprocess.batch_generator
+            arms["engine"] = bench.inprocess.engine
         for _ in range(bench.num_pairs):
             alone = Plan([[bench.writer.request(num_prompt, 4)]])
             for name, trace in (await bench.one_pair(arms, alone)).items():

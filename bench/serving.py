@@ -33,7 +33,7 @@ _GAUGES = {
 _START_TIMEOUT_S = 180.0
 _RUN_TIMEOUT_S = 900.0  # a plan that takes longer is stuck
 _STOP_TIMEOUT_S = 10.0
-_SETTLE_TIMEOUT_S = 60.0
+_SETTLE_TIMEOUT_S = 300.0
 _LOOK_S = 0.1  # over so long a server's CPU time is compared
 _IDLE_SHARE = 0.05  # of a core; mlx_lm.server looks at its queue ten times a second
 _RETRY_S = 0.01
@@ -176,12 +176,18 @@ async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
 
 
 async def _ready(process: asyncio.subprocess.Process, served: Served) -> None:
-    """Ask for a token until there is one: some servers listen first and refuse, others hold on."""
+    """Ask for a token until there is one: some servers listen first and say 503, others hold on.
+
+    Raises RuntimeError with any other refusal: it will not become better.
+    """
     plan = Plan([[Request("Hi", (), 1, is_streamed=False)]])
     while True:
         with suppress(OSError):
-            if not Trace(tuple(await served.run_here(plan))).errors:
+            (stream,) = await served.run_here(plan)
+            if stream.error is None:
                 return
+            if stream.opened_s is not None and " 503 " not in stream.error[:13]:
+                raise RuntimeError(stream.error)
         await _pause(process)
 
 

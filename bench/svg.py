@@ -13,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 48
 COLOURS = ("#1f6fb4", "#d95f02", "#2a9d5c", "#8a4fb0", "#666666")
-_NUM_TICKS = 5
+_NUM_TICKS = 6
 
 
 class Kind(StrEnum):
@@ -88,9 +88,12 @@ class Plot:
             parts.append(_text(self._x(i), below, name, "middle"))
         for x in () if self.x_names else self._x_ticks():
             parts.append(_text(self._x(x), below, f"{x:g}", "middle"))
-        for x, name in self.marks:
-            parts.append(_line(self._x(x), TOP, self._x(x), HEIGHT - BOTTOM, "#999"))
-            parts.append(_text(self._x(x) + 3, HEIGHT - BOTTOM - 4, name))
+        for i, (at, name) in enumerate(self.marks):
+            x = self._x(at)
+            is_left = x > WIDTH / 2  # of its line, where there is room
+            parts.append(_line(x, TOP, x, HEIGHT - BOTTOM, "#999"))
+            side = (x - 3, "end") if is_left else (x + 3, "start")
+            parts.append(_text(side[0], TOP + 12 + 14 * i, name, side[1]))
         return [*parts, _line(LEFT, self._y(0), WIDTH - RIGHT, self._y(0), "#222")]
 
     def _x_ticks(self) -> list[float]:
@@ -129,7 +132,7 @@ class Plot:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers in [low, high]: steps of 1, 2 or 5 times a power of ten."""
+    """About six round numbers in [low, high]: steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / _NUM_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough)
