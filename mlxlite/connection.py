@@ -33,6 +33,7 @@ log = logging.getLogger("mlxlite.connection")
 HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head
 BODY_TIMEOUT_S = 30.0  # between two pieces of a body
 BODY_GRACE_S = 120.0  # then it has to have come at
+MAX_BODIES = 8  # of the largest size are held at a time, but for what came with their heads
 MIN_BODY_RATE = 500  # bytes a second, or it holds its place for ever (Apache's mod_reqtimeout)
 KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
 WRITE_TIMEOUT_S = 30.0  # a reader that takes nothing for so long is cut
@@ -99,6 +100,11 @@ class App(Protocol):
     """What a connection needs of the server. `admit` and `handle` may raise APIError."""
 
     limits: http1.Limits
+    num_held_bytes: int  # of bodies that are not read yet
+
+    def make_room(self) -> None:
+        """Bodies are more than `MAX_BODIES` together: somebody has to come again later."""
+        ...
 
     def joined(self, client: "Client") -> api.APIError | None:
         """A connection came; an error is all that it will be told."""
@@ -145,6 +151,12 @@ class Client(asyncio.Protocol):
         return f"<Client {self.http!r} {self._exchange!r}>"
 
     @property
+    def num_waiting_bytes(self) -> int:
+        """Of a body that has not come to its end."""
+        waits = self._exchange is not None and not self._exchange.has_body
+        return self._num_body_bytes if waits else 0
+
+    @property
     def is_busy(self) -> bool:
         """A request is being answered."""
         return self._exchange is not None
@@ -160,16 +172,19 @@ class Client(asyncio.Protocol):
             return
         if self._exchange is not None:
             if not self._exchange.has_body:
-                self._body_came(len(data))
+                self._body_came(self._exchange, len(data))
         elif not self._has_begun:  # at the first byte only: empty lines buy no time
             self._has_begun = True
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
         self.http.receive_data(data)
         self._pump()
+        if self.app.num_held_bytes > MAX_BODIES * self.app.limits.max_body_bytes:
+            self.app.make_room()
 
-    def _body_came(self, num_bytes: int) -> None:
+    def _body_came(self, exchange: "Exchange", num_bytes: int) -> None:
         """A piece buys time, but no more than a body takes that is not made to drip."""
         self._num_body_bytes += num_bytes
+        exchange.hold(num_bytes)
         latest = self._body_since + BODY_GRACE_S + self._num_body_bytes / MIN_BODY_RATE
         self._deadline = min(perf_counter() + BODY_TIMEOUT_S, latest)
 
@@ -177,6 +192,7 @@ class Client(asyncio.Protocol):
         self.app.left(self)
         if self._exchange is not None:
             self._exchange.is_lost = True
+            self._exchange.release()
             self.app.lost(self._exchange)
 
     def pause_writing(self) -> None:
@@ -252,6 +268,8 @@ class Client(asyncio.Protocol):
     def finished(self) -> None:
         """The answer is complete: read the next request, or close."""
         is_read = self._exchange is not None and self._exchange.has_body
+        if self._exchange is not None:
+            self._exchange.release()
         self._exchange = None
         self._has_begun = self.http.num_buffered > 0
         if self._is_leaving or not self.http.start_next_cycle():
@@ -265,6 +283,7 @@ class Client(asyncio.Protocol):
         """Close, but not before the peer has had time to read: unread input would reset it away."""
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
+        self.http = http1.Connection(self.app.limits)  # what has come of a body is not kept so long
         self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -321,6 +340,8 @@ class Exchange:
         self.sequence_ids: tuple[int, ...] = ()
         self.extra_headers: list[tuple[str, str]] = []
         self.has_body = False  # the request has been read to its end
+        self.is_kept = False  # whoever reads the body says when it is read
+        self.num_held = 0  # bytes of it
         self.is_lost = False  # the client went away
         self.is_answered = False  # the answer has begun
         self.is_ended = False  # nothing more will be said
@@ -350,6 +371,17 @@ class Exchange:
             log.warning("%r: %d %s", self, error.status, error.message)
         body = self.error_body(error, self.request_id)
         self.respond(error.status, body, (*JSON, *error.headers))
+
+    def hold(self, num_bytes: int) -> None:
+        """More of the body is in memory."""
+        self.num_held += num_bytes
+        self._client.app.num_held_bytes += num_bytes
+
+    def release(self, *, is_read: bool = False) -> None:
+        """The body is in memory no more; void while somebody still reads it."""
+        if is_read or not self.is_kept:
+            self._client.app.num_held_bytes -= self.num_held
+            self.num_held = 0
 
     def abandon(self, error: api.APIError) -> None:
         """Our own mistake. A stream that has begun is cut: nobody waits, or takes it for whole."""

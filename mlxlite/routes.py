@@ -292,11 +292,15 @@ class Routes:
         """Answer in a task of its own, because it waits for a thread."""
         ready = self._need_model()
 
+        exchange.is_kept = True
+
         async def task() -> None:
             try:
                 await begin(ready, exchange, body)
             except api.APIError as error:
                 exchange.fail(error)
+            finally:
+                exchange.release(is_read=True)
 
         internal = api.APIError(Cause.INTERNAL, "internal error")
         self._home.spawn(task(), lambda _: exchange.abandon(internal))

@@ -73,6 +73,7 @@ class Server:
         self._load = load
         self._keys = tuple(key.encode() for key in config.api_keys())
         self._clients: set[Client] = set()
+        self.num_held_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_left = asyncio.Event()
         self.served: Ready | None = None
@@ -407,6 +408,13 @@ class Server:
         if len(self._clients) > self.config.max_connections:
             return api.later(Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
         return None
+
+    def make_room(self) -> None:
+        """Refuse the largest body that is still on its way; whoever says little is never it."""
+        largest = max(self._clients, key=lambda client: client.num_waiting_bytes)
+        if largest.num_waiting_bytes:
+            message = "too much is being sent at a time; try again later"
+            largest.refuse(api.later(Cause.UNAVAILABLE, message, retry_after_s=5))
 
     def left(self, client: Client) -> None:
         self._clients.discard(client)

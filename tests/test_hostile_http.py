@@ -15,7 +15,7 @@ import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from typing import Any
 
 import pytest
@@ -40,6 +40,7 @@ from hypothesis import strategies as st
 from bench.fuzz import PARSERS, SEEDS, TARGETS, mutated
 from mlxlite import connection
 from mlxlite.request import FIELDS
+from mlxlite.served import PromptError
 
 CHAT = "/v1/chat/completions"
 SECOND = request("GET", "/health")  # what would be smuggled
@@ -57,6 +58,7 @@ def assert_at_rest(served: Served) -> None:
     load = served.engine.load
     assert (load.num_waiting, load.num_running, load.num_bytes) == (0, 0, 0)
     assert served.num_live == 0
+    assert served.server.num_held_bytes == 0
     assert not served.server._routes._exchanges
     assert not served.runner.prompts
 
@@ -338,6 +340,84 @@ def test_what_is_too_large_is_refused_and_the_refusal_can_be_read_by_who_sends_o
     test()
 
 
+async def _upload(served: Served, wire: Wire, num_bytes: int) -> None:
+    """Most of a body of the largest size, once its head has been read."""
+    num_busy = sum(client.is_busy for client in served.server._clients)
+    await wire.send(POST + b"Content-Length: 1048576\r\n\r\n")
+    await until(lambda: sum(client.is_busy for client in served.server._clients) > num_busy)
+    await wire.send(b" " * num_bytes)
+
+
+def test_bodies_are_bounded_together_and_who_says_little_is_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with besieged(caplog, max_body_mb=1) as served:
+            wires = [await served.wire() for _ in range(connection.MAX_BODIES + 1)]
+            for n, wire in enumerate(wires[:-1], 1):
+                await _upload(served, wire, 1_040_000 + n)
+                await until(lambda n=n: served.server.num_held_bytes > n * 1_040_000)
+            await _upload(served, wires[-1], 1_048_000)
+            assert (await wires[-2].answer()).status == 503, "the largest so far"
+            await until(lambda: served.server.num_held_bytes >= 7 * 1_040_000 + 1_048_000)
+            await assert_serves_on(served)
+            room = (connection.MAX_BODIES << 20) - served.server.num_held_bytes
+            said = "x" * (room + 1000)
+            raw = chat_request(said, max_tokens=1)
+            async with await served.wire() as wire:
+                await wire.send(raw[:100])
+                await until(lambda: any(c.http.num_buffered for c in served.server._clients))
+                await wire.send(raw[100:300])
+                await until(lambda: sum(c.is_busy for c in served.server._clients) == 9)
+                await wire.send(raw[300:])
+                answer = await wire.answer()
+                assert answer.json["choices"][0]["message"]["content"] == "x"
+            answer = await wires[-1].answer()
+            assert answer.status == 503, "the largest now"
+            assert answer["retry-after"] == "5"
+            assert answer["connection"] == "close"
+            assert served.server.num_held_bytes == 7 * 1_040_000 + sum(range(8))
+            for wire in wires:
+                await wire.close()
+
+    test()
+
+
+def _busy(served: Served) -> list[connection.Client]:
+    return [client for client in served.server._clients if client.is_busy]
+
+
+def test_a_body_counts_until_it_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    @in_a_loop
+    async def test() -> None:
+        async with besieged(caplog, max_body_mb=1) as served:
+            served.model.gate.clear()
+            large = chat_request("x" * 1_040_000)
+            wires = [await served.wire() for _ in range(9)]
+            head, body = large[:300], large[300:]
+            for num, wire in enumerate(wires[:8], 1):
+                await wire.send(head)
+                await until(lambda num=num: len(_busy(served)) == num)
+                await wire.send(body)
+                await until(lambda num=num: served.server.num_held_bytes == num * len(body))
+            assert not any(client.num_waiting_bytes for client in _busy(served))
+            await wires[8].send(head)
+            await until(lambda: len(_busy(served)) == 9)
+            await wires[8].send(body[:-1])
+            assert (await wires[8].answer()).status == 503
+            served.model.render_error = PromptError("not this one")
+            served.model.gate.set()
+            for wire in wires[:8]:
+                assert (await wire.answer()).status == 400
+            await until(lambda: served.server.num_held_bytes == 0)
+            served.model.render_error = None
+            for wire in wires:
+                await wire.close()
+
+    test()
+
+
 # --- JSON ---------------------------------------------------------------------------------------
 
 _TURN = b'[{"role":"user","content":%b}]'
@@ -492,13 +572,25 @@ def test_a_thousand_idle_connections_cost_a_stream_nothing_and_go_after_their_ti
 ) -> None:
     @in_a_loop
     async def test() -> None:
-        async with besieged(caplog, max_connections=1001) as served, await served.wire() as wire:
-            num_tasks = len(asyncio.all_tasks())
-            idle = [await served.wire() for _ in range(1000)]
-            for other in idle[::2]:
-                await other.send(SECOND)
-            for other in idle[::2]:
-                assert (await other.answer()).status == 200
+        with ExitStack() as resources:
+            await siege(resources)
+
+    async def siege(resources: ExitStack) -> None:
+        async with (
+            besieged(caplog, max_connections=1001) as served,
+            await served.wire() as wire,
+        ):
+            loop, num_tasks = asyncio.get_running_loop(), len(asyncio.all_tasks())
+            idle = [resources.enter_context(closing(socket.socket())) for _ in range(1000)]
+            for n, sock in enumerate(idle, 1):
+                sock.connect(("127.0.0.1", served.server.port))  # the backlog takes it at once
+                if n % 100 == 0:
+                    await until(lambda n=n: served.num_clients == n + 1)
+            for sock in idle[::2]:
+                sock.sendall(SECOND)
+            for sock in idle[::2]:
+                sock.setblocking(False)
+                assert (await loop.sock_recv(sock, 4096)).startswith(b"HTTP/1.1 200 ")
             assert served.num_clients == 1001
             assert len(asyncio.all_tasks()) == num_tasks, "who waits is no task"
             await wire.open_stream("hello")
@@ -511,8 +603,6 @@ def test_a_thousand_idle_connections_cost_a_stream_nothing_and_go_after_their_ti
             await pass_time(served, clock, connection.KEEP_ALIVE_S - connection.HEADER_TIMEOUT_S)
             await until(lambda: served.num_clients == 1, "who has asked once")
             assert (await wire.chat("hello")).status == 200
-            for other in idle:
-                await other.close()
 
     test()
 

@@ -42,6 +42,7 @@ async def assert_back_to_zero(served: Served) -> None:
     await until(lambda: served.num_clients == 0, "every connection is closed")
     load = served.engine.load
     assert (load.num_waiting, load.num_running, load.num_bytes) == (0, 0, 0)
+    assert served.server.num_held_bytes == 0
     assert not served.server._routes._exchanges
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
         (value,) = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
