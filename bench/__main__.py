@@ -196,13 +196,18 @@ def write(result: Mapping[str, Any], output: Output, json: Path | None, out: Pat
         out.mkdir(parents=True, exist_ok=True)
         (out / "bench.json").write_bytes(data)
         (out / "bench.md").write_text("\n".join(output.parts), encoding="utf-8")
-        for file, svg in plots.draw(result).items():
-            (out / file).write_text(svg, encoding="utf-8")
+        draw(result, out)
+
+
+def draw(result: Mapping[str, Any], out: Path) -> None:
+    for file, svg in plots.draw(result).items():
+        (out / file).write_text(svg, encoding="utf-8")
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    if args.readme is not None:
+    if args.readme is not None:  # the plots too, so that they are never older than their code
+        draw(orjson.loads(args.readme.read_bytes()), args.readme.parent)
         readme.put(Path("README.md"), args.readme)
         return
     output = Output()

@@ -35,6 +35,7 @@ LOST_TOKENS = 1000
 LEAVE_AFTER_S = 0.25
 SAMPLE_S = 0.02
 _BUSY = 0.25  # of what it used before the client left
+_LEAST = 0.1  # of a core: an idle server's timers use a millisecond now and then
 _QUIET_S = 0.4  # so long without work, and there is none
 _GIVE_UP_S = 180.0
 
@@ -140,14 +141,14 @@ class Sample:
 
 def stopped_s(samples: Sequence[Sample], left_s: float) -> float:
     """How long after `left_s` a process still worked: until the last stretch between two samples
-    in which it used a quarter of what it used, a second, before that.
+    in which it used a quarter of what it used, a second, before that, and a tenth of a core.
     """
     before = [s for s in samples if s.at_s <= left_s]
     level = (before[-1].cpu_s - before[0].cpu_s) / (before[-1].at_s - before[0].at_s)
     worked_until_s = left_s
     for earlier, later in pairwise(samples):
         share = (later.cpu_s - earlier.cpu_s) / (later.at_s - earlier.at_s)
-        if later.at_s > left_s and share >= _BUSY * level:
+        if later.at_s > left_s and share >= max(_LEAST, _BUSY * level):
             worked_until_s = later.at_s
     return worked_until_s - left_s
 

@@ -142,6 +142,9 @@ def _endless(settings: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
+_NUM_SEEN = 200  # words by which the length of more is told
+
+
 class Writer:
     """Writes requests, no two alike: a cache of prefixes must not help one arm of a comparison.
 
@@ -157,8 +160,9 @@ class Writer:
     ) -> Request:
         """A request with a prompt of about `num_tokens`; greedy where no settings are given."""
         words = self._random.choices(WORDS, k=num_tokens)
-        num_rendered = len(self._render(" ".join(words)))
-        text = " ".join(words[: max(1, num_tokens * num_tokens // num_rendered)])
+        seen = words[:_NUM_SEEN]
+        tokens_per_word = len(self._render(" ".join(seen))) / len(seen)
+        text = " ".join(words[: max(1, round(num_tokens / tokens_per_word))])
         tokens = self._render(text)
         if settings is None:
             return Request(text, tokens, max_tokens)

@@ -34,24 +34,27 @@ async def prefix(bench: Bench) -> Table:
     figures: dict[str, dict[str, Any]] = {}
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(bench.servers(NUM_ROWS))
-        off = await stack.enter_async_context(serve(bench.path, NUM_ROWS, OFF))
-        arms = runs(servers) | {OURS_OFF: off.run}
+        arms = runs(servers)
+        if bench.has_parts:
+            off = await stack.enter_async_context(serve(bench.path, NUM_ROWS, OFF))
+            arms[OURS_OFF] = off.run
+        nums = NUM_AT_ONCE if bench.has_parts else NUM_AT_ONCE[:1]
         await bench.one_pair(arms, Plan([family(bench.writer, 64, 2)]))
         for _ in range(bench.num_pairs):
-            for plan, kind in _plans(bench.writer):
+            for plan, kind in _plans(bench.writer, nums):
                 for name, trace in (await bench.one_pair(arms, plan)).items():
                     _note(figures.setdefault(name, {}), kind, trace)
     figures = {k: v for k, v in figures.items() if k not in bench.failures}
     rows = [
         [name, ms(own["cold"]), ms(own["warm"]), ratio(own["warm"], own["cold"])]
-        + [f"{ms(own[str(n)])} ({ratio(own[str(n)], own['cold'])})" for n in NUM_AT_ONCE]
+        + [f"{ms(own[str(n)])} ({ratio(own[str(n)], own['cold'])})" for n in nums]
         for name, own in figures.items()
     ]
     begin = perf_counter()
     blocks_of(tuple(range(HASHED_TOKENS)), 1, 16)
     hash_ms = 1000 * (perf_counter() - begin)
     columns = ["arm", "cold TTFT, ms", "warm, ms", "÷ cold"]
-    columns += [f"{n} new at once, ms (÷ cold)" for n in NUM_AT_ONCE]
+    columns += [f"{n} new at once, ms (÷ cold)" for n in nums]
     notes = [
         f"A shared beginning of about {SHARED_TOKENS} tokens, one ending after the other; warm is "
         f"the median of all {NUM_TAILS} but the first. At once: medians, of a beginning that is "
@@ -65,10 +68,10 @@ async def prefix(bench: Bench) -> Table:
     return Table("Shared beginnings", columns, rows, whole, notes, comparisons)
 
 
-def _plans(writer: Writer) -> list[tuple[Plan, str]]:
+def _plans(writer: Writer, nums: Sequence[int]) -> list[tuple[Plan, str]]:
     """One after the other, and some at once, each of a beginning of its own; by what they show."""
     plans = [(Plan([family(writer, SHARED_TOKENS, NUM_TAILS)]), "tails")]
-    for n in NUM_AT_ONCE:
+    for n in nums:
         asked: list[list[Request]] = [[request] for request in family(writer, SHARED_TOKENS, n)]
         plans.append((Plan(asked), str(n)))
     return plans

@@ -13,7 +13,16 @@ import orjson
 from bench.compare import MARK, NOISE, Comparison, markdown
 
 OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
-_FIELDS = ("date", "machine", "versions", "BLAS", "pairs", "quiet machine", "what was noisy")
+_FIELDS = (
+    "date",
+    "machine",
+    "versions",
+    "BLAS",
+    "pairs",
+    "quiet machine",
+    "what was noisy",
+    "took",
+)
 _PLOTS = ("throughput", "gaps")
 
 

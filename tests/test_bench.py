@@ -165,7 +165,12 @@ def test_work_ends_with_the_last_stretch_that_was_as_busy_as_before() -> None:
 
 
 def test_what_is_busy_is_measured_by_what_the_server_used_itself() -> None:
-    assert stopped_s(samples(0.2, 0.2, 0.1, 0.01), left_s=2.0) == 1.0
+    assert stopped_s(samples(0.5, 0.5, 0.2, 0.01), left_s=2.0) == 1.0
+    assert stopped_s(samples(1, 1, 0.2, 0.01), left_s=2.0) == 0.0
+
+
+def test_the_timers_of_an_idle_server_are_no_work() -> None:
+    assert stopped_s(samples(0.1, 0.1, 0.08, 0.08), left_s=2.0) == 0.0
 
 
 # --- models and peers -------------------------------------------------------------------------
