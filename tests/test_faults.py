@@ -73,6 +73,14 @@ from mlxlite.server import Server  # noqa: TC001
 from mlxlite.store import File, Store
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _a_hangup_is_heard() -> Iterator[None]:
+    """By the processes started here, also where the tests were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
 def _without_compilation() -> Iterator[None]:
     """On CPU each new kernel costs seconds of a C++ compiler, and none of them is ours."""
