@@ -103,10 +103,8 @@ def server_class() -> "Callable[[Config], Server]":
 
 def main() -> None:
     """The console script."""
-    unheeded = (signal.SIG_DFL, signal.default_int_handler)
-    for number in _ENDING:  # until there is a loop, and something to end
-        if signal.getsignal(number) in unheeded:
-            signal.signal(number, lambda *_: os._exit(0))
+    for number in _heeded():  # until there is a loop, and something to end
+        signal.signal(number, lambda *_: os._exit(0))
     config = parse_args(sys.argv[1:], os.environ)
     try:
         listener = _listen(config)
@@ -211,10 +209,15 @@ def _stop_signals() -> "asyncio.Event":
         stopping.set()
 
     loop = asyncio.get_running_loop()
-    for number in _ENDING:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, stop)
+    for number in _heeded():
+        loop.add_signal_handler(number, stop)
     return stopping
+
+
+def _heeded() -> "list[signal.Signals]":
+    """What ends it: a hangup not where it was ignored from the start (`nohup`)."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [n for n in _ENDING if n != signal.SIGHUP or not is_ignored]
 
 
 def _raise_file_limit(max_connections: int) -> None:
