@@ -13,6 +13,7 @@ sizes, more pairs, all sections.
 
 import argparse
 import asyncio
+import shlex
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -117,6 +118,7 @@ class Output:
 
     def __init__(self) -> None:
         self.parts: list[str] = []
+        self.has_failed = False
 
     def say(self, text: str) -> None:
         self.parts.append(text)
@@ -127,7 +129,9 @@ async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Print each table as soon as there is one; everything again as a value for the JSON."""
     scale = FULL if args.full else SHORT
     begun_at = perf_counter()
-    fields = report.header() | {"pairs": str(args.pairs or scale.num_pairs)}
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    fields = {"command": f"`{command}`"} | report.header()
+    fields["pairs"] = str(args.pairs or scale.num_pairs)
     output.say(report.header_markdown(fields))
     models: dict[str, list[dict[str, Any]]] = {}
     lane = Lane()
@@ -180,11 +184,16 @@ async def _bench(
 
 
 async def _section(bench: Bench, name: str, output: Output) -> dict[str, Any]:
+    """A section that fails says so in its place: an hour of others is not lost with it."""
     begun_at = perf_counter()
-    table = await SECTIONS[name](bench)
+    try:
+        table = await SECTIONS[name](bench)
+    except (RuntimeError, ValueError) as error:  # a server's, or too little was measured
+        table = Table(f"{name} failed", [], [], {}, [f"{type(error).__name__}: {error}"])
+        output.has_failed = True
     output.say(table.as_markdown())
-    for peer, error in bench.failures.items():
-        output.say(f"{peer} failed and is left out from here on: {error.splitlines()[-1]}\n")
+    for peer, error_text in bench.failures.items():
+        output.say(f"{peer} failed and is left out from here on: {error_text.splitlines()[-1]}\n")
     return {"section": name, "took_s": round(perf_counter() - begun_at, 1), **table.as_json()}
 
 
@@ -213,6 +222,7 @@ def main() -> None:
     output = Output()
     result = asyncio.run(measure(args, output))
     write(result, output, args.json, args.out)
+    sys.exit(1 if output.has_failed else 0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def draw(result: Mapping[str, Any]) -> dict[str, str]:
     """SVG by file name."""
     files = {}
     for model, sections in result["models"].items():
-        figures = {section["section"]: section["figures"] for section in sections}
+        figures = {s["section"]: s["figures"] for s in sections if s["figures"]}
         for name, plot in _plots(model, figures):
             files[f"{model}-{name}.svg"] = plot.as_svg()
     return files

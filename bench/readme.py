@@ -14,6 +14,7 @@ from bench.compare import MARK, NOISE, Comparison, markdown
 
 OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
 _FIELDS = (
+    "command",
     "date",
     "machine",
     "versions",
@@ -41,7 +42,7 @@ def block(result: Mapping[str, Any], folder: str) -> str:
             markdown([comparison for comparison in found if comparison.asked is None]),
             "</details>",
         ]
-        names = {section["section"] for section in sections}
+        names = {section["section"] for section in sections if section["figures"]}
         kinds = [
             kind for kind in _PLOTS if kind in names or (kind == "gaps" and "longprompt" in names)
         ]

@@ -253,10 +253,13 @@ async def neighbours(bench: Bench) -> Table:
 
 
 def _steady_gaps(trace: Trace) -> list[float]:
-    """Of the first four streams, while all eight decode."""
+    """Of the first four streams, while all eight decode. Raises RuntimeError if they never do."""
     start_s = max(stream.token_s[0] for stream in trace.streams)
     stop_s = min(stream.token_s[-1] for stream in trace.streams)
-    return trace.of(range(4)).gaps(start_s, stop_s)
+    gaps = trace.of(range(4)).gaps(start_s, stop_s) if start_s < stop_s else []
+    if not gaps:
+        raise RuntimeError("the eight never decoded together: --tokens must be more")
+    return gaps
 
 
 # --- a long prompt ----------------------------------------------------------------------------
