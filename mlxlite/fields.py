@@ -179,14 +179,16 @@ def refused_each(names: str, *values: Any) -> dict[str, Field]:
 def read_fields(value: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
     """The given fields of a table, checked, under their first names. Raises APIError 400."""
     read: dict[str, Any] = {}
+    names: dict[str, str] = {}  # under which each came first
     for name, item in value.items():
         if item is not None and (entry := table.get(name)):
             key, new = entry.alias_of or name, entry.read(item, name)
+            other = names.setdefault(key, name)
             old = read.setdefault(key, new)
             if old is None:
                 read[key] = new
             elif new is not None and new != old:
-                raise bad(f"'{name}' and its other name '{key}' disagree.", name)
+                raise bad(f"'{name}' and its other name '{other}' disagree.", name)
     return read
 
 

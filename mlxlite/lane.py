@@ -10,7 +10,7 @@ import contextlib
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -72,8 +72,8 @@ class Lane:
 
 @dataclass(slots=True)
 class _Success:
-    future: asyncio.Future[Any]
-    result: Any
+    future: asyncio.Future[Any] = field(repr=False)  # which shows its result
+    result: Any = field(repr=False)  # arrays, prompts: nothing for asyncio's debug log
 
     def __call__(self) -> None:
         if not self.future.done():

@@ -74,9 +74,13 @@ class _Prefill:
     sight: "Sight | None" = None  # of its pictures
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _InFlight:
-    """A launched step. `tokens` is `[B]`; `states` are the caches that its chunks wrote."""
+    """A launched step. `tokens` is `[B]`; `states` are the caches that its chunks wrote.
+
+    The loop sees it too, and in asyncio's debug mode shows what it sees: no array, which would be
+    evaluated there, and no prompt.
+    """
 
     step: Step
     ids: tuple[int, ...]  # of `tokens`: the step's rows but for sequences that were given up
@@ -90,6 +94,9 @@ class _InFlight:
     build_s: float
     dispatch_s: float
     is_matched: bool = False  # its tokens have gone to the matchers
+
+    def __repr__(self) -> str:
+        return f"<in flight: step {self.step.number}, {len(self.ids)} rows>"
 
 
 class ModelRunner:

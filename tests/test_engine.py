@@ -1092,6 +1092,22 @@ def test_the_lane_gives_back_whatever_is_raised_and_goes_on(error: BaseException
     play(scenario())
 
 
+def test_the_lanes_results_are_not_for_the_log(caplog: pytest.LogCaptureFixture):
+    class Result:
+        def __repr__(self) -> str:
+            raise AssertionError("an array would be evaluated here")
+
+    async def scenario() -> None:
+        lane = Lane()
+        asyncio.get_running_loop().slow_callback_duration = 0  # so that each callback is logged
+        assert isinstance(await lane.run(Result), Result)
+        await lane.close(timeout_s=5)
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        play(scenario(), debug=True)
+    assert any("_Success" in message for message in caplog.messages)
+
+
 def test_the_lane_takes_calls_in_order_one_at_a_time():
     async def scenario() -> None:
         seen: list[int] = []

@@ -823,7 +823,9 @@ def test_two_names_of_one_field_must_agree_whatever_their_order() -> None:
     assert parse(max_tokens=5, n_predict=-1).max_tokens == 5  # -1 is llama-server's «no limit»
     assert parse(n_predict=-1, max_tokens=5).max_tokens == 5
     assert refusal(max_tokens=5, n_predict=6).param == "n_predict"
-    assert refusal(n_predict=6, max_tokens=5).param == "max_tokens"
+    error = refusal(n_predict=6, max_tokens=5)
+    assert error.param == "max_tokens"
+    assert "'max_tokens' and its other name 'n_predict' disagree" in error.message
 
 
 def test_an_old_function_call_in_the_history_is_a_tool_call() -> None:

@@ -281,6 +281,14 @@ def test_a_step_is_launched_before_the_one_in_flight_is_waited_for(subject: Subj
     assert outcome.tokens == (expected[1],)
 
 
+def test_what_the_loop_shows_of_a_step_in_flight_has_no_array_and_no_prompt():
+    """asyncio's debug mode writes it to the log, and an array would be evaluated there."""
+    runner = real_subject().runner
+    step = Step(1, admitted=admit(make_sequence(1, 1)), rows=(1,))
+    launched, _ = runner.advance(step, None)
+    assert repr(launched) == "<in flight: step 1, 1 rows>"
+
+
 def test_rows_keep_their_order_and_newcomers_follow(subject: Subject):
     sequences = [make_sequence(id, 1, 8) for id in (3, 1, 2)]
     a, b, c = map(subject.expected, sequences)
