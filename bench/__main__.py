@@ -188,7 +188,8 @@ async def _section(bench: Bench, name: str, output: Output) -> dict[str, Any]:
     begun_at = perf_counter()
     try:
         table = await SECTIONS[name](bench)
-    except (RuntimeError, ValueError) as error:  # a server's, or too little was measured
+        table.as_markdown()  # figures that make no ratio are the section's fault as well
+    except (RuntimeError, ValueError, ArithmeticError) as error:
         table = Table(f"{name} failed", [], [], {}, [f"{type(error).__name__}: {error}"])
         output.has_failed = True
     output.say(table.as_markdown())

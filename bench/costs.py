@@ -240,7 +240,7 @@ async def _watched(served: Served, request: Request) -> float:
         elif client.done():
             raise RuntimeError("the answer came before the client could leave: ask for more")
     assert left_s is not None
-    return stopped_s(samples, left_s)
+    return max(SAMPLE_S, stopped_s(samples, left_s))  # less cannot be told
 
 
 async def _released(served: Served, request: Request) -> float:
