@@ -41,20 +41,13 @@ SAMPLE_S = 5.0
 PATIENCE_S = 20.0  # a client that has waited so long leaves, as clients do
 FLAGS = (
     *("--ctx-size", "1024", "--max-tokens", "48", "--max-queue", str(NUM_PLACES)),
-    *(
-        "--prefix-cache-bytes",
-        "32MB",
-        "--prefix-cache-disk-bytes",
-        "32MB",
-        "--log-level",
-        "warning",
-    ),
+    *("--prefix-cache-bytes", "32MB", "--prefix-cache-disk-bytes", "32MB"),
+    *("--log-level", "warning"),
 )
 # Slow to return to the loop is a shared machine's doing as much as ours: counted, and no failure.
 _SLOW = re.compile(r"Executing .* took \d")
 _EXPECTED = re.compile(
-    r"^\[mlx\] |unknown request field ignored|serving the built-in demo|^\s*$|check: "
-    r"|503 the model is loading"
+    r"^\[mlx\] |unknown request field|the built-in demo|^\s*$|^(check|rest): |model is loading"
 )
 _ENDS = (b"data: [DONE]", b"event: message_stop", b"response.completed", b"response.incomplete")
 _ERRORS = (b"event: error", b'data: {"error"', b"event: response.failed")
@@ -77,6 +70,7 @@ def checked_main() -> None:
         nonlocal num_checks
         engine._scheduler.check()
         num_checks += 1
+        print(f"rest: {len(gc.get_objects())} objects", file=sys.stderr)
 
     async def checked_idle(self: Engine) -> None:
         engines.add(self)
@@ -237,30 +231,26 @@ async def mixed_client(client: Client, rng: random.Random, until: float) -> None
 
 @dataclass
 class Watch:
-    """The server's memory and gauges over time."""
+    """The server's memory at each rest, and the most that its gauges and memory have been."""
 
     served: Served
-    times: list[float] = field(default_factory=list)
-    mibs: list[float] = field(default_factory=list)
+    rests: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB
     most: Counter[str] = field(default_factory=Counter)
 
     async def run(self, every_s: float = SAMPLE_S) -> None:
         while True:
-            self.times.append(perf_counter())
-            self.mibs.append(rss_bytes(self.served.pid) / 2**20)
-            for name, value in (await self.served.gauges()).items():
-                self.most[name] = max(self.most[name], int(value))
+            now = await self.served.gauges() | {"MiB": rss_bytes(self.served.pid) / 2**20}
+            self.most |= Counter({name: int(value) for name, value in now.items()})
             await asyncio.sleep(every_s)
 
+    def rest(self) -> None:
+        self.rests.append((perf_counter(), rss_bytes(self.served.pid) / 2**20))
+
     def report(self) -> str:
-        half = len(self.times) // 2
-        times, mibs = self.times[half:], self.mibs[half:]
-        slope = statistics.linear_regression(times, mibs).slope * 60
-        return (
-            f"MiB of memory: first {self.mibs[0]:.1f}, most {max(self.mibs):.1f}, last "
-            f"{mibs[-1]:.1f}; slope of the second half {slope:+.3f} a minute, {len(mibs)} samples\n"
-            f"most at a time: {dict(self.most)}"
-        )
+        half = self.rests[len(self.rests) // 2 :]
+        slope = statistics.linear_regression(*zip(*half, strict=True)).slope * 60
+        mibs = " ".join(f"{mib:.0f}" for _, mib in self.rests)
+        return f"MiB at rest: {mibs}; second half {slope:+.2f} a minute; most {dict(self.most)}"
 
 
 async def at_rest(served: Served, tally: Tally) -> str:
@@ -277,18 +267,21 @@ async def at_rest(served: Served, tally: Tally) -> str:
 
 
 async def soak(minutes: float, num_clients: int, seed: int) -> bool:
-    tally = Tally()
+    """Rounds of a minute, each of which ends in a rest."""
+    tally, num_rounds = Tally(), max(4, round(minutes))
+    rngs = [random.Random(seed * 1000 + n) for n in range(num_clients)]
     with tempfile.TemporaryFile() as log:
         async with debugged(log) as served:
             watch, client = Watch(served), Client(served.port, tally)
             watching = asyncio.create_task(watch.run())
-            until = perf_counter() + minutes * 60
-            rngs = [random.Random(seed * 1000 + n) for n in range(num_clients)]
-            await asyncio.gather(*(mixed_client(client, rng, until) for rng in rngs))
+            for _ in range(num_rounds):
+                until = perf_counter() + minutes * 60 / num_rounds
+                await asyncio.gather(*(mixed_client(client, rng, until) for rng in rngs))
+                rest = await at_rest(served, tally)
+                watch.rest()
             await _end(watching)
             print(f"{minutes:g} min, {num_clients} clients, {tally.outcomes.total():,} requests")
-            print(dict(sorted(tally.outcomes.items())))
-            print(f"{watch.report()}\n{await at_rest(served, tally)}")
+            print(f"{dict(sorted(tally.outcomes.items()))}\n{watch.report()}\n{rest}")
         return _verdict(tally, log)
 
 
@@ -304,6 +297,7 @@ async def overload(seconds: float, factor: int = 10) -> bool:
                 await client.ask("warm", CHAT, body)
             watch = Watch(served)
             watching = asyncio.create_task(watch.run(every_s=1.0))
+            watch.rest()
             until = perf_counter() + seconds
 
             async def one() -> None:
@@ -314,6 +308,7 @@ async def overload(seconds: float, factor: int = 10) -> bool:
             num_clients = factor * (NUM_ROWS + NUM_PLACES)
             await asyncio.gather(*(one() for _ in range(num_clients)))
             rest = await at_rest(served, tally)
+            watch.rest()
             began = perf_counter()
             await client.ask("after", CHAT, body | {"max_tokens": 1})
             first_s = perf_counter() - began
@@ -352,9 +347,8 @@ async def slow(num_pairs: int, num_fast: int = 4) -> bool:
                 arms = [(Manner(), "other"), (Manner(pause_s=1.0, num_bytes=1), "slow")]
                 taken = {name: await arm(manner, name) for manner, name in arms[:: (-1) ** i]}
                 ratios.append([x / y for x, y in zip(taken["other"], taken["slow"], strict=True)])
-            print(f"{num_pairs} pairs of {num_fast} fast readers, beside slow ones / beside fast:")
-            names = ("throughput", "tokens per CPU s")
-            for name, found in zip(names, zip(*ratios, strict=True), strict=True):
+            print(f"{num_pairs} pairs of {num_fast} fast readers, beside slow ones / beside fast")
+            for name, found in zip(("by time", "by CPU"), zip(*ratios, strict=True), strict=True):
                 middle, low, high = statistics.median(found), min(found), max(found)
                 print(f"  {name}: median {middle:.3f}, from {low:.3f} to {high:.3f}")
         return _verdict(tally, log, is_checked=False)
@@ -374,7 +368,8 @@ def _verdict(tally: Tally, log: IO[bytes], *, is_checked: bool = True) -> bool:
     checks = next((line for line in lines if line.startswith("check: ")), "no check")
     is_sound = checks.startswith("check: clean") or not is_checked
     print(f"stderr: {len(odd)} complaints; {num_slow} callbacks of more than 100 ms; {checks}")
-    print(f"problems: {len(tally.problems)}")
+    objects = [line.split()[1] for line in lines if line.startswith("rest: ")]
+    print(f"objects at rest: {' '.join(objects[-40:])}\nproblems: {len(tally.problems)}")
     for line in [*tally.problems[:20], *odd[:40]]:
         print(f"  {line}")
     return not odd and not tally.problems and is_sound
