@@ -13,6 +13,7 @@ sizes, more pairs, all sections.
 
 import argparse
 import asyncio
+import os
 import shlex
 import sys
 import tempfile
@@ -128,7 +129,7 @@ class Output:
 async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     """Print each table as soon as there is one; everything again as a value for the JSON."""
     scale = FULL if args.full else SHORT
-    begun_at = perf_counter()
+    begun_at, load_before = perf_counter(), os.getloadavg()[0]
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     fields = {"command": f"`{command}`"} | report.header()
     fields["pairs"] = str(args.pairs or scale.num_pairs)
@@ -146,6 +147,7 @@ async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     every = [c for sections in models.values() for s in sections for c in s["comparisons"]]
     ending = {
         "load average after": report.load_average(),
+        "quiet machine": report.quiet(load_before, os.getloadavg()[0], os.cpu_count() or 1),
         "what was noisy": report.noisy([Comparison.from_json(value) for value in every]),
         "took": f"{(perf_counter() - begun_at) / 60:.1f} minutes",
     }

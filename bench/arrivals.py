@@ -31,7 +31,7 @@ TURN_TOKENS = 400
 
 
 async def burst(bench: Bench) -> Table:
-    """64 requests at once against 8 rows; and one more with a high priority at the end."""
+    """64 requests at once against 8 rows; of ours, one more with a high priority at the end."""
     async with bench.servers(NUM_ROWS) as servers:
         by_name = await bench.paired(
             runs(servers), lambda: scenarios.burst(bench.writer, NUM_BURST, BURST_TOKENS)
@@ -41,14 +41,15 @@ async def burst(bench: Bench) -> Table:
     asked = at_least(BURST_ASKED) if bench.is_small else None
     comparisons = bench.against(f"{NUM_BURST} at once, {NUM_ROWS} rows", "tok/s", whole, asked)
     comparisons += bench.against("last of them to start", "ms", last)
-    traces = await _with_priority(bench)
-    columns, row, figures = _order(traces)
+    title = f"{NUM_BURST} requests at once, {NUM_ROWS} rows"
+    if not bench.has_parts:
+        return Table(title, [], [], {"whole": whole}, [], comparisons)
+    columns, row, figures = _order(await _with_priority(bench))
     notes = [
         f"Places of first tokens, {NUM_BURST} requests, all pairs, our server: rows of a step "
         f"arrive together, so up to {NUM_ROWS - 1} is FIFO. A request joins the queue, and its "
         "answer's head leaves, when it is rendered."
     ]
-    title = f"{NUM_BURST} requests at once, {NUM_ROWS} rows"
     return Table(title, columns, [row], figures | {"whole": whole}, notes, comparisons)
 
 

@@ -31,7 +31,8 @@ IMPORTS = {OURS: "mlxlite.__main__", MLX_LM: "mlx_lm.server"}
 
 CHUNK_TOKENS = 2048  # --prefill-chunk-size, while nobody decodes
 LOST_PROMPT_TOKENS = 4500  # some chunks, of ours and of mlx-lm's
-LOST_TOKENS = 1000
+LOST_TOKENS = 1500
+FEW_LOST_TOKENS = 500  # where time is short: mlx-lm's server goes on to the end of them
 LEAVE_AFTER_S = 0.25
 SAMPLE_S = 0.02
 _BUSY = 0.25  # of what it used before the client left
@@ -156,10 +157,11 @@ def stopped_s(samples: Sequence[Sample], left_s: float) -> float:
 async def lost(bench: Bench) -> Table:
     """A client leaves in decode, in prefill, and while it waits for an answer in one piece."""
     num_prompt = min(LOST_PROMPT_TOKENS, bench.inprocess.model.context_size * 3 // 4)
+    max_tokens = LOST_TOKENS if bench.has_parts else FEW_LOST_TOKENS
     asks = {
-        "in decode": lambda: scenarios.lost_in_decode(bench.writer, LOST_TOKENS),
+        "in decode": lambda: scenarios.lost_in_decode(bench.writer, max_tokens),
         "in prefill": lambda: scenarios.lost_in_prefill(bench.writer, num_prompt, LEAVE_AFTER_S),
-        "unstreamed": lambda: scenarios.lost_unstreamed(bench.writer, LOST_TOKENS, LEAVE_AFTER_S),
+        "unstreamed": lambda: scenarios.lost_unstreamed(bench.writer, max_tokens, LEAVE_AFTER_S),
     }
     figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in asks}
     bounds: list[float] = []
@@ -183,7 +185,7 @@ async def lost(bench: Bench) -> Table:
     rows, comparisons = _lost_tables(bench, cpu, released, bounds)
     columns = ["server", *(f"works on after a client left {kind}, ms" for kind in asks)]
     both = {"cpu": cpu, "metrics": released}
-    return Table("Lost clients", columns, rows, both, _notes(num_prompt), comparisons)
+    return Table("Lost clients", columns, rows, both, _notes(num_prompt, max_tokens), comparisons)
 
 
 def _lost_tables(
@@ -205,10 +207,10 @@ def _lost_tables(
 BOUND = "a step and a chunk"
 
 
-def _notes(num_prompt: int) -> list[str]:
+def _notes(num_prompt: int, max_tokens: int) -> list[str]:
     return [
-        f"Asked for: {LOST_TOKENS} tokens, left after 16; a prompt of {num_prompt}, left after "
-        f"{LEAVE_AFTER_S} s; {LOST_TOKENS} tokens not streamed, left after {LEAVE_AFTER_S} s. "
+        f"Asked for: {max_tokens} tokens, left after 16; a prompt of {num_prompt}, left after "
+        f"{LEAVE_AFTER_S} s; {max_tokens} tokens not streamed, left after {LEAVE_AFTER_S} s. "
         f"Measured from the server's CPU time every {1000 * SAMPLE_S:.0f} ms, for all alike: it "
         "works while it uses a quarter of what it used before. On a GPU a long chunk may use less. "
         "By /metrics: until no request is running.",

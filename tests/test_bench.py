@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import orjson
 import pytest
 
-from bench import compare, plots, readme, scenarios
+from bench import compare, plots, readme, report, scenarios
 from bench.__main__ import parse
 from bench.arrivals import at, percentiles
 from bench.compare import Comparison, Verdict, at_least, at_most
@@ -135,6 +135,12 @@ def test_pairs_that_disagree_and_lone_ones_are_marked() -> None:
     assert comparison([1.0], [1.0], None).is_noisy
     assert not comparison([1.0, 1.1], [1.0, 1.0], None).is_noisy
     assert compare.MARK in comparison([1.0, 1.3], [1.0, 1.0], None).row()[3]
+
+
+def test_a_machine_is_quiet_if_nobody_else_ran_before_or_beside() -> None:
+    assert report.quiet(before=0.3, after=3.0, num_cores=2) == "yes"
+    assert report.quiet(before=0.9, after=3.0, num_cores=2).startswith("no: 0.9")
+    assert report.quiet(before=0.3, after=5.0, num_cores=2).startswith("no: 5.0")
 
 
 def test_a_comparison_survives_json() -> None:
