@@ -40,13 +40,16 @@ class Peer:
         return self.command(Path(), 0, 1) is not None
 
     @asynccontextmanager
-    async def start(self, path: Path, num_rows: int) -> AsyncIterator[Served]:
+    async def start(
+        self, path: Path, num_rows: int, kernels: Path | None = None
+    ) -> AsyncIterator[Served]:
         """Raises RuntimeError when it does not become ready."""
         port = free_port()
         command = self.command(path, port, num_rows)
         if command is None:
             raise RuntimeError(f"{self.name} is not installed")
-        async with started(command, port, str(path) if self.needs_model else None) as served:
+        model = str(path) if self.needs_model else None
+        async with started(command, port, model, kernels=kernels) as served:
             yield served
 
 
@@ -100,11 +103,11 @@ async def usable(peers: Iterable[Peer], path: Path) -> tuple[list[Peer], dict[st
 
 @asynccontextmanager
 async def all_started(
-    peers: Iterable[Peer], path: Path, num_rows: int
+    peers: Iterable[Peer], path: Path, num_rows: int, kernels: Path | None = None
 ) -> AsyncIterator[dict[str, Served]]:
     """Ours and the others, ready and idle, by name; ours is the first."""
     async with AsyncExitStack() as stack:
         yield {
-            peer.name: await stack.enter_async_context(peer.start(path, num_rows))
+            peer.name: await stack.enter_async_context(peer.start(path, num_rows, kernels))
             for peer in (US, *peers)
         }

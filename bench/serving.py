@@ -5,6 +5,7 @@ Who else is compared is `bench.peers`'s to say; a server is stopped on the way o
 """
 
 import asyncio
+import os
 import re
 import sys
 import tempfile
@@ -140,15 +141,23 @@ async def serve(
 
 @asynccontextmanager
 async def started(
-    command: Sequence[str], port: int, model: str | None = None, log: IO[bytes] | None = None
+    command: Sequence[str],
+    port: int,
+    model: str | None = None,
+    log: IO[bytes] | None = None,
+    kernels: Path | None = None,
 ) -> AsyncIterator[Served]:
-    """Start a server and wait for its first answer.
+    """Start a server and wait for its first answer. `kernels`: where MLX's CPU back end is to keep
+    what it compiles, instead of the temporary directory that earlier runs have filled.
 
     Raises RuntimeError with the end of its log when there is none in time.
     """
     with nullcontext(log) if log is not None else tempfile.TemporaryFile() as log:
         begun_at = perf_counter()
-        process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        environ = os.environ | ({} if kernels is None else {"TMPDIR": str(kernels)})
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=log, stderr=log, env=environ
+        )
         served = Served(port, process.pid, model)
         try:
             try:
