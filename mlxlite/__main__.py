@@ -37,6 +37,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _EXIT_AT_ONCE = 130
 _OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or a picture needs
 _REPEAT_S = 10.0  # between two lines of a log that say the same
+_TRIM_S = 60.0  # between two rounds of giving free memory back
 
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
@@ -183,6 +184,7 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
     stopped = asyncio.ensure_future(stopping.wait())
     await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
     code = 0
+    trimming = asyncio.ensure_future(_give_memory_back(_trimmer()))
     if ready.done():
         try:
             ready.result()
@@ -191,10 +193,33 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
         else:
             _announce(server)
             await stopped
+    trimming.cancel()
     ready.cancel()
     stopped.cancel()
     await server.stop()
     return code
+
+
+async def _give_memory_back(trim: "Callable[[], object] | None") -> None:
+    """Now and then, from a thread; takes about 10 ms for 100 MiB."""
+    import asyncio
+
+    while trim is not None:
+        await asyncio.to_thread(trim)
+        await asyncio.sleep(_TRIM_S)
+
+
+def _trimmer() -> "Callable[[], object] | None":
+    """glibc's malloc_trim, where there is one.
+
+    MLX's CPU back end takes an array's memory from malloc, and arrays of all sizes, freed by other
+    threads than made them, leave pages that malloc keeps: 120 MiB in 8 minutes of mixed traffic,
+    and growing.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return None if trim is None else lambda: trim(0)
 
 
 def _stop_signals() -> "asyncio.Event":

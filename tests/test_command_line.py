@@ -1,5 +1,6 @@
 """`python -m mlxlite` as the app that launches it sees it: stdout, stderr, signals, exit codes."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 from helpers import DONE, parse_frames, text_of
 
 from mlxlite import __version__
+from mlxlite.__main__ import _give_memory_back
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 60.0  # of a start: a slow machine imports for long
@@ -281,3 +283,59 @@ def test_version_is_a_line_on_stdout(tmp_path: Path) -> None:
         assert process.wait() == 0
         assert process.stdout == f"mlxlite {__version__}\n"
         assert re.fullmatch(r"\d+\.\d+\.\d+\S*", __version__)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+_FRAGMENTS = """
+import ctypes
+from pathlib import Path
+from mlxlite.__main__ import _trimmer
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+pieces = [libc.malloc(60_000) for _ in range(2_000)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 60_000)
+for piece in pieces[:-1]:  # the last one holds the top of the heap
+    libc.free(piece)
+before = resident()
+assert _trimmer()()
+print((before - resident()) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is another one there")
+def test_free_memory_that_malloc_keeps_is_given_back() -> None:
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
+    if not libc:
+        pytest.skip("no glibc")
+    done = subprocess.run([sys.executable, "-c", _FRAGMENTS], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert int(done.stdout) > 50, "of 114 MiB"
+
+
+def test_it_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxlite.__main__._TRIM_S", 0.001)
+    calls: list[int] = []
+
+    async def until_the_fifth() -> None:
+        loop, enough = asyncio.get_running_loop(), asyncio.Event()
+
+        def trim() -> None:
+            calls.append(1)
+            if len(calls) == 5:
+                loop.call_soon_threadsafe(enough.set)
+
+        giving = asyncio.create_task(_give_memory_back(trim))
+        await asyncio.wait_for(enough.wait(), 20)
+        giving.cancel()
+        await asyncio.gather(giving, return_exceptions=True)
+        await _give_memory_back(None)  # where malloc is another one: nothing, and no endless task
+
+    asyncio.run(until_the_fifth())
+    assert len(calls) >= 5
