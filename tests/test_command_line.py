@@ -339,3 +339,60 @@ def test_it_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -> No
 
     asyncio.run(until_the_fifth())
     assert len(calls) >= 5
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+_LAZY = """
+import sys
+from mlxlite.__main__ import _scan_transformers_once
+
+if sys.argv[1] == "once":
+    _scan_transformers_once()
+from transformers import AutoTokenizer, models
+from transformers.utils import import_utils
+
+scan = import_utils.create_import_structure_from_path
+sys.stdout.write(f"{scan.cache_info().hits} {len(sys.meta_path)}\\n")
+structure = import_utils.define_import_structure(models.__file__)
+named = [(sorted(k), sorted((m, sorted(v)) for m, v in d.items())) for k, d in structure.items()]
+sys.stdout.write(f"{sorted(named)} {sorted(dir(models))}")
+"""
+
+
+def test_transformers_scans_its_sources_once_and_finds_the_same() -> None:
+    told = {}
+    for how in ("once", "twice"):
+        run = [sys.executable, "-c", _LAZY, how]
+        done = subprocess.run(run, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        counts, _, told[how] = done.stdout.partition("\n")
+        num_hits, num_finders = map(int, counts.split())
+        if how == "once":
+            assert num_hits > 100, "nothing was remembered: has transformers changed?"
+            num_finders_once = num_finders
+    assert num_finders_once == num_finders, "our finder is still there"
+    assert told["once"] == told["twice"]
+    assert len(told["once"]) > 100_000
+
+
+_LOADED = """
+import gc, os, sys
+import mlxlite.__main__ as program
+
+def announce(server):
+    print(gc.isenabled(), gc.get_freeze_count(), flush=True)
+    os._exit(0)
+
+program._announce = announce
+sys.argv = ["mlxlite", "--port", "0"]
+program.main()
+"""
+
+
+def test_what_is_loaded_is_out_of_the_collector_s_way() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOADED], capture_output=True, text=True)
+    is_enabled, num_frozen = done.stdout.split()
+    assert is_enabled == "True"
+    assert int(num_frozen) > 10_000
