@@ -192,7 +192,7 @@ class Config:
         True, _PREFIXES, _BOOL, "keep computed prompts, and never compute their beginnings twice"
     )
     kv_block_size: int = flag(
-        16, _PREFIXES, "TOKENS", "prompts are compared in blocks of so many tokens", minimum=1
+        16, _PREFIXES, "TOKENS", "prompts are kept in blocks of so many tokens", minimum=1
     )
     prefix_cache_bytes: str | None = size(
         None,

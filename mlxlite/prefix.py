@@ -10,8 +10,9 @@ is to be done in operations, whose order counts:
     cache.shrink(num_bytes)                 live rows need the room
     ops = cache.take_ops()                  for the runner
 
-A key only finds a candidate: FNV is easily forged, so a hit compares the tokens, of every block
-(tested with a forged collision). Scopes (another model, another tenant) have trees of their own.
+Whole blocks are kept, and what is found may end inside of one. A key only finds a candidate: FNV is
+easily forged, so a hit compares all tokens (tested with a forged collision). Scopes (another model,
+another tenant) have trees of their own.
 
 Layers that keep a window or a state can only go on from where one was saved: their models resume
 at *checkpoints*, which may lie inside a block and then bring the tokens after its beginning along.
@@ -48,6 +49,8 @@ from mlxlite.sequence import Memory
 _WORD = 4  # bytes of a token
 _NODE_BYTES, _KEY_BYTES = 1024, 48  # of this index, roughly: an object; a block's key
 _FILE_BYTES = 16 << 10  # a file's header and rounding, at most
+_Place = tuple[int, bytes]  # of a checkpoint: its position and its tail
+MAX_NEXTS = 16  # extents, the newest, that are looked into for the beginning of a block
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +86,7 @@ class _Extent(_Payload):
     keys: tuple[int, ...] = ()
     parent: "_Extent | None" = None
     children: "dict[int, _Extent]" = field(default_factory=dict)  # by their first key
-    checkpoints: dict[tuple[int, bytes], _Checkpoint] = field(default_factory=dict)
+    checkpoints: dict[_Place, _Checkpoint] = field(default_factory=dict)
 
     @property
     def stop(self) -> int:
@@ -139,14 +142,18 @@ class PrefixCache:
     def match(self, blocks: Blocks, limit: int) -> Hit:
         """The longest prefix of at most `limit` tokens from which a sequence can go on."""
         match = self._walk(blocks, limit)
-        checkpoint, num_tokens = 0, match.num * self.block_size
+        checkpoint, size, num_tokens = 0, self.block_size, match.num * self.block_size
+        extents = list(match.path[1:])
         if self.has_checkpoints:
             if (found := self._checkpoint(match, blocks, limit)) is None:
                 return Hit()
             checkpoint, num_tokens = found.id, found.position
-        size, num_blocks = self.block_size, num_tokens // self.block_size
-        extents = [extent for extent in match.path[1:] if extent.start < num_blocks]
-        segments = [Segment(e.id, e.start * size, min(e.stop, num_blocks) * size) for e in extents]
+            extents = [extent for extent in extents if extent.start < num_tokens // size]
+        elif (begun := self._begun(match, blocks, limit)) is not None:
+            extents += [begun[0]] * (begun[0] is not extents[-1])
+            num_tokens += begun[1]
+        stop = num_tokens // size * size if self.has_checkpoints else num_tokens
+        segments = [Segment(e.id, e.start * size, min(e.stop * size, stop)) for e in extents]
         wanted = [extent.id for extent in extents] + [checkpoint] * bool(checkpoint)
         missing = tuple(id for id in wanted if not self._payloads[id][0].is_held)
         return Hit(num_tokens, tuple(segments), checkpoint or None, missing)
@@ -178,22 +185,17 @@ class PrefixCache:
         root = self._roots.get(blocks.scope)
         if root is None:
             return _Match((), 0)
-        num = min(len(blocks.keys), limit // self.block_size)
+        num, step = min(len(blocks.keys), limit // self.block_size), _WORD * self.block_size
         path, at = [root], 0
         while at < num and (child := path[-1].children.get(blocks.keys[at])) is not None:
-            common = self._num_equal(child, blocks, num)
-            if not common:  # a collision
+            ahead = blocks.words[at * step : num * step]
+            if not (common := num_equal(child.words, ahead, step)):  # a collision
                 break
             path.append(child)
             at += common
             if at < child.stop:
                 break
         return _Match(tuple(path), at)
-
-    def _num_equal(self, extent: _Extent, blocks: Blocks, num: int) -> int:
-        """How many of an extent's blocks a prompt of `num` blocks has at the same place."""
-        step = _WORD * self.block_size
-        return num_equal(extent.words, blocks.words[extent.start * step : num * step], step)
 
     def _checkpoint(self, match: _Match, blocks: Blocks, limit: int) -> _Checkpoint | None:
         """The last place along a match where windows and states were saved."""
@@ -210,19 +212,26 @@ class PrefixCache:
             return False
         return blocks.words[begin : checkpoint.position * _WORD] == checkpoint.tail
 
+    def _nexts(self, match: _Match, blocks: Blocks, limit: int) -> list[tuple[_Extent, int]]:
+        """The extents after a match, and how many tokens more each has of the prompt."""
+        last, step = match.path[-1], _WORD * self.block_size
+        words = blocks.words[match.num * step : limit * _WORD]
+        if match.num < last.stop:
+            return [(last, num_equal(words, last.words[(match.num - last.start) * step :], _WORD))]
+        nexts = islice(reversed(last.children.values()), MAX_NEXTS)
+        return [(child, num_equal(words, child.words[:step], _WORD)) for child in nexts]
+
+    def _begun(self, match: _Match, blocks: Blocks, limit: int) -> tuple[_Extent, int] | None:
+        """Who has most of the block in which a prompt leaves the tree, and how much: in memory."""
+        nexts = self._nexts(match, blocks, limit) if match.num else []
+        held = [(extent, num) for extent, num in nexts if num and extent.is_held]
+        return max(held, key=lambda found: found[1], default=None)
+
     def divergence(self, blocks: Blocks, limit: int) -> int | None:
         """The first token at which a prompt leaves its nearest cached one, None if it does not."""
         match = self._walk(blocks, limit)
-        if not match.path:
-            return None
-        last = match.path[-1]
-        step = _WORD * self.block_size
-        nexts = [last.words[(match.num - last.start) * step :]]
-        if match.num == last.stop:
-            nexts = [child.words[:step] for child in islice(last.children.values(), 16)]
-        words = blocks.words[match.num * step : limit * _WORD]
-        shared = max((num_equal(words, other, _WORD) for other in nexts), default=0)
-        at = match.num * self.block_size + shared
+        nexts = self._nexts(match, blocks, limit) if match.path else []
+        at = match.num * self.block_size + max((num for _, num in nexts), default=0)
         return at if nexts and at < limit else None
 
     # --- keep -------------------------------------------------------------------------------
@@ -257,12 +266,7 @@ class PrefixCache:
         self._grow(id, blocks, match, num_blocks, (num_tokens, tail) if is_checkpoint else None)
 
     def _grow(
-        self,
-        id: int,
-        blocks: Blocks,
-        match: _Match,
-        num_blocks: int,
-        checkpoint: tuple[int, bytes] | None,
+        self, id: int, blocks: Blocks, match: _Match, num_blocks: int, checkpoint: _Place | None
     ) -> None:
         scope = blocks.scope
         at = match.path[-1] if match.path else _Extent(0, 0, 0)
@@ -357,8 +361,7 @@ class PrefixCache:
         self._make_room(0, ())
 
     def _can_fit(self, wanted: int, keep: Iterable[_Payload]) -> bool:
-        held = {payload.id: payload.num_bytes for payload in keep if _is_held(payload)}
-        return wanted + sum(held.values()) <= self._room
+        return wanted + sum(p.num_bytes for p in {*keep} if _is_held(p)) <= self._room
 
     def _make_room(self, wanted: int, keep: Iterable[_Payload]) -> int:
         """Evict, oldest leaves first, until so much fits beside the rest; what then fits.
@@ -381,9 +384,8 @@ class PrefixCache:
         spared = {extent.id for extent in keep}
 
         def may_go(payload: _Payload, at: _Extent) -> bool:
-            if payload.id in spared or not is_in(payload):
-                return False
-            return payload is not at or not any(map(is_in, at.next_under()))
+            is_one = is_in(payload) and payload.id not in spared
+            return is_one and (payload is not at or not any(map(is_in, at.next_under())))
 
         heap = [(p.used, -p.id) for p, at, _ in self._payloads.values() if may_go(p, at)]
         heapify(heap)
@@ -495,8 +497,7 @@ class PrefixCache:
 
     def fetch(self, ids: Iterable[int]) -> bool:
         """Have payloads brought from disk, all or none; whether they are on their way."""
-        coming = [self._payloads[id][0] for id in ids]
-        coming = [payload for payload in coming if not payload.is_held and not payload.is_coming]
+        coming = [p for p in (self._payloads[id][0] for id in ids) if not _is_held(p)]
         wanted = sum(payload.num_bytes - _NODE_BYTES for payload in coming)
         # What somebody else waits for is spared: the two would drive out one another for ever.
         spared = coming + [p for p, _, _ in self._payloads.values() if p.is_coming]
@@ -551,9 +552,8 @@ class PrefixCache:
             is_fit = is_fit and not tail and blocks.keys[match.num] not in at.children
         else:
             size = self._checkpoint_bytes(stored.position, tail)
-            is_fit = (
-                self.has_checkpoints and match.num == num and stored.position == len(tokens) > 0
-            )
+            is_fit = self.has_checkpoints and match.num == num
+            is_fit = is_fit and stored.position == len(tokens) > 0
             is_fit = is_fit and (stored.position, tail) not in at.checkpoints
         file_bytes = size + _FILE_BYTES + len(stored.words)
         is_room = self.stats.disk_bytes + file_bytes <= self.stats.max_disk_bytes
