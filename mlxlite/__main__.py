@@ -40,6 +40,8 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _EXIT_AT_ONCE = 130
 _OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or a picture needs
 _REPEAT_S = 10.0  # between two lines of a log that say the same
+# Between the lane, on which the device waits, and a loop that publishes: 5 ms is a whole step.
+_SWITCH_S = 0.0002
 _TRIM_S = 60.0  # between two rounds of giving free memory back
 
 
@@ -149,6 +151,7 @@ def main() -> None:
         signal.signal(number, lambda *_: os._exit(0))
     gc.disable()  # until all is loaded: there is hardly any garbage, and 90,000 objects to search
     config = parse_args(sys.argv[1:], os.environ)
+    sys.setswitchinterval(_SWITCH_S)
     try:
         listener = _listen(config)
     except OSError as error:

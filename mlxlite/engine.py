@@ -116,6 +116,7 @@ class _Live:
     guard: LoopGuard | None = None
     has_looped: bool = False  # the guard has ended it
     wants_progress: bool = False  # of its prompt
+    wants_usage: bool = False  # in each delta
     channels: AnyChannels | None = None  # None: all text is content
     num_reasoning: int = 0
     fault: str | None = None  # why its tokens cannot be made text
@@ -140,7 +141,7 @@ class _Live:
         deltas = []
         for piece in pieces:
             logprobs, self.logprobs = tuple(self.logprobs), []
-            usage = self.usage(now)
+            usage = self.usage(now) if self.wants_usage else None
             told = (piece.channel, piece.calls, piece.part)
             deltas.append(Delta(piece.text, self.num_output, logprobs, usage, *told))
         return deltas
@@ -218,6 +219,7 @@ class Engine:
         sinks: SequenceOf[Sink],
         *,
         wants_progress: bool = False,
+        wants_usage: bool = False,
         listen: Callable[[], AnyChannels] | None = None,
     ) -> None:
         """Queue one request's sequences; each one's sink is called from now on until its `Done`.
@@ -237,7 +239,8 @@ class Engine:
         lives: list[_Live] = []
         for sequence, sink in zip(sequences, sinks, strict=True):
             text = TextStream(self._detokenize, stop, sequence.prompt.tokens)  # may raise
-            live = _Live(sequence, sink, text, now, wants_progress=wants_progress)
+            live = _Live(sequence, sink, text, now)
+            live.wants_progress, live.wants_usage = wants_progress, wants_usage
             live.channels = listen() if listen is not None else None
             live.guard = LoopGuard(self._options.guard) if self._options.guard else None
             lives.append(live)

@@ -471,9 +471,14 @@ class Routes:
         )
         try:
             sinks = [sink.choice(i) for i in range(len(sequences))]
-            wants_progress = request.is_stream and request.return_progress
+            options = request.stream_options
             ready.engine.add(
-                sequences, request.stop, sinks, wants_progress=wants_progress, listen=listen
+                sequences,
+                request.stop,
+                sinks,
+                wants_progress=request.is_stream and request.return_progress,
+                wants_usage=options.continuous_usage or options.timings_per_token,
+                listen=listen,
             )
         except QueueFull:
             message = "the request queue is full; try again later"

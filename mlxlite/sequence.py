@@ -5,8 +5,9 @@ command, leaves it in steps, and comes back as tokens and events:
 
     command ─▶ Scheduler ─▶ Step ─▶ Runner ─▶ Outcome ─▶ Scheduler ─▶ event
 
-Everything here is immutable and free of MLX, sockets and clocks, so a log of commands and
-outcomes replays a run exactly. Ranges are `[start, stop)`; counts are `num_*`.
+Everything here is immutable (tokens and deltas by rule: there is one for each token) and free of
+MLX, sockets and clocks, so a log of commands and outcomes replays a run exactly. Ranges are
+`[start, stop)`; counts are `num_*`.
 """
 
 import hashlib
@@ -435,7 +436,7 @@ class Runner(Protocol):
 # --- events: what the scheduler tells the outside ---------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # to make a frozen one takes five times as long
 class Token:
     """One more output token. An end-of-sequence token is counted but carries no text."""
 
@@ -547,7 +548,7 @@ class Broken:
 CallPart = Opened | Arguments | Closed | Broken
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # to make a frozen one takes five times as long
 class Delta:
     """More text of a sequence. `num_output` counts its tokens so far; `usage` is as of now.
 

@@ -277,7 +277,7 @@ class _State(Enum):
     ARGUMENTS = "arguments"  # of a call that is told as it is written
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """Text of one channel, the calls that were between two markers, or a part of a call."""
 
