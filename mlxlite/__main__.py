@@ -98,7 +98,8 @@ class _Scanner:
     """Finds transformers' scanner of its own sources, and lets it remember what it has scanned.
 
     transformers reads the 1,600 files of its models twice when it is imported, for what it keeps
-    of the first time is an lru_cache of 128 folders of 550: 0.25 s of each start.
+    of the first time is an lru_cache of 128 folders of 550; and it looks at each of their lines
+    for the last `__all__`, which stands at the end. Together 0.4 s of each start.
     """
 
     def find_spec(
@@ -122,6 +123,11 @@ def _remembering(execute: "Callable[[ModuleType], None]") -> "Callable[[ModuleTy
         scan = getattr(module, "create_import_structure_from_path", None)
         if (bare := getattr(scan, "__wrapped__", None)) is not None:
             module.create_import_structure_from_path = cache(bare)  # type: ignore[attr-defined]
+        fetch = getattr(module, "fetch__all__", None)
+        if callable(fetch):
+            module.fetch__all__ = (  # type: ignore[attr-defined]
+                lambda content: fetch(content[content.rfind("\n__all__") + 1 :])
+            )
 
     return exec_module
 
