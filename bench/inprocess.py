@@ -65,6 +65,10 @@ class TimedRunner:
     def memory(self) -> Memory:
         return self._runner.memory
 
+    @property
+    def is_slow_to_launch(self) -> bool:
+        return self._runner.is_slow_to_launch
+
     def advance(
         self, step: Step | None, in_flight: Launched | None
     ) -> tuple[Launched | None, Outcome | None]:

@@ -131,6 +131,8 @@ class ModelRunner:
         self._has_deltas = bool(getattr(model, "has_positions", False))
         self._sampler = Sampler(self.num_vocab)
         self._done_at = 0.0
+        # The CPU's queue takes about 100 operations (MLX's MAX_ACTIVE_TASKS) and then blocks.
+        self.is_slow_to_launch = mx.default_device().type == mx.DeviceType.cpu
         self.memory = self._measure(memory_bytes)
         self._can_pack = all(map(can_pack, self._new_cache()))
 

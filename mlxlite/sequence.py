@@ -399,7 +399,10 @@ class Runner(Protocol):
     @property
     def memory(self) -> Memory:
         """What sequences hold, and how much there is for them."""
-        ...
+
+    @property
+    def is_slow_to_launch(self) -> bool:
+        """Whether a launch takes about as long as the step: what is in flight is told before."""
 
     def advance(
         self, step: Step | None, in_flight: Launched | None
@@ -413,7 +416,6 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """Forget every sequence and free what they held, the prefix cache in memory too."""
-        ...
 
     def embed(
         self, inputs: SequenceOf[tuple[int, ...]], *, is_mean: bool, part: Part | None = None
@@ -426,11 +428,9 @@ class Runner(Protocol):
 
     def drop_embedding(self, id: int) -> None:
         """Forget an input whose last part will not come."""
-        ...
 
     def files(self, tell: Callable[[Command], None]) -> SequenceOf[tuple[int, Stored]]:
         """What the prefix cache has on disk; `tell` hears, on any thread, what comes of it."""
-        ...
 
 
 # --- events: what the scheduler tells the outside ---------------------------------------------

@@ -167,6 +167,28 @@ def test_deltas_count_the_tokens_so_far():
     play(scenario())
 
 
+def calls_of(runner: FakeRunner) -> list[int | None]:
+    """The steps that a runner is given for a prompt of two chunks; None: only to wait."""
+    calls: list[int | None] = []
+    runner._before = lambda step: calls.append(step.number if step else None)
+
+    async def scenario() -> None:
+        async with serve(runner, Policy(chunk_size=8)) as served:
+            sink = served.add(make_sequence(1, num_prompt=12, max_tokens=4))
+            await sink.wait()
+            assert sink.text == spell(answer(make_sequence(1, num_prompt=12, max_tokens=4)))
+
+    play(scenario())
+    return calls
+
+
+def test_where_a_launch_is_slow_the_step_with_first_tokens_is_told_before_the_next_one_begins():
+    assert calls_of(FakeRunner())[:4] == [1, 2, 3, 4]
+    slow = FakeRunner()
+    slow.is_slow_to_launch = True
+    assert calls_of(slow)[:5] == [1, 2, None, 3, 4], "the second chunk brings the first row"
+
+
 def test_an_end_token_has_no_text_and_is_counted():
     async def scenario() -> None:
         async with serve(FakeRunner(answers={1: [0, 1, 25, 2]})) as served:
