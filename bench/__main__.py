@@ -7,8 +7,8 @@ to the servers and the load generator. On Linux MLX's CPU back end calls whateve
 has; the reference one is several times slower than OpenBLAS, and OpenBLAS with threads competes
 with the server for cores: hence the line above. On macOS leave the variables out.
 
-Without flags: the built-in demo model, few pairs, some minutes. `--full`: random models of two
-sizes, more pairs, all sections of the small one.
+Without flags: the built-in demo model, few pairs, some minutes. `--full`: a random model, more
+pairs, all sections.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bench.peers import MLX_LM, PEERS, Peer, usable
 from bench.pictures import pictures
 from bench.prefixes import overhead, prefix
 from bench.report import Table
-from bench.sections import Bench, longprompt, mixed, neighbours, steps, throughput
+from bench.sections import Bench, context, longprompt, mixed, neighbours, steps, throughput
 from mlxlite.engine import Lane
 from mlxlite.hub import locate
 
@@ -45,6 +45,7 @@ SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "openloop": openloop,
     "mixed": mixed,
     "longprompt": longprompt,
+    "context": context,
     "burst": burst,
     "lost": lost,
     "prefix": prefix,
@@ -55,7 +56,8 @@ SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "overhead": overhead,
     "pictures": pictures,
 }
-ALONE = ("neighbours", "steps", "overhead")  # about parts of ours: only with --full or by name
+# Only with --full or by name: how the context tells, and what is about parts of ours.
+ALONE = ("context", "neighbours", "steps", "overhead")
 SEEING = ("pictures",)  # by name only: for a model that sees
 DEMO = "demo"
 
@@ -73,17 +75,12 @@ class Scale:
 
 SHORT = Scale((DEMO,), tuple(s for s in SECTIONS if s not in ALONE + SEEING), 2, 32, num_rounds=1)
 FULL = Scale(
-    ("small", "medium"),
+    ("small",),
     tuple(s for s in SECTIONS if s not in SEEING),
     num_pairs=5,
     max_tokens=128,
     num_rounds=2,
 )
-
-
-# What takes minutes a pair is measured where it says most.
-LARGE = {"medium": ("throughput", "longprompt")}
-LARGE_PAIRS = 3
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -92,7 +89,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--full",
         action="store_true",
-        help="two models, all sections of the small one, with more pairs",
+        help="all sections on a random model, with more pairs",
     )
     add("--only", help=f"some of {','.join(SECTIONS)}, separated by commas")
     add("--model", action="append", help=f"{DEMO}, {', '.join(SIZES)}, or a model's path or id")
@@ -101,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--tokens", type=int, help="output tokens of a request where throughput is measured")
     add("--json", type=Path, metavar="FILE", help="write the header and all figures there too")
     add("--out", type=Path, metavar="DIR", help="write bench.json, bench.md and plots there")
-    add("--readme", type=Path, metavar="JSON", help="only put an earlier run into README.md")
+    add("--readme", type=Path, nargs="+", metavar="JSON", help="only put runs into README.md")
     args = parser.parse_args(argv)
     unknown = (set((args.only or "").split(",")) - set(SECTIONS)) - {""}
     unknown |= set((args.peers or "").split(",")) - {peer.name for peer in PEERS} - {""}
@@ -110,15 +107,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _names(args: argparse.Namespace, model: str) -> Sequence[str]:
+def _names(args: argparse.Namespace) -> Sequence[str]:
     if args.only:
         return str(args.only).split(",")
-    return LARGE.get(model, FULL.sections) if args.full else SHORT.sections
-
-
-def _num_pairs(args: argparse.Namespace, model: str) -> int:
-    scale = FULL if args.full else SHORT
-    return args.pairs or (min(LARGE_PAIRS, scale.num_pairs) if model in LARGE else scale.num_pairs)
+    return FULL.sections if args.full else SHORT.sections
 
 
 def _chosen(args: argparse.Namespace) -> list[Peer]:
@@ -146,20 +138,17 @@ async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     begun_at, load_before = perf_counter(), os.getloadavg()[0]
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     fields = {"command": f"`{command}`"} | report.header()
-    names = args.model or scale.models
-    fields["pairs"] = ", ".join(f"{_num_pairs(args, name)} ({name})" for name in names)
+    fields["pairs"] = str(args.pairs or scale.num_pairs)
     output.say(report.header_markdown(fields))
     models: dict[str, list[dict[str, Any]]] = {}
     lane = Lane()
-    for name in names:
+    for name in args.model or scale.models:
         with tempfile.TemporaryDirectory(prefix="mlxlite-bench-") as scratch:
             path = await _model(lane, name, Path(scratch))
             output.say(f"## Model: {path.name}\n")
             inprocess = await InProcess.open(lane, path)
             bench = await _bench(args, scale, path, inprocess, output)
-            models[path.name] = [
-                await _section(bench, section, output) for section in _names(args, name)
-            ]
+            models[path.name] = [await _section(bench, s, output) for s in _names(args)]
             await inprocess.close()
     every = [c for sections in models.values() for s in sections for c in s["comparisons"]]
     ending = {
@@ -195,7 +184,7 @@ async def _bench(
         writer=Writer(inprocess.render),
         peers=[first, *able],
         is_small=path.name in ("small", DEMO),
-        num_pairs=_num_pairs(args, path.name),
+        num_pairs=args.pairs or scale.num_pairs,
         max_tokens=args.tokens or scale.max_tokens,
         num_rounds=scale.num_rounds,
         has_parts=args.full,
@@ -236,7 +225,8 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
 def main() -> None:
     args = parse(sys.argv[1:])
     if args.readme is not None:  # the plots too, so that they are never older than their code
-        draw(orjson.loads(args.readme.read_bytes()), args.readme.parent)
+        for run in args.readme:
+            draw(orjson.loads(run.read_bytes()), run.parent)
         readme.put(Path("README.md"), args.readme)
         return
     output = Output()

@@ -1,10 +1,10 @@
-"""Puts a run's figures into the README, between two markers: never by hand.
+"""Puts runs' figures into the README, between two markers: never by hand.
 
-The block is a function of the JSON (tested against the README itself), so that what is shown is
+The block is a function of their JSON (tested against the README itself), so that what is shown is
 what was measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ def block(result: Mapping[str, Any], folder: str) -> str:
             kind for kind in _PLOTS if kind in names or (kind == "gaps" and "longprompt" in names)
         ]
         parts += [f"![{model}: {kind}]({folder}/{model}-{kind}.svg)" for kind in kinds]
-    parts.append(
-        f"A ratio is the median of the pairs' (and their range). {MARK}: the pairs are more than "
-        f"{NOISE:.0%} of it apart."
-    )
     return "\n\n".join(parts)
+
+
+LEGEND = (
+    f"A ratio is the median of the pairs' (and their range). {MARK}: the pairs are more than "
+    f"{NOISE:.0%} of it apart."
+)
 
 
 def rewritten(readme: str, text: str) -> str:
@@ -63,8 +65,16 @@ def rewritten(readme: str, text: str) -> str:
     return f"{before}{OPEN}\n{text}\n{CLOSE}{after}"
 
 
-def put(readme: Path, json: Path) -> None:
-    """Rewrite the file; the plots are taken to lie beside the JSON."""
-    result = orjson.loads(json.read_bytes())
-    text = rewritten(readme.read_text(encoding="utf-8"), block(result, json.parent.as_posix()))
-    readme.write_text(text, encoding="utf-8")
+def text_of(runs: Sequence[Path], root: Path) -> str:
+    """What stands between the markers; the plots are taken to lie beside each run's JSON."""
+    blocks = [
+        block(orjson.loads(run.read_bytes()), run.parent.resolve().relative_to(root).as_posix())
+        for run in runs
+    ]
+    return "\n\n".join((*blocks, LEGEND))
+
+
+def put(readme: Path, runs: Sequence[Path]) -> None:
+    """Rewrite the file."""
+    text = text_of(runs, readme.resolve().parent)
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8"), text), encoding="utf-8")

@@ -27,6 +27,7 @@ from bench.serving import Served, serve
 
 CONCURRENCIES = (1, 2, 4, 8, 16)
 LONG_PROMPT_TOKENS = 3000
+CONTEXTS, CONTEXT_TOKENS = (256, 1024, 4096), 32
 NUM_ROWS = 8  # where not throughput by concurrency is the question
 
 # What a small model must reach against mlx_lm.server, whose own costs are most of its step.
@@ -316,6 +317,28 @@ async def longprompt(bench: Bench) -> Table:
     rows = [_arrival_row(name, figures[name]) for name in kept]
     title = f"A prompt of {num_prompt} tokens among four streams"
     return Table(title, columns, rows, figures, [], comparisons)
+
+
+async def context(bench: Bench) -> Table:
+    """One stream after prompts of several lengths: how a longer context tells."""
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {}
+    comparisons: list[Comparison] = []
+    most = bench.inprocess.model.context_size - CONTEXT_TOKENS
+    async with bench.servers(NUM_ROWS) as servers:
+        for num_prompt in (num for num in CONTEXTS if num <= most):
+            traces = await bench.paired(
+                runs(servers),
+                lambda n=num_prompt: Plan([[bench.writer.request(n, CONTEXT_TOKENS)]]),
+            )
+            ttft = {name: [trace.ttfts[0] for trace in own] for name, own in traces.items()}
+            gap = {name: [median(trace.gaps()) for trace in own] for name, own in traces.items()}
+            figures[str(num_prompt)] = {"ttft_s": ttft, "gap_s": gap}
+            rows += [[f"{num_prompt}", name, ms(ttft[name]), ms(gap[name])] for name in traces]
+            comparisons += bench.against(f"TTFT, a prompt of {num_prompt}", "ms", ttft)
+            comparisons += bench.against(f"median gap after it, {num_prompt}", "ms", gap)
+    columns = ["prompt tokens", "server", "TTFT, ms", "median gap after it, ms"]
+    return Table("Growth of the context", columns, rows, figures, [], comparisons)
 
 
 def _figures(seen: Sequence[_Arrival]) -> dict[str, list[float]]:
