@@ -26,6 +26,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mlxlite import api, http1
+from mlxlite.faults import trace_of
 from mlxlite.sequence import Delta, Done, FinishReason, Output, Progress, Sink, Usage
 
 log = logging.getLogger("mlxlite.connection")
@@ -255,6 +256,9 @@ class Client(asyncio.Protocol):
             call(exchange, *args)
         except api.APIError as error:
             exchange.fail(error)
+        except Exception as error:  # our own mistake: said, and not the connection dropped
+            log.error("%r failed: %s", exchange, trace_of(error))
+            exchange.abandon(api.APIError(api.Cause.INTERNAL, "internal error"))
 
     def write(self, data: bytes) -> None:
         """Send bytes; a peer whose backlog has grown past the bound is cut."""

@@ -61,6 +61,7 @@ from test_command_line import (
 from test_runner import VOCABULARY, build, judge
 from test_server import assert_ends_with_an_error
 
+import mlxlite.api
 from mlxlite import faults, model
 from mlxlite.blocks import Stored
 from mlxlite.config import Config
@@ -395,6 +396,27 @@ def test_a_tokenizer_that_raises_costs_its_own_request(error: BaseException) -> 
             assert (await wire.chat("hello")).status == 200
 
     test()
+
+
+def test_a_mistake_of_ours_in_a_request_is_a_500_and_the_connection_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def card(*_: Any, **__: Any) -> None:
+        raise LookupError("a secret")
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving() as served, await served.wire() as wire:
+            with monkeypatch.context() as patch:
+                patch.setattr(mlxlite.api.ModelCard, "as_json", card)
+                answer = await wire.get("/v1/models")
+            assert answer.status == 500
+            assert answer.error["code"] == "internal_error"
+            assert (await wire.get("/v1/models")).status == 200, "on the same connection"
+
+    test()
+    assert "LookupError" in caplog.text
+    assert "a secret" not in caplog.text
 
 
 @pytest.mark.parametrize("error", [OSError("odd"), Panic("odd")], ids=repr)

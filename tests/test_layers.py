@@ -68,7 +68,7 @@ LAYERS: dict[int, dict[str, str]] = {
         "lane": "sequence faults |",
         "embeddings": "sequence lane |",
         "engine": "sequence blocks faults scheduler text harmony embeddings lane |",
-        "connection": "sequence http1 api |",
+        "connection": "sequence faults http1 api |",
         "routes": "config sequence http1 api fields messages request plain prompts dialects"
         " responses conversations openapi harmony served faults connection engine metrics |",
         "server": "config flags sequence served faults http1 api routes connection lane engine"
