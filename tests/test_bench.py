@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import orjson
 import pytest
 
 from bench import compare, plots, readme, report, scenarios
