@@ -94,11 +94,14 @@ class ChunkTuner:
     """Sizes the prefill of a step that also decodes, from what steps have taken.
 
     Keeps a moving average of the seconds per prefill token, with the time of a step that only
-    decodes taken off, and says how many tokens fit in `budget_s`. Says nothing while the answer
-    would change by less than an eighth, so that the command log stays short.
+    decodes taken off, and says how many tokens fit in `budget_s`. A step that was slower than the
+    average weighs more than one that was quicker: tokens cost more as the context grows, and beside
+    rows more than alone. Says nothing while the answer would grow by less than an eighth, or shrink
+    by less than a sixteenth, so that the command log stays short.
     """
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
+    _SLOW_WEIGHT = 0.7  # of a slower one
     _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
 
     def __init__(self, budget_s: float) -> None:
@@ -117,12 +120,13 @@ class ChunkTuner:
             return None
         prefill_s = device_s - (self._decode_s if step.rows else 0.0)
         token_s = max(prefill_s, device_s / 10) / step.num_prefill_tokens
-        self._token_s = self._average(self._token_s, token_s)
+        self._token_s = self._average(self._token_s, token_s, self._SLOW_WEIGHT)
         num_tokens = max(self._MIN_CHUNK, int(self._budget_s / self._token_s))
-        if abs(num_tokens - self._said) * 8 < self._said:
+        if self._said * 15 < num_tokens * 16 and num_tokens * 8 < self._said * 9:
             return None
         self._said = num_tokens
         return num_tokens
 
-    def _average(self, old: float, new: float) -> float:
-        return new if old == 0.0 else old + self._WEIGHT * (new - old)
+    def _average(self, old: float, new: float, slow_weight: float = _WEIGHT) -> float:
+        weight = slow_weight if new > old else self._WEIGHT
+        return new if old == 0.0 else old + weight * (new - old)
