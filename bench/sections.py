@@ -241,7 +241,8 @@ async def neighbours(bench: Bench) -> Table:
 
         def arm(others: Sequence[Mapping[str, Any]]) -> Arm:
             async def run(_: Plan) -> Trace:
-                return await served.run(Plan(with_settings(bench.clients(8), [*greedy, *others])))
+                clients = bench.writer.clients(8, bench.max_tokens)  # one round: all at once
+                return await served.run(Plan(with_settings(clients, [*greedy, *others])))
 
             return run
 
