@@ -5,7 +5,9 @@ kept, or before a picture that has not been looked at. To look is work of its ow
 tower cannot be cut into pieces, so while rows decode a step has one look, or chunks, never both.
 Where attention inside of pictures looks ahead, all tokens up to the last picture are one chunk.
 
-The shortest prompt goes first, but none is passed over more often than `MAX_DEFERRALS`.
+The shortest prompt goes first, but none is passed over more often than `MAX_DEFERRALS`. The last
+chunk of a long one is a short one, for in its step the rows that decode wait for it to join them
+too: the copy of a batch that is padded to its length.
 """
 
 from collections.abc import Iterable
@@ -30,6 +32,7 @@ class State:
     sequence: Sequence
     key: tuple[int, int]  # priority with ageing, then order of arrival: the lowest goes first
     status: Status = Status.WAITING
+    start: int = 0  # what it had when it was admitted
     num_computed: int = 0
     num_seen: int = 0
     num_launched: int = 0
@@ -76,9 +79,14 @@ class State:
             return False
         return prompt.images[self.num_seen].start < max(self.num_computed + 1, prompt.unbroken)
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it has had a chunk and may be cut anywhere."""
+        return self.num_computed > max(self.start, self.sequence.prompt.unbroken)
+
     def resume(self, num_computed: int) -> None:
         """It begins after so many tokens, which are there already."""
-        self.num_computed = num_computed
+        self.start = self.num_computed = num_computed
         images = self.sequence.prompt.images
         self.num_seen = sum(image.stop <= num_computed for image in images)
 
@@ -107,6 +115,7 @@ def share(
     """What these look at and prefill in this step, in their order; counted as done in them."""
     looks: list[Look] = []
     chunks: list[Chunk] = []
+    most_last = max(1, budget // 2) if is_anybody_decoding else budget
     for state in states:
         id = state.sequence.id
         num_looks = len(looks)
@@ -116,6 +125,8 @@ def share(
         if is_anybody_decoding and looks:
             budget = 0
         num_tokens = 0 if state.wants_look else state.num_ready(budget)
+        if num_tokens == state.num_to_prefill and state.is_long:
+            num_tokens = min(num_tokens, most_last)
         if num_tokens:
             start = state.num_computed
             state.num_computed += num_tokens

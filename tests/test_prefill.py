@@ -79,3 +79,19 @@ def test_who_is_cancelled_before_its_picture_is_never_looked_at():
         1: [Finish(1, CANCELLED)],
     }
     assert not any(step.looks for step in steps_of(log, chunk_size=4))
+
+
+def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join():
+    def chunks_of(num_prompt: int, *others: Add) -> list[int]:
+        log: dict[int, list[Command]] = {
+            0: list(others),
+            5: [Add(make_sequence(2, num_prompt, 1))],
+        }
+        steps = steps_of(log, chunk_size=40, first_chunk_budget=40)
+        return [c.stop - c.start for step in steps for c in step.chunks if c.id == 2]
+
+    neighbour = Add(make_sequence(1, 3, 60))
+    assert chunks_of(110, neighbour) == [40, 40, 20, 9]
+    assert chunks_of(100, neighbour) == [40, 40, 19]
+    assert chunks_of(41, neighbour) == [40], "a short one is not held up"
+    assert chunks_of(110) == [40, 40, 29], "and nobody waits for this one"
