@@ -93,20 +93,25 @@ class _Failure:
 class ChunkTuner:
     """Sizes the prefill of a step that also decodes, from what steps have taken.
 
-    Keeps a moving average of the seconds per prefill token, with the time of a step that only
-    decodes taken off, and says how many tokens fit in `budget_s`. A step that was slower than the
-    average weighs more than one that was quicker: tokens cost more as the context grows, and beside
-    rows more than alone. Says nothing while the answer would grow by less than an eighth, or shrink
+    A step takes what its rows take, a pass for each chunk (or for all first ones, which are
+    packed), and a time per token. The first is a moving average of steps that only decode, the
+    second the least of these, the third is fitted; and so it says how many tokens fit in
+    `budget_s`. Without the passes a small chunk would look dear and the next one be smaller still.
+
+    A step that was slower than the average weighs more than one that was quicker: tokens cost more
+    as the context grows. Says nothing while the answer would grow by less than an eighth, or shrink
     by less than a sixteenth, so that the command log stays short.
     """
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
     _SLOW_WEIGHT = 0.7  # of a slower one
+    _LEAST_WEIGHT = 0.01  # of one that is more than the least
     _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
 
     def __init__(self, budget_s: float) -> None:
         self._budget_s = budget_s
         self._decode_s = 0.0
+        self._pass_s = 0.0
         self._token_s = 0.0
         self._said = 0
 
@@ -117,11 +122,16 @@ class ChunkTuner:
         if not step.num_prefill_tokens:
             if step.rows:
                 self._decode_s = self._average(self._decode_s, device_s)
+                self._pass_s = self._average(self._pass_s, device_s, self._LEAST_WEIGHT)
             return None
         prefill_s = device_s - (self._decode_s if step.rows else 0.0)
-        token_s = max(prefill_s, device_s / 10) / step.num_prefill_tokens
+        num_later = sum(chunk.start > 0 for chunk in step.chunks)
+        num_passes = num_later + (num_later < len(step.chunks))
+        token_s = max(prefill_s - num_passes * self._pass_s, device_s / 10)
+        token_s /= step.num_prefill_tokens
         self._token_s = self._average(self._token_s, token_s, self._SLOW_WEIGHT)
-        num_tokens = max(self._MIN_CHUNK, int(self._budget_s / self._token_s))
+        budget_s = max(self._budget_s - self._pass_s, self._budget_s / 2)
+        num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
         if self._said * 15 < num_tokens * 16 and num_tokens * 8 < self._said * 9:
             return None
         self._said = num_tokens

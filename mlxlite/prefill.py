@@ -80,6 +80,13 @@ class State:
         return prompt.images[self.num_seen].start < max(self.num_computed + 1, prompt.unbroken)
 
     @property
+    def is_new(self) -> bool:
+        """Whether it has had no chunk and needs no pause: it may be one chunk."""
+        return (
+            self.num_computed == self.start and not self.stops and not self.sequence.prompt.images
+        )
+
+    @property
     def is_long(self) -> bool:
         """Whether it has had a chunk and may be cut anywhere."""
         return self.num_computed > max(self.start, self.sequence.prompt.unbroken)
@@ -115,7 +122,7 @@ def share(
     """What these look at and prefill in this step, in their order; counted as done in them."""
     looks: list[Look] = []
     chunks: list[Chunk] = []
-    most_last = max(1, budget // 2) if is_anybody_decoding else budget
+    whole, most_last = budget, max(1, budget // 2) if is_anybody_decoding else budget
     for state in states:
         id = state.sequence.id
         num_looks = len(looks)
@@ -127,6 +134,8 @@ def share(
         num_tokens = 0 if state.wants_look else state.num_ready(budget)
         if num_tokens == state.num_to_prefill and state.is_long:
             num_tokens = min(num_tokens, most_last)
+        elif num_tokens < state.num_to_prefill <= whole and state.is_new and chunks:
+            num_tokens = 0  # one pass in the next step rather than one in this and one in that
         if num_tokens:
             start = state.num_computed
             state.num_computed += num_tokens

@@ -1220,13 +1220,25 @@ def test_the_tuner_fits_the_measured_rate_into_the_budget():
 def test_the_tuner_takes_off_the_time_of_a_step_that_only_decodes():
     tuner = ChunkTuner(0.1)
     assert tuner.measure(step_of(0, 3), 0.030) is None
-    assert tuner.measure(step_of(50, 3), 0.080) == 100
+    # 20 ms for 50 tokens, beside the rows and a pass as long as theirs; 70 of 100 ms are left.
+    assert tuner.measure(step_of(50, 3), 0.080) == pytest.approx(175, abs=1)
+
+
+def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
+    """A pass of 20 ms and 1 ms a token, whatever the chunk: 80 tokens fit."""
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 1), 0.020)
+    num_tokens = 16
+    for _ in range(4):
+        device_s = 0.020 + 0.020 + num_tokens * 0.001
+        num_tokens = tuner.measure(step_of(num_tokens, 1), device_s) or num_tokens
+    assert num_tokens == pytest.approx(80, abs=1)
 
 
 def test_the_tuner_never_takes_off_more_than_nine_tenths():
     tuner = ChunkTuner(0.1)
     tuner.measure(step_of(0, 3), 1.0)
-    assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(200, abs=1)  # 50 ms, not -500
+    assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
 
 
 def test_the_tuner_averages_with_three_tenths_for_a_quicker_step_and_seven_for_a_slower():

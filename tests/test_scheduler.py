@@ -158,10 +158,16 @@ def test_the_last_chunk_and_the_first_row_are_in_one_step():
 def test_several_prompts_share_one_step_the_shortest_first():
     sequences = [make_sequence(1, 5), make_sequence(2, 9), make_sequence(3, 1)]
     run = run_all(Policy(chunk_size=10), *sequences)
-    assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
+    assert run.steps[0].chunks == (Chunk(1, 0, 4),), "the next one is whole in the next step"
     assert run.steps[0].rows == (3, 1)
-    assert run.steps[1].chunks == (Chunk(2, 6, 8),)
+    assert run.steps[1].chunks == (Chunk(2, 0, 8),)
     assert run.steps[1].rows == (3, 1, 2)
+
+
+def test_a_prompt_that_no_step_can_hold_takes_what_others_leave():
+    sequences = [make_sequence(1, 5), make_sequence(2, 30)]
+    run = run_all(Policy(chunk_size=10), *sequences)
+    assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
 
 
 def test_prompts_of_one_length_go_in_the_order_of_the_queue():
