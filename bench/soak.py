@@ -235,22 +235,27 @@ class Watch:
 
     served: Served
     rests: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB
+    samples: list[tuple[float, float]] = field(default_factory=list)  # the same, under load
     most: Counter[str] = field(default_factory=Counter)
 
     async def run(self, every_s: float = SAMPLE_S) -> None:
         while True:
             now = await self.served.gauges() | {"MiB": rss_bytes(self.served.pid) / 2**20}
             self.most |= Counter({name: int(value) for name, value in now.items()})
+            self.samples.append((perf_counter(), now["MiB"]))
             await asyncio.sleep(every_s)
 
     def rest(self) -> None:
         self.rests.append((perf_counter(), rss_bytes(self.served.pid) / 2**20))
 
     def report(self) -> str:
-        half = self.rests[len(self.rests) // 2 :]
+        where = "at rest" if len(self.rests) > 3 else "under load"
+        points = self.rests if len(self.rests) > 3 else self.samples
+        half = points[len(points) // 2 :]
         slope = statistics.linear_regression(*zip(*half, strict=True)).slope * 60
         mibs = " ".join(f"{mib:.0f}" for _, mib in self.rests)
-        return f"MiB at rest: {mibs}; second half {slope:+.2f} a minute; most {dict(self.most)}"
+        trend = f"{where}, second half: {slope:+.2f} a minute"
+        return f"MiB at rest: {mibs}; {trend}; most {dict(self.most)}"
 
 
 async def at_rest(served: Served, tally: Tally) -> str:
