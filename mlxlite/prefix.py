@@ -118,12 +118,12 @@ class _Match:
 
 
 class PrefixCache:
-    """0 bytes is no cache: nothing is found and nothing kept."""
+    """0 bytes is no cache: nothing is found and nothing kept. Not `to_token`: hits end at blocks."""
 
     def __init__(
         self, memory: Memory, *, block_size: int = 16, num_bytes: int = 0, disk_bytes: int = 0
     ) -> None:
-        self._memory = memory
+        self._memory, self.to_token = memory, True
         self.block_size = block_size
         self.has_checkpoints = memory.has_state
         self.stats = CacheStats(max_bytes=num_bytes, max_disk_bytes=disk_bytes)
@@ -223,7 +223,7 @@ class PrefixCache:
 
     def _begun(self, match: _Match, blocks: Blocks, limit: int) -> tuple[_Extent, int] | None:
         """Who has most of the block in which a prompt leaves the tree, and how much: in memory."""
-        nexts = self._nexts(match, blocks, limit) if match.num else []
+        nexts = self._nexts(match, blocks, limit) if match.num and self.to_token else []
         held = [(extent, num) for extent, num in nexts if num and extent.is_held]
         return max(held, key=lambda found: found[1], default=None)
 

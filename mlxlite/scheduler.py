@@ -80,6 +80,7 @@ class Policy:
     prefix_bytes: int = 0  # of the prefix cache; it yields to what runs
     prefix_disk_bytes: int = 0
     block_size: int = 16
+    prefix_to_token: bool = True  # whether hits may end inside of a block
 
     def __post_init__(self) -> None:
         assert self.max_rows >= 1
@@ -112,6 +113,7 @@ class Scheduler:
             num_bytes=policy.prefix_bytes,
             disk_bytes=policy.prefix_disk_bytes,
         )
+        self.prefix.to_token = policy.prefix_to_token
 
     def __repr__(self) -> str:
         return (

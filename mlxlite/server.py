@@ -176,6 +176,8 @@ class Server:
             prefix_bytes=_prefix_bytes(config, runner.memory),
             prefix_disk_bytes=config.prefix_disk_bytes(),
             block_size=config.kv_block_size,
+            # Who shares with strangers could else find out their prompts, token by token.
+            prefix_to_token=len(self._keys) < 2 or config.prefix_cache_scope == "key",
         )
         options = EngineOptions(
             max_queue=config.max_queue,

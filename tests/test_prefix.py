@@ -257,6 +257,16 @@ def test_whole_blocks_are_kept_and_found_to_the_token():
     assert shelf.length([99, *prompt]) == 0
 
 
+def test_where_strangers_share_hits_end_at_blocks():
+    shelf = Shelf(SLICEABLE)
+    shelf.cache.to_token = False
+    prompt = list(range(22))
+    shelf.insert(prompt)
+    for limit in range(23):
+        assert shelf.length(prompt, limit) == min(limit, 20) // SIZE * SIZE
+    assert shelf.length([*prompt[:11], 99, *prompt[12:]]) == 8
+
+
 def test_a_block_that_is_begun_is_found_in_the_branch_that_has_most_of_it():
     shelf = Shelf(SLICEABLE)
     head = [1, 2, 3, 4]
