@@ -118,7 +118,7 @@ class _Match:
 
 
 class PrefixCache:
-    """0 bytes is no cache: nothing is found and nothing kept. Not `to_token`: hits end at blocks."""
+    """0 bytes is no cache: nothing is found or kept. Not `to_token`: hits end at blocks."""
 
     def __init__(
         self, memory: Memory, *, block_size: int = 16, num_bytes: int = 0, disk_bytes: int = 0
