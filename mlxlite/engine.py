@@ -423,6 +423,9 @@ class Engine:
                 live.num_cached = admission.hit.num_tokens
                 if admission.stem is not None:
                     live.num_cached = admission.num_tokens - 1
+                is_all_there = live.num_cached == admission.num_tokens - 1
+                if live.wants_progress and is_all_there and admission.stem is None:
+                    self._emit(live, Progress(live.num_cached, live.usage(now)))
                 if live.diverges_at is not None:
                     self._log_divergence(live.sequence, live.num_cached, live.diverges_at)
 

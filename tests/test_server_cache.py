@@ -123,6 +123,16 @@ async def test_a_stream_says_the_same_in_its_last_chunk_or_in_the_usage_chunk() 
 
 
 @in_a_loop
+async def test_progress_is_told_of_a_prompt_that_is_all_there() -> None:
+    async with caching() as served, await served.wire() as wire:
+        for cache, processed in ((0, 39), (39, 39)):
+            frames = await streamed(wire, return_progress=True)
+            told = [f.json["prompt_progress"] for f in frames if "prompt_progress" in f.value]
+            assert (told[-1]["total"], told[-1]["cache"]) == (40, cache)
+            assert told[-1]["processed"] == processed
+
+
+@in_a_loop
 async def test_an_answer_is_known_to_the_turn_that_follows_it() -> None:
     async with caching() as served, await served.wire() as wire:
         answer = await wire.chat(PROMPT)
