@@ -86,11 +86,7 @@ FULL = Scale(
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add(
-        "--full",
-        action="store_true",
-        help="all sections on a random model, with more pairs",
-    )
+    add("--full", action="store_true", help="all sections on a random model, with more pairs")
     add("--only", help=f"some of {','.join(SECTIONS)}, separated by commas")
     add("--model", action="append", help=f"{DEMO}, {', '.join(SIZES)}, or a model's path or id")
     add("--peers", help="which to compare with, by commas (default: all that are installed)")

@@ -43,6 +43,8 @@ _REPEAT_S = 10.0  # between two lines of a log that say the same
 # Between the lane, on which the device waits, and a loop that publishes: 5 ms is a whole step.
 _SWITCH_S = 0.0002
 _TRIM_S = 60.0  # between two rounds of giving free memory back
+# Objects between two collections while it loads, which makes 90,000 that stay and hardly any other.
+_LOADING_THRESHOLD = 100_000
 
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
@@ -155,7 +157,8 @@ def main() -> None:
     """The console script."""
     for number in _heeded():  # until there is a loop, and something to end
         signal.signal(number, lambda *_: os._exit(0))
-    gc.disable()  # until all is loaded: there is hardly any garbage, and 90,000 objects to search
+    thresholds = gc.get_threshold()
+    gc.set_threshold(_LOADING_THRESHOLD)
     config = parse_args(sys.argv[1:], os.environ)
     sys.setswitchinterval(_SWITCH_S)
     try:
@@ -179,7 +182,7 @@ def main() -> None:
     # What Pillow says of odd pictures is the clients' doing: no log, nor a list of all it has said.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     _raise_file_limit(config.max_connections)
-    code = asyncio.run(_serve(config, listener))
+    code = asyncio.run(_serve(config, listener, thresholds))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # whoever launched us may be gone
             stream.flush()
@@ -216,8 +219,10 @@ def _cannot_listen(config: Config, error: OSError) -> int:
     return _fail(f"cannot listen on {address}: {error.strerror or error}")
 
 
-async def _serve(config: Config, listener: "socket.socket | None") -> int:
-    """Run until a signal; the exit code."""
+async def _serve(
+    config: Config, listener: "socket.socket | None", thresholds: tuple[int, int, int]
+) -> int:
+    """Run until a signal; the exit code. `thresholds` are the collector's once all is loaded."""
     import asyncio
 
     from mlxlite.served import LoadError
@@ -235,7 +240,6 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
     stopped = asyncio.ensure_future(stopping.wait())
     await asyncio.wait((ready, stopped), return_when=asyncio.FIRST_COMPLETED)
     code = 0
-    trimming = asyncio.ensure_future(_give_memory_back(_trimmer()))
     if ready.done():
         try:
             ready.result()
@@ -244,10 +248,11 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
         else:
             gc.collect()
             gc.freeze()  # what is loaded is for good: no collection looks at it again
-            gc.enable()
+            gc.set_threshold(*thresholds)
             _announce(server)
+            trimming = asyncio.ensure_future(_give_memory_back(_trimmer()))
             await stopped
-    trimming.cancel()
+            trimming.cancel()
     ready.cancel()
     stopped.cancel()
     await server.stop()

@@ -381,8 +381,10 @@ _LOADED = """
 import gc, os, sys
 import mlxlite.__main__ as program
 
+before = gc.get_threshold()
+
 def announce(server):
-    print(gc.isenabled(), gc.get_freeze_count(), flush=True)
+    print(gc.isenabled() and gc.get_threshold() == before, gc.get_freeze_count(), flush=True)
     os._exit(0)
 
 program._announce = announce

@@ -223,9 +223,7 @@ def expected(inserted: list[Tokens], memory: Memory, tokens: Tokens, limit: int)
         if memory.has_state:
             best = max(best, len(other) if num == len(other) else 0)
         else:
-            num = min(
-                num, len(other) // SIZE * SIZE
-            )  # whole blocks are kept, and found to the token
+            num = min(num, len(other) // SIZE * SIZE)  # whole blocks are kept; found to the token
             best = max(best, num if num >= SIZE else 0)
     return best
 
