@@ -1,8 +1,9 @@
 """The arms without HTTP: mlx-lm's own generators, our loop, our engine.
 
-All of them run the same network on the same lane, one after the other, as the server does: mlx-lm's
-calls are made from the lane's thread, so that no arm pays for a second copy of the weights or for
-another thread's streams. Nothing here may be running while another process is measured.
+All of them run on the same lane, one after the other, as the server does: mlx-lm's calls are made
+from the lane's thread, so that no arm pays for another thread's streams. They have the network as
+mlx-lm loads it; on a CPU that is another copy, because our runner lays the weights out anew.
+Nothing here may be running while another process is measured.
 """
 
 import asyncio
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+from mlx_lm.utils import load_model
 
 from bench.plan import Feed, Plan, Request, Trace
 from mlxlite.config import Config
@@ -111,9 +114,12 @@ class StepLog(Metrics):
 class InProcess:
     """A loaded model, and the arms over it. Make it with `open`."""
 
-    def __init__(self, lane: Lane, model: Model, runners: tuple[ModelRunner, ModelRunner]) -> None:
+    def __init__(
+        self, lane: Lane, model: Model, network: Any, runners: tuple[ModelRunner, ModelRunner]
+    ) -> None:
         self._lane = lane
         self.model = model
+        self._network = network
         self._runner = runners[0]
         timed = TimedRunner(runners[1])
         self.log = StepLog(timed)
@@ -131,14 +137,14 @@ class InProcess:
     async def open(cls, lane: Lane, path: Path) -> "InProcess":
         """Raises mlxlite.sequence.LoadError."""
 
-        def make() -> tuple[Model, tuple[ModelRunner, ModelRunner]]:
+        def make() -> tuple[Model, Any, tuple[ModelRunner, ModelRunner]]:
             model = load(Config(model=str(path)))
             runners = ModelRunner(model.network), ModelRunner(model.network)
             runners[1].warm_up()
-            return model, runners
+            network = load_model(path)[0] if runners[0].is_slow_to_launch else model.network
+            return model, network, runners
 
-        model, runners = await lane.run(make)
-        return cls(lane, model, runners)
+        return cls(lane, *await lane.run(make))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -161,13 +167,13 @@ class InProcess:
         from mlx_lm.generate import generate_step
 
         prompt = mx.array(request.tokens)
-        return generate_step(prompt, self.model.network, max_tokens=request.max_tokens)
+        return generate_step(prompt, self._network, max_tokens=request.max_tokens)
 
     def _text_alone(self, request: Request) -> Any:
         from mlx_lm import stream_generate
 
         return stream_generate(
-            self.model.network,
+            self._network,
             self.model.tokenizer,
             list(request.tokens),
             max_tokens=request.max_tokens,
@@ -175,7 +181,7 @@ class InProcess:
 
     async def batch_generator(self, plan: Plan) -> Trace:
         """mlx-lm's continuous batching: the upper bound that the others are divided by."""
-        return await self._lane.run(_batch_generator, self.model.network, plan)
+        return await self._lane.run(_batch_generator, self._network, plan)
 
     async def loop(self, plan: Plan) -> Trace:
         """Our scheduler and runner in a plain loop: no asyncio, no text, no other thread."""

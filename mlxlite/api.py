@@ -97,6 +97,11 @@ def bad(message: str, param: str | None = None) -> APIError:
     return APIError(Cause.BAD_REQUEST, message, param=param)
 
 
+def our_fault() -> APIError:
+    """Something of ours has raised: all that the client needs to know."""
+    return APIError(Cause.INTERNAL, "internal error")
+
+
 def later(cause: Cause, message: str, retry_after_s: int) -> APIError:
     """An error that passes: the client is told when to come back."""
     return APIError(cause, message, headers=(("retry-after", str(retry_after_s)),))

@@ -258,7 +258,7 @@ class Client(asyncio.Protocol):
             exchange.fail(error)
         except Exception as error:  # our own mistake: said, and not the connection dropped
             log.error("%r failed: %s", exchange, trace_of(error))
-            exchange.abandon(api.APIError(api.Cause.INTERNAL, "internal error"))
+            exchange.abandon(api.our_fault())
 
     def write(self, data: bytes) -> None:
         """Send bytes; a peer whose backlog has grown past the bound is cut."""

@@ -302,8 +302,7 @@ class Routes:
             finally:
                 exchange.release(is_read=True)
 
-        internal = api.APIError(Cause.INTERNAL, "internal error")
-        self._home.spawn(task(), lambda _: exchange.abandon(internal))
+        self._home.spawn(task(), lambda _: exchange.abandon(api.our_fault()))
 
     async def _off_loop(self, body: bytes, work: Callable[..., T], *args: Any) -> T:
         """Parse and render in a thread: short bodies in order of arrival, others beside."""

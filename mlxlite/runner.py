@@ -133,6 +133,8 @@ class ModelRunner:
         self._done_at = 0.0
         # The CPU's queue takes about 100 operations (MLX's MAX_ACTIVE_TASKS) and then blocks.
         self.is_slow_to_launch = mx.default_device().type == mx.DeviceType.cpu
+        if self.is_slow_to_launch:
+            lay_out(model)
         self.memory = self._measure(memory_bytes)
         self._can_pack = all(map(can_pack, self._new_cache()))
 
@@ -507,6 +509,26 @@ class ModelRunner:
             dispatch_s=in_flight.dispatch_s,
             wait_s=self._done_at - began_at,
         )
+
+
+def lay_out(model: nn.Module) -> None:
+    """Store float32 matrices by columns, which a CPU's BLAS reads faster. The same bits come out.
+
+    A layer's product is x @ weight.T: it is stored as it is multiplied. Embeddings are turned too
+    where they are the output layer; layers with a bias are not, which BLAS would round differently.
+    Idempotent.
+    """
+    linears = [m for _, m in model.named_modules() if isinstance(m, nn.Linear)]
+    widths = {linear.weight.shape[0] for linear in linears}
+    tied = [
+        m
+        for _, m in model.named_modules()
+        if isinstance(m, nn.Embedding) and m.weight.shape[0] not in widths
+    ]
+    for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
+        if layer.weight.dtype == mx.float32 and layer.weight.ndim == 2:
+            layer.weight = mx.contiguous(layer.weight.T).T
+            mx.eval(layer.weight)  # one at a time: the old one goes before the next comes
 
 
 def _states_of(model: nn.Module) -> Callable[..., mx.array] | None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import median
 from xml.etree import ElementTree
 
 import pytest
@@ -265,6 +266,33 @@ def test_only_what_is_between_the_markers_is_rewritten() -> None:
     assert readme.rewritten(before, "new") == f"a\n{readme.OPEN}\nnew\n{readme.CLOSE}\nb"
     with pytest.raises(ValueError, match="bench"):
         readme.rewritten("no markers", "new")
+
+
+def test_the_growth_in_the_readme_is_that_of_the_run_beside_it() -> None:
+    run = json.loads((ROOT / "docs" / "bench" / "bench.json").read_bytes())
+    figures = {section["section"]: section["figures"] for section in run["models"]["small"]}
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### How it grows")[2]
+
+    def row(name: str) -> list[str]:
+        found = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", text, re.M)
+        assert found is not None, name
+        return [cell.strip().removesuffix(" ms").replace(",", "") for cell in found[1].split("|")]
+
+    whole = [kinds["whole"]["server"] for kinds in figures["throughput"].values()]
+    assert row("tokens a second, all together") == [f"{median(own):.0f}" for own in whole]
+    for name, key, form in (
+        ("time to the first token, ms", "ttft_s", ".0f"),
+        ("median gap after it, ms", "gap_s", ".1f"),
+    ):
+        own = [kinds[key]["server"] for kinds in figures["context"].values()]
+        assert row(name) == [format(1000 * median(times), form) for times in own]
+    for name, key in (
+        ("the first one", "cold"),
+        ("another one after it", "warm"),
+        ("eight new ones at once, the median of them", "8"),
+    ):
+        servers = (figures["prefix"][server][key] for server in ("server", "mlx_lm.server"))
+        assert row(name) == [f"{1000 * median(times):.0f}" for times in servers]
 
 
 def test_the_figures_in_the_readme_are_those_of_the_run_beside_it() -> None:
