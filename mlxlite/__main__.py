@@ -25,7 +25,7 @@ from mlxlite.flags import ConfigError
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -49,9 +49,13 @@ _LOADING_THRESHOLD = 100_000
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
     """A model and the runner that drives it, warmed up. Runs on the lane; raises LoadError."""
+    with _eased_imports():
+        return _load(config)
+
+
+def _load(config: Config) -> "tuple[ServedModel, Runner]":
     import logging
 
-    _scan_transformers_once()
     from mlxlite.caches import KVBits
     from mlxlite.faults import FOREIGN
     from mlxlite.hub import reason_of
@@ -60,6 +64,7 @@ def load(config: Config) -> "tuple[ServedModel, Runner]":
     from mlxlite.runner import ModelRunner
     from mlxlite.served import LoadError
 
+    _forget_scans()
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
     try:
         model = load_model(config)
@@ -107,10 +112,10 @@ class _Scanner:
     def find_spec(
         self, name: str, path: "Sequence[str] | None", target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        from importlib.machinery import PathFinder, SourceFileLoader
-
         if name != "transformers.utils.import_utils":
             return None
+        from importlib.machinery import PathFinder, SourceFileLoader
+
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
@@ -134,9 +139,45 @@ def _remembering(execute: "Callable[[ModuleType], None]") -> "Callable[[ModuleTy
     return exec_module
 
 
-def _scan_transformers_once() -> None:
+class _Lazily:
+    """Finds sentencepiece, which transformers imports and few tokenizers use: it is run by then.
+
+    4 MiB and the time to read them.
+    """
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None", target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        if name != "sentencepiece":
+            return None
+        from importlib.machinery import PathFinder
+        from importlib.util import LazyLoader
+
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+@contextlib.contextmanager
+def _eased_imports() -> "Iterator[None]":
+    """While transformers is imported: spare what it does twice, and what nobody may need."""
+    finders: list[_Scanner | _Lazily] = []
     if "transformers" not in sys.modules:
-        sys.meta_path.insert(0, _Scanner())
+        finders = [_Scanner(), _Lazily()]
+    sys.meta_path[:0] = finders
+    try:
+        yield
+    finally:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in finders]
+
+
+def _forget_scans() -> None:
+    """What has been made of them stays; a scan that is wanted again is made again."""
+    scanner = sys.modules.get("transformers.utils.import_utils")
+    scan = getattr(scanner, "create_import_structure_from_path", None)
+    if (clear := getattr(scan, "cache_clear", None)) is not None:
+        clear()
 
 
 @cache

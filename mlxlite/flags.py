@@ -11,7 +11,6 @@ variable or field at fault.
 """
 
 import argparse
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -276,6 +275,8 @@ def _read_argv(cls: Any, argv: Sequence[str]) -> dict[str, Any]:
         unknown = next((arg.partition("=")[0] for arg in rest if arg.startswith("-")), None)
         if unknown is None:
             raise ConfigError(f"unexpected argument {rest[0]!r}")
+        import difflib  # for this line alone
+
         near = difflib.get_close_matches(unknown, _all_option_strings(cls), n=1)
         raise ConfigError(
             f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")

@@ -345,13 +345,13 @@ def test_it_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 _LAZY = """
+import contextlib
 import sys
-from mlxlite.__main__ import _scan_transformers_once
+from mlxlite.__main__ import _eased_imports
 
-if sys.argv[1] == "once":
-    _scan_transformers_once()
-from transformers import AutoTokenizer, models
-from transformers.utils import import_utils
+with _eased_imports() if sys.argv[1] == "once" else contextlib.nullcontext():
+    from transformers import AutoTokenizer, models
+    from transformers.utils import import_utils
 
 scan = import_utils.create_import_structure_from_path
 sys.stdout.write(f"{scan.cache_info().hits} {len(sys.meta_path)}\\n")
@@ -375,6 +375,24 @@ def test_transformers_scans_its_sources_once_and_finds_the_same() -> None:
     assert num_finders_once == num_finders, "our finder is still there"
     assert told["once"] == told["twice"]
     assert len(told["once"]) > 100_000
+
+
+_SPELLED = """
+import sys
+from mlxlite.__main__ import _eased_imports
+
+with _eased_imports():
+    import transformers.tokenization_utils_sentencepiece as user
+inner = "sentencepiece._sentencepiece"
+is_there = inner in sys.modules
+from sentencepiece import SentencePieceProcessor as found
+print(is_there, inner in sys.modules, found is user.spm.SentencePieceProcessor)
+"""
+
+
+def test_sentencepiece_is_run_by_whoever_uses_it() -> None:
+    done = subprocess.run([sys.executable, "-c", _SPELLED], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "True"], done.stderr
 
 
 _LOADED = """
