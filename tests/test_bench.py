@@ -4,7 +4,6 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import median
 from xml.etree import ElementTree
 
 import pytest
@@ -261,38 +260,55 @@ def test_the_readmes_block_has_the_ratios_and_the_plots_of_the_run() -> None:
     assert "](docs/bench/small-throughput.svg)" in block
 
 
+def test_a_run_that_was_made_again_is_shown_beside_the_first() -> None:
+    def run(ours: list[float]) -> dict[str, object]:
+        comparisons = [comparison(ours, [1.0, 1.0], at_least(1.25)).as_json()]
+        return run_of({"section": "burst", "figures": {}, "comparisons": comparisons})
+
+    def row(first: list[float], second: list[float]) -> str:
+        return readme.agreement(run(first), run(second)).splitlines()[-1]
+
+    assert row([2.0, 2.0], [2.1, 2.2]).endswith("| +8% | yes |")
+    assert row([2.0, 2.6], [2.5, 4.0]).endswith("| +41% | yes |"), "the ranges meet"
+    assert row([2.0, 2.1], [2.6, 2.7]).endswith("| +29% | no |")
+    assert "0 of 1 ratios agree" in readme.agreement(run([2.0, 2.1]), run([2.6, 2.7]))
+
+
 def test_only_what_is_between_the_markers_is_rewritten() -> None:
-    before = f"a\n{readme.OPEN}\nold\n{readme.CLOSE}\nb"
-    assert readme.rewritten(before, "new") == f"a\n{readme.OPEN}\nnew\n{readme.CLOSE}\nb"
+    before = "a\n<!-- growth -->\nold\n<!-- /growth -->\nb"
+    after = "a\n<!-- growth -->\nnew\n<!-- /growth -->\nb"
+    assert readme.rewritten(before, readme.GROWTH, "new") == after
     with pytest.raises(ValueError, match="bench"):
-        readme.rewritten("no markers", "new")
+        readme.rewritten(before, readme.FIGURES, "new")
 
 
-def test_the_growth_in_the_readme_is_that_of_the_run_beside_it() -> None:
-    run = json.loads((ROOT / "docs" / "bench" / "bench.json").read_bytes())
-    figures = {section["section"]: section["figures"] for section in run["models"]["small"]}
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### How it grows")[2]
+def test_growth_is_told_against_the_least() -> None:
+    def both(ours: float, theirs: float) -> dict[str, list[float]]:
+        return {"server": [ours], "mlx_lm.server": [theirs]}
 
-    def row(name: str) -> list[str]:
-        found = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", text, re.M)
-        assert found is not None, name
-        return [cell.strip().removesuffix(" ms").replace(",", "") for cell in found[1].split("|")]
-
-    whole = [kinds["whole"]["server"] for kinds in figures["throughput"].values()]
-    assert row("tokens a second, all together") == [f"{median(own):.0f}" for own in whole]
-    for name, key, form in (
-        ("time to the first token, ms", "ttft_s", ".0f"),
-        ("median gap after it, ms", "gap_s", ".1f"),
-    ):
-        own = [kinds[key]["server"] for kinds in figures["context"].values()]
-        assert row(name) == [format(1000 * median(times), form) for times in own]
-    for name, key in (
-        ("the first one", "cold"),
-        ("another one after it", "warm"),
-        ("eight new ones at once, the median of them", "8"),
-    ):
-        servers = (figures["prefix"][server][key] for server in ("server", "mlx_lm.server"))
-        assert row(name) == [f"{1000 * median(times):.0f}" for times in servers]
+    table = readme.growth(
+        run_of(
+            {
+                "section": "throughput",
+                "figures": {f"C={n}": {"whole": both(r, 1)} for n, r in ((1, 200.0), (8, 1000.0))},
+            },
+            {
+                "section": "context",
+                "figures": {
+                    "256": {"ttft_s": both(0.1, 1), "gap_s": both(0.005, 1)},
+                    "1024": {"ttft_s": both(0.8, 1), "gap_s": both(0.006, 1)},
+                },
+            },
+            {
+                "section": "prefix",
+                "figures": {s: {"cold": [2.0], "warm": [0.1], "8": [2.5]} for s in both(1, 1)},
+            },
+        )
+    )
+    assert "| times one client's | 1.0 | 5.0 |" in table
+    assert "| for each of them | 1.00 | 0.62 |" in table
+    assert "| times as long | 1.0 | 8.0 |" in table
+    assert "| another one after it | 100 ms | 100 ms |" in table
 
 
 def test_the_figures_in_the_readme_are_those_of_the_run_beside_it() -> None:
@@ -301,6 +317,7 @@ def test_the_figures_in_the_readme_are_those_of_the_run_beside_it() -> None:
         line for line in text.splitlines() if line.startswith("python -m bench --readme")
     )
     runs = [ROOT / path for path in command.split()[4:]]
-    assert readme.rewritten(text, readme.text_of(runs, ROOT)) == text
+    for name, made in readme.texts_of(runs, ROOT).items():
+        assert readme.rewritten(text, name, made) == text
     for plot in re.findall(r"\]\((docs/bench/\S+\.svg)\)", text):
         assert (ROOT / plot).exists()
