@@ -71,9 +71,10 @@ def agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     for model, sections in second["models"].items():
         before = {(c.what, c.peer): c for c in _comparisons(first["models"][model])}
         twice = [(before[c.what, c.peer], c) for c in _comparisons(sections)]
+        usual = twice[0][0].peer if twice else ""
         rows = [
             (
-                now.what,
+                now.what if now.peer == usual else f"{now.what} ÷ {now.peer}",
                 then.row()[3],
                 now.row()[3],
                 f"{now.ratio / then.ratio - 1:+.0%}",
