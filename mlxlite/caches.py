@@ -364,12 +364,36 @@ class _BatchKV(BatchKVCache):
         self._pads = [pad - shift for pad in self._pads]
         self._idx -= shift
 
-    def extend(self, other: "_BatchKV") -> None:
-        longest = max(self._idx, other._idx)
-        mine = [pad + longest - self._idx for pad in self._pads]
-        theirs = [pad + longest - other._idx for pad in other._pads]
-        super().extend(other)
-        self._pads = mine + theirs
+    @classmethod
+    def merge(cls, caches: SequenceOf[KVCache]) -> "_BatchKV":
+        first, *others = map(cls._of, caches)
+        if others:
+            first.extend(*others)
+        return first
+
+    @classmethod
+    def _of(cls, cache: KVCache) -> "_BatchKV":
+        """A batch of one row, whose arrays it takes over."""
+        batch = cls([0])
+        batch.keys, batch.values = cache.keys, cache.values
+        batch._idx = cache.offset
+        batch.offset = batch.offset + batch._idx
+        return batch
+
+    def extend(self, *others: "_BatchKV") -> None:
+        """Append rows, in new arrays with room for the next token: each number is copied once.
+
+        mlx-lm's own pads both sides, puts them together and copies all again for that token, which
+        all rows wait for when a long prompt joins them.
+        """
+        batches = (self, *others)
+        longest = max(batch._idx for batch in batches)
+        self.keys = _right_justified(batches, [batch.keys for batch in batches], longest)
+        self.values = _right_justified(batches, [batch.values for batch in batches], longest)
+        self.left_padding = mx.concatenate([b.left_padding + longest - b._idx for b in batches])
+        self.offset = mx.concatenate([batch.offset for batch in batches])
+        self._pads = [pad + longest - batch._idx for batch in batches for pad in batch._pads]
+        self._idx = longest
 
     def extract(self, idx: int) -> Any:
         cache = KVCache()
@@ -405,7 +429,7 @@ class _BatchQuantKV(_BatchKV):
         like = filled[0]
         for name in ("keys", "values"):
             rows = [
-                _right_justified(getattr(cache, name), cache.offset, longest, getattr(like, name))
+                _padded(getattr(cache, name), cache.offset, longest, getattr(like, name))
                 for cache in caches
             ]
             setattr(batch, name, tree_map(lambda *parts: mx.concatenate(list(parts)), *rows))
@@ -443,7 +467,8 @@ class _BatchQuantKV(_BatchKV):
         held = tree_map(lambda part: part[:, :, : self._idx], (self.keys, self.values))
         return held[0], held[1]
 
-    def extend(self, other: "_BatchKV") -> None:
+    def extend(self, *others: _BatchKV) -> None:
+        (other,) = others
         assert isinstance(other, _BatchQuantKV)
         longest = max(self._idx, other._idx)
         mine = [pad + longest - self._idx for pad in self._pads]
@@ -452,7 +477,7 @@ class _BatchQuantKV(_BatchKV):
             like = getattr(self, name) or getattr(other, name)
             if like is not None:
                 pair = [
-                    _right_justified(getattr(c, name), c._idx, longest, like, len(c._pads))
+                    _padded(getattr(c, name), c._idx, longest, like, len(c._pads))
                     for c in (self, other)
                 ]
                 setattr(self, name, tree_map(lambda a, b: mx.concatenate([a, b]), *pair))
@@ -472,7 +497,29 @@ class _BatchQuantKV(_BatchKV):
         return cache
 
 
-def _right_justified(held: Any, size: int, longest: int, like: Any, num_rows: int = 1) -> Any:
+def _right_justified(
+    batches: SequenceOf[_BatchKV], parts: list[mx.array | None], longest: int
+) -> mx.array | None:
+    """All rows' keys or values, ending at `longest`, with room behind it; None where there is none.
+
+    Zeros are before them, as mlx-lm has it.
+    """
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    num_rows = sum(len(batch._pads) for batch in batches)
+    size = (longest // _BatchKV.step + 1) * _BatchKV.step
+    held = mx.zeros((num_rows, like.shape[1], size, like.shape[3]), like.dtype)
+    first = 0
+    for batch, part in zip(batches, parts, strict=True):
+        stop = first + len(batch._pads)
+        if part is not None:
+            held[first:stop, :, longest - batch._idx : longest] = part[:, :, : batch._idx]
+        first = stop
+    return held
+
+
+def _padded(held: Any, size: int, longest: int, like: Any, num_rows: int = 1) -> Any:
     """Triples of `size` tokens as triples of `longest`, zeros on the left."""
     if held is None:
         return tree_map(
