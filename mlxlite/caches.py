@@ -508,7 +508,7 @@ def _right_justified(
     if like is None:
         return None
     num_rows = sum(len(batch._pads) for batch in batches)
-    size = (longest // _BatchKV.step + 1) * _BatchKV.step
+    size = longest + _BatchKV.step  # rows a power of two apart would share a CPU's cache lines
     held = mx.zeros((num_rows, like.shape[1], size, like.shape[3]), like.dtype)
     first = 0
     for batch, part in zip(batches, parts, strict=True):
