@@ -84,7 +84,7 @@ def agreement(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         ]
         num = sum(row[-1] == "yes" for row in rows)
         parts += [
-            f"### The same run again: {model}",
+            f"### The same again: {model}",
             f"{num} of {len(rows)} ratios agree: the ranges meet, or the medians are at most "
             f"{NOISE:.0%} apart.",
             _table(("what", "first run", "second run", "apart", "agree"), *rows),

@@ -20,9 +20,9 @@ from fakes import GREEDY, FakeRunner, Run, admit, answer, drive, make_forks, mak
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from mlxlite.caches import KVBits
+from mlxlite.caches import KVBits, merge
 from mlxlite.runner import ModelRunner, lay_out
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import (
@@ -766,6 +766,42 @@ def test_only_float32_matrices_are_turned():
         matrices = [array for _, array in tree_flatten(model.parameters()) if array.ndim == 2]
         assert matrices
         assert not any(map(is_by_columns, matrices))
+
+
+# --- how rows join -------------------------------------------------------------------------------
+
+
+def plain_cache(num_tokens: int, value: float) -> KVCache:
+    cache = KVCache()
+    cache.update_and_fetch(*(mx.full((1, 2, num_tokens, 8), sign * value) for sign in (1, -1)))
+    return cache
+
+
+def test_rows_join_at_their_ends_with_room_for_the_next_token():
+    short, long = (plain_cache(5, 1.0), plain_cache(300, 2.0))
+    batch = merge([[short]])
+    batch[0].extend(merge([[long], [plain_cache(7, 3.0)]])[0])
+    (layer,) = batch
+    held = layer.keys
+    assert held.shape[2] > 300, "the next token would copy all of it"
+    keys, values = layer.keys_and_values()
+    assert keys.shape == values.shape == (3, 2, 300, 8)
+    for row, (num_tokens, value) in enumerate(((5, 1.0), (300, 2.0), (7, 3.0))):
+        shown = [0.0] * (300 - num_tokens) + [value] * num_tokens
+        assert keys[row, 1, :, 3].tolist() == shown
+        assert values[row, 0, :, 5].tolist() == [-number for number in shown]
+        assert layer.num_padding(row) == layer.left_padding[row].item() == 300 - num_tokens
+        assert layer.offset[row].item() == num_tokens
+    layer.update_and_fetch(mx.zeros((3, 2, 1, 8)), mx.zeros((3, 2, 1, 8)))
+    assert layer.keys.shape == held.shape
+    assert short.keys[0, 0, :5, 0].tolist() == [1.0] * 5
+
+
+def test_rows_join_where_nobody_has_a_token_yet():
+    (layer,) = merge([[KVCache()]])
+    layer.extend(merge([[KVCache()], [KVCache()]])[0])
+    assert layer.keys is layer.values is None
+    assert layer.left_padding.tolist() == layer.offset.tolist() == [0, 0, 0]
 
 
 # --- quantised caches -----------------------------------------------------------------------------
