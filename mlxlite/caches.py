@@ -14,6 +14,7 @@ Only mlx-lm's public classes are built upon. Lives on the lane.
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import mlx.core as mx
@@ -365,14 +366,14 @@ class _BatchKV(BatchKVCache):
         self._idx -= shift
 
     @classmethod
-    def merge(cls, caches: SequenceOf[KVCache]) -> "_BatchKV":
+    def merge(cls, caches: SequenceOf[Any]) -> "_BatchKV":
         first, *others = map(cls._of, caches)
         if others:
             first.extend(*others)
         return first
 
     @classmethod
-    def _of(cls, cache: KVCache) -> "_BatchKV":
+    def _of(cls, cache: Any) -> "_BatchKV":
         """A batch of one row, whose arrays it takes over."""
         batch = cls([0])
         batch.keys, batch.values = cache.keys, cache.values
@@ -390,9 +391,9 @@ class _BatchKV(BatchKVCache):
         longest = max(batch._idx for batch in batches)
         self.keys = _right_justified(batches, [batch.keys for batch in batches], longest)
         self.values = _right_justified(batches, [batch.values for batch in batches], longest)
-        self.left_padding = mx.concatenate([b.left_padding + longest - b._idx for b in batches])
-        self.offset = mx.concatenate([batch.offset for batch in batches])
         self._pads = [pad + longest - batch._idx for batch in batches for pad in batch._pads]
+        self.left_padding = mx.array(self._pads)
+        self.offset = longest - self.left_padding
         self._idx = longest
 
     def extract(self, idx: int) -> Any:
@@ -411,30 +412,17 @@ class _QuantKV(QuantizedKVCache):
         return int(self.offset)
 
     @classmethod
-    def merge(cls, caches: SequenceOf["_QuantKV"]) -> "_BatchQuantKV":
-        return _BatchQuantKV.of(caches)
+    def merge(cls, caches: SequenceOf["_QuantKV"]) -> "_BatchKV":
+        return _BatchQuantKV.merge(caches)
 
 
 class _BatchQuantKV(_BatchKV):
     """Quantised keys and values of several rows: the triples of mx.quantize, padded on the left."""
 
     @classmethod
-    def of(cls, caches: SequenceOf[_QuantKV]) -> "_BatchQuantKV":
-        longest = max(cache.size() for cache in caches)
-        batch = cls([longest - cache.size() for cache in caches])
-        batch.bits, batch.group_size = caches[0].bits, caches[0].group_size
-        filled = [cache for cache in caches if cache.keys is not None]
-        if not filled:
-            return batch
-        like = filled[0]
-        for name in ("keys", "values"):
-            rows = [
-                _padded(getattr(cache, name), cache.offset, longest, getattr(like, name))
-                for cache in caches
-            ]
-            setattr(batch, name, tree_map(lambda *parts: mx.concatenate(list(parts)), *rows))
-        batch.offset = batch.offset + longest
-        batch._idx = longest
+    def _of(cls, cache: Any) -> _BatchKV:
+        batch = super()._of(cache)
+        batch.bits, batch.group_size = cache.bits, cache.group_size
         return batch
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
@@ -467,25 +455,6 @@ class _BatchQuantKV(_BatchKV):
         held = tree_map(lambda part: part[:, :, : self._idx], (self.keys, self.values))
         return held[0], held[1]
 
-    def extend(self, *others: _BatchKV) -> None:
-        (other,) = others
-        assert isinstance(other, _BatchQuantKV)
-        longest = max(self._idx, other._idx)
-        mine = [pad + longest - self._idx for pad in self._pads]
-        theirs = [pad + longest - other._idx for pad in other._pads]
-        for name in ("keys", "values"):
-            like = getattr(self, name) or getattr(other, name)
-            if like is not None:
-                pair = [
-                    _padded(getattr(c, name), c._idx, longest, like, len(c._pads))
-                    for c in (self, other)
-                ]
-                setattr(self, name, tree_map(lambda a, b: mx.concatenate([a, b]), *pair))
-        self.offset = mx.concatenate([self.offset, other.offset])
-        self._pads = mine + theirs
-        self.left_padding = mx.array(self._pads)
-        self._idx = longest
-
     def extract(self, idx: int) -> Any:
         cache = _QuantKV(self.group_size, self.bits)
         pad = self._pads[idx]
@@ -497,37 +466,28 @@ class _BatchQuantKV(_BatchKV):
         return cache
 
 
-def _right_justified(
-    batches: SequenceOf[_BatchKV], parts: list[mx.array | None], longest: int
-) -> mx.array | None:
+def _right_justified(batches: SequenceOf[_BatchKV], parts: list[Any], longest: int) -> Any:
     """All rows' keys or values, ending at `longest`, with room behind it; None where there is none.
 
-    Zeros are before them, as mlx-lm has it.
+    Arrays, or the triples of mx.quantize. Zeros are before them, as mlx-lm has it.
     """
-    like = next((part for part in parts if part is not None), None)
-    if like is None:
-        return None
-    num_rows = sum(len(batch._pads) for batch in batches)
+    stops = list(accumulate(len(batch._pads) for batch in batches))
     size = longest + _BatchKV.step  # rows a power of two apart would share a CPU's cache lines
-    held = mx.zeros((num_rows, like.shape[1], size, like.shape[3]), like.dtype)
-    first = 0
-    for batch, part in zip(batches, parts, strict=True):
-        stop = first + len(batch._pads)
-        if part is not None:
-            held[first:stop, :, longest - batch._idx : longest] = part[:, :, : batch._idx]
-        first = stop
-    return held
+    filled = [
+        (batch, stop, part)
+        for batch, stop, part in zip(batches, stops, parts, strict=True)
+        if part is not None
+    ]
 
+    def together(*own: mx.array) -> mx.array:
+        _, heads, _, width = own[0].shape
+        held = mx.zeros((stops[-1], heads, size, width), own[0].dtype)
+        for (batch, stop, _), part in zip(filled, own, strict=True):
+            rows = slice(stop - len(batch._pads), stop)
+            held[rows, :, longest - batch._idx : longest] = part[:, :, : batch._idx]
+        return held
 
-def _padded(held: Any, size: int, longest: int, like: Any, num_rows: int = 1) -> Any:
-    """Triples of `size` tokens as triples of `longest`, zeros on the left."""
-    if held is None:
-        return tree_map(
-            lambda part: mx.zeros((num_rows, part.shape[1], longest, part.shape[3]), part.dtype),
-            like,
-        )
-    width = [(0, 0), (0, 0), (longest - size, 0), (0, 0)]
-    return tree_map(lambda part: mx.pad(part[:, :, :size], width), held)
+    return tree_map(together, *(part for *_, part in filled)) if filled else None
 
 
 def quantized(layer: Any, kv_bits: KVBits) -> Any:

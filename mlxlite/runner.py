@@ -103,7 +103,8 @@ class ModelRunner:
     """Implements `sequence.Runner` over an mlx-lm model.
 
     `memory_bytes` is what sequences may hold beside the weights; None is no limit. `store` has the
-    prefix cache's files. Raises ValueError when the model cannot keep its cache in `kv_bits`.
+    prefix cache's files. On a CPU the model's weights are laid out anew. Raises ValueError when the
+    model cannot keep its cache in `kv_bits`.
     """
 
     def __init__(
@@ -518,13 +519,11 @@ def lay_out(model: nn.Module) -> None:
     where they are the output layer; layers with a bias are not, which BLAS would round differently.
     Idempotent.
     """
-    linears = [m for _, m in model.named_modules() if isinstance(m, nn.Linear)]
+    modules = [module for _, module in model.named_modules()]
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
     widths = {linear.weight.shape[0] for linear in linears}
-    tied = [
-        m
-        for _, m in model.named_modules()
-        if isinstance(m, nn.Embedding) and m.weight.shape[0] not in widths
-    ]
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+    tied = [embedding for embedding in embeddings if embedding.weight.shape[0] not in widths]
     for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
         if layer.weight.dtype == mx.float32 and layer.weight.ndim == 2:
             layer.weight = mx.contiguous(layer.weight.T).T
