@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -36,7 +35,7 @@ from mlx_lm.utils import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlxlite import harmony
+from mlxlite import cpu, harmony
 from mlxlite.config import Config
 from mlxlite.faults import FOREIGN, TookTooLong, within
 from mlxlite.grammar import Grammars
@@ -585,7 +584,7 @@ def _sum_of_words(array: mx.array) -> mx.array:
 
 def _disable_compile_without_compiler() -> None:
     """MLX's CPU back end builds fused kernels with g++ at run time; without it each would fail."""
-    if mx.default_device().type == mx.DeviceType.cpu and shutil.which("g++") is None:
+    if cpu.is_cpu() and not cpu.has_compiler():
         log.info("no g++ on this machine: fused kernels are off")
         mx.disable_compile()
 

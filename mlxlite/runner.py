@@ -23,6 +23,7 @@ import numpy.typing as npt
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxlite import cpu
 from mlxlite.blocks import Hit, Stored
 from mlxlite.caches import (
     BatchCache,
@@ -103,8 +104,8 @@ class ModelRunner:
     """Implements `sequence.Runner` over an mlx-lm model.
 
     `memory_bytes` is what sequences may hold beside the weights; None is no limit. `store` has the
-    prefix cache's files. On a CPU the model's weights are laid out anew. Raises ValueError when the
-    model cannot keep its cache in `kv_bits`.
+    prefix cache's files. On a CPU the model's layers get other forms (`cpu.fit`). Raises ValueError
+    when the model cannot keep its cache in `kv_bits`.
     """
 
     def __init__(
@@ -133,9 +134,8 @@ class ModelRunner:
         self._sampler = Sampler(self.num_vocab)
         self._done_at = 0.0
         # The CPU's queue takes about 100 operations (MLX's MAX_ACTIVE_TASKS) and then blocks.
-        self.is_slow_to_launch = mx.default_device().type == mx.DeviceType.cpu
-        if self.is_slow_to_launch:
-            lay_out(model)
+        self.is_slow_to_launch = cpu.is_cpu()
+        self._rotations = cpu.fit(model) if self.is_slow_to_launch else ()
         self.memory = self._measure(memory_bytes)
         self._can_pack = all(map(can_pack, self._new_cache()))
 
@@ -143,6 +143,7 @@ class ModelRunner:
         """What a row holds, from the caches that a short prompt leaves behind."""
         cache = self._new_cache()
         self._model(mx.zeros((1, 2), mx.uint32), cache=cache)
+        self._forget_rotations()
         mx.eval([layer.state for layer in cache])
         self._payloads = Payloads(kept(cache, 0, 2, has_states=True), self._store)
         sizes = [size for layer in cache for size in layer_sizes(layer)]
@@ -194,12 +195,18 @@ class ModelRunner:
             forget()  # what was seen in pictures
         mx.clear_cache()
 
+    def _forget_rotations(self) -> None:
+        """A pass is over: what its layers have shared is needed no more."""
+        for rotations in self._rotations:
+            rotations.forget()
+
     def advance(
         self, step: Step | None, in_flight: Launched | None
     ) -> tuple[Launched | None, Outcome | None]:
         """Dispatch `step`, then wait for `in_flight`. Raises what MLX raises; then call `reset`."""
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
+        self._forget_rotations()
         outcome = self._wait(in_flight) if in_flight else None
         return launched, outcome
 
@@ -222,6 +229,7 @@ class ModelRunner:
             begun = self._embedding.pop(part.id) if part.id in self._embedding else None
             cache, total = begun or (self._new_cache(), total)
         hidden = states(mx.array(padded), cache=cache).astype(mx.float32)  # [B, T, D]
+        self._forget_rotations()
         if is_mean:
             is_token = mx.arange(longest)[None] < lengths
             pooled = total + mx.sum(mx.where(is_token[..., None], hidden, 0.0), axis=1)
@@ -510,24 +518,6 @@ class ModelRunner:
             dispatch_s=in_flight.dispatch_s,
             wait_s=self._done_at - began_at,
         )
-
-
-def lay_out(model: nn.Module) -> None:
-    """Store float32 matrices by columns, which a CPU's BLAS reads faster. The same bits come out.
-
-    A layer's product is x @ weight.T: it is stored as it is multiplied. Embeddings are turned too
-    where they are the output layer; layers with a bias are not, which BLAS would round differently.
-    Idempotent.
-    """
-    modules = [module for _, module in model.named_modules()]
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    widths = {linear.weight.shape[0] for linear in linears}
-    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-    tied = [embedding for embedding in embeddings if embedding.weight.shape[0] not in widths]
-    for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
-        if layer.weight.dtype == mx.float32 and layer.weight.ndim == 2:
-            layer.weight = mx.contiguous(layer.weight.T).T
-            mx.eval(layer.weight)  # one at a time: the old one goes before the next comes
 
 
 def _states_of(model: nn.Module) -> Callable[..., mx.array] | None:

@@ -23,7 +23,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlxlite.caches import KVBits, merge
-from mlxlite.runner import ModelRunner, lay_out
+from mlxlite.cpu import lay_out
+from mlxlite.runner import ModelRunner
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import (
     Add,

@@ -1,0 +1,283 @@
+"""What a CPU computes faster than MLX's back end there does by itself: a model's float32 layers.
+
+On a GPU norms, rotations and the like are kernels of MLX's own. On a CPU each is a dozen small
+operations, whose cost is that of their number: the host builds them, one thread takes them in turn.
+And an exponential is computed one number at a time. So `fit` gives the layers of a loaded model
+other forms of the same: fewer operations, done once for all layers where they are the same in all,
+and weights that lie as BLAS reads them.
+
+It knows layers by their exact class, or by the code of their `__call__`: whatever it does not know
+it leaves alone, and nothing of mlx or mlx-lm is changed for other users of the process. All forms
+give the same bits as MLX's (tested), but for SwiGLU, which is within 3e-7 of the exact one,
+relative to the gate, or to 1 where that is less (tested). Where there is no compiler for MLX's
+fused kernels the forms that need one are not taken. Lives on the lane.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from types import CodeType
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models import activations, llama
+
+# Rows of one decode step, which are fused as they are: each number of rows is traced once. Other
+# inputs are fused in parts of 1, 2, 4 … 2048 rows, so that there are few traces.
+_MOST_ROWS = 32
+_MOST_PART_ROWS = 2048
+
+
+def is_cpu() -> bool:
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def has_compiler() -> bool:
+    """Whether MLX's CPU back end can build fused kernels, which it does with g++ at run time."""
+    return shutil.which("g++") is not None
+
+
+def fit(model: nn.Module) -> "tuple[Rotations, ...]":
+    """Give the layers of a loaded model their forms for a CPU; what they remember. Idempotent."""
+    lay_out(model)
+    rotations: dict[tuple[Any, ...], Rotations] = {}
+    for _, layer in model.named_modules():
+        if type(layer) in (nn.RoPE, _RoPE) and not layer.traditional:
+            kind = layer.dims, layer.base, layer.scale
+            _set(layer, _RoPE, rotations=rotations.setdefault(kind, Rotations(*kind)))
+        elif type(layer) is nn.RMSNorm and layer.weight.dtype == mx.float32 and has_compiler():
+            share = mx.array(1.0 / layer.weight.size, mx.float32)
+            _set(layer, _RMSNorm, share=share, least=mx.array(layer.eps, mx.float32))
+        elif _is_swiglu(type(layer)) and has_compiler():
+            _set(layer, _fused(type(layer)))
+    return tuple(rotations.values())
+
+
+def _set(layer: nn.Module, form: type, **attributes: Any) -> None:
+    """Make a layer one of another class. What that class needs is no parameter of the model."""
+    layer.__class__ = form
+    for name, value in attributes.items():
+        object.__setattr__(layer, name, value)
+    mx.eval([value for value in attributes.values() if isinstance(value, mx.array)])
+
+
+# --- matrices ---------------------------------------------------------------------------------
+
+
+def lay_out(model: nn.Module) -> None:
+    """Store float32 matrices by columns, which a CPU's BLAS reads faster. The same bits come out.
+
+    A layer's product is x @ weight.T: it is stored as it is multiplied. Embeddings are turned too
+    where they are the output layer; layers with a bias are not, which BLAS would round differently.
+    Idempotent.
+    """
+    modules = [module for _, module in model.named_modules()]
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    widths = {linear.weight.shape[0] for linear in linears}
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+    tied = [embedding for embedding in embeddings if embedding.weight.shape[0] not in widths]
+    for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
+        if layer.weight.dtype == mx.float32 and layer.weight.ndim == 2:
+            turned = mx.contiguous(layer.weight.T)
+            layer.weight = turned.T
+            mx.eval(turned, layer.weight)  # one at a time: the old one goes before the next comes
+            if (form := _TURNED.get(type(layer))) is not None:
+                _set(layer, form, turned=turned)
+
+
+class _Linear(nn.Linear):
+    """One operation fewer for each product. `turned` shares its memory with the weight."""
+
+    turned: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.turned
+
+
+class _Embedding(nn.Embedding):
+    turned: mx.array
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.turned
+
+
+_TURNED: dict[type, type] = {
+    nn.Linear: _Linear,
+    _Linear: _Linear,
+    nn.Embedding: _Embedding,
+    _Embedding: _Embedding,
+}
+
+
+# --- positions --------------------------------------------------------------------------------
+
+
+class Rotations:
+    """The cosines and sines of the last positions asked for, which all layers of a pass share.
+
+    Positions are told apart by the offset: a number, or the very array that the layers' caches
+    share (see `caches.BatchCache`). Whoever has run a pass says so: `forget`.
+    """
+
+    def __init__(self, num_dims: int, base: float, scale: float) -> None:
+        half = num_dims // 2
+        steps = mx.arange(0, -half, -1, dtype=mx.float32)
+        self._speeds = mx.exp(steps * mx.array(math.log(base) / half, mx.float32))
+        self._scale = mx.array(scale, mx.float32)
+        mx.eval(self._speeds, self._scale)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give back the tables; they take as much as T tokens have heads' dimensions."""
+        self._offset: int | mx.array | None = None
+        self._size = (0, 0)
+        self._tables: tuple[mx.array, mx.array] | None = None
+
+    def tables(self, offset: int | mx.array, size: tuple[int, int]) -> tuple[mx.array, mx.array]:
+        """What to multiply a head with, and its halves the other way round: `[B, 1, T, D]`.
+
+        `size` is T and D; B is 1 where the offset is a number. Behind the dimensions that are
+        turned they leave a head as it is.
+        """
+        are_numbers = isinstance(offset, int) and isinstance(self._offset, int)
+        is_known = offset == self._offset if are_numbers else offset is self._offset
+        if self._tables is None or not is_known or size != self._size:
+            self._tables = self._compute(offset, *size)
+            self._offset, self._size = offset, size
+        return self._tables
+
+    def _compute(self, offset: int | mx.array, num: int, width: int) -> tuple[mx.array, mx.array]:
+        start = mx.array(offset) if isinstance(offset, int) else offset.reshape(-1, 1)
+        positions = (mx.arange(num, dtype=mx.float32) + start) * self._scale  # [T] or [B, T]
+        angles = positions[..., None] * self._speeds
+        if angles.ndim == 3:
+            angles = angles[:, None]
+        cosines, sines = mx.cos(angles), mx.sin(angles)
+        rest = width - 2 * angles.shape[-1]
+        others = [mx.zeros((*angles.shape[:-1], rest))] if rest else []
+        same = mx.concatenate([cosines, cosines, *(1 + zeros for zeros in others)], axis=-1)
+        return same, mx.concatenate([-sines, sines, *others], axis=-1)
+
+
+class _RoPE(nn.RoPE):
+    """The same angles for all layers, computed once; 5 operations instead of some 20."""
+
+    rotations: Rotations
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if x.dtype != mx.float32 or x.ndim != 4:
+            return cast("mx.array", super().__call__(x, offset))
+        same, crossed = self.rotations.tables(offset, (x.shape[-2], x.shape[-1]))
+        half = self.dims // 2
+        halves = [x[..., half : self.dims], x[..., :half]]
+        if self.dims < x.shape[-1]:
+            halves.append(x[..., self.dims :])
+        return x * same + mx.concatenate(halves, axis=-1) * crossed
+
+
+# --- norms ------------------------------------------------------------------------------------
+
+
+class _RMSNorm(nn.RMSNorm):
+    """3 operations instead of 11."""
+
+    share: mx.array  # 1 / D
+    least: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.dtype != mx.float32:
+            return cast("mx.array", super().__call__(x))
+        total = mx.sum(mx.square(x), axis=-1, keepdims=True)
+        return _scaled(x, total, self.share, self.least, self.weight)
+
+
+@partial(mx.compile, shapeless=True)
+def _scaled(
+    x: mx.array, total: mx.array, share: mx.array, least: mx.array, weight: mx.array
+) -> mx.array:
+    return x * mx.rsqrt(total * share + least) * weight
+
+
+# --- SwiGLU -----------------------------------------------------------------------------------
+
+# tanh(x / 2) as x P(x²) / Q(x²), from Eigen's float32 tanh (generic_fast_tanh_float): P, Q and the
+# greatest |x|, beyond which it is ±1 in float32.
+_P = tuple(
+    c / 2.0 ** (2 * i + 1)
+    for i, c in enumerate(
+        (
+            *(4.89352455891786e-03, 6.37261928875436e-04, 1.48572235717979e-05),
+            *(5.12229709037114e-08, -8.60467152213735e-11, 2.00018790482477e-13),
+            -2.76076847742355e-16,
+        )
+    )
+)
+_Q = tuple(
+    c / 2.0 ** (2 * i)
+    for i, c in enumerate(
+        (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+    )
+)
+_MOST = 2 * 7.90531110763549805
+
+
+@mx.compile
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, of gate / 2 * (1 + tanh(gate / 2)): one kernel, which g++ vectorises.
+
+    Not a deeper one: MLX fuses only so many operations in a row.
+    """
+    x = mx.minimum(mx.maximum(gate, -_MOST), _MOST)
+    y = x * x
+    y2 = y * y
+    high = _P[4] + _P[5] * y + _P[6] * y2
+    p = (_P[0] + _P[1] * y) + ((_P[2] + _P[3] * y) * y2 + high * (y2 * y2))
+    q = (_Q[0] + _Q[1] * y) + (_Q[2] + _Q[3] * y) * y2
+    half = (0.5 * gate) * up
+    return half + (half * x * p) / q
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`mlx_lm.models.activations.swiglu`, for arrays of one shape."""
+    if gate.dtype != mx.float32 or up.dtype != mx.float32 or gate.shape != up.shape:
+        return cast("mx.array", activations.swiglu(gate, up))
+    width = gate.shape[-1]
+    num_rows = gate.size // width
+    if num_rows <= _MOST_ROWS and gate.shape[-2] == 1:
+        return _gated(gate, up)
+    rows = gate.reshape(-1, width), up.reshape(-1, width)
+    parts = [_gated(*(array[part] for array in rows)) for part in _parts(num_rows)]
+    return (parts[0] if len(parts) == 1 else mx.concatenate(parts)).reshape(gate.shape)
+
+
+def _parts(num_rows: int) -> Iterator[slice]:
+    """Slices of so many rows, each of a power of two: the greatest first."""
+    start = 0
+    while start < num_rows:
+        stop = start + min(_MOST_PART_ROWS, 1 << (num_rows - start).bit_length() - 1)
+        yield slice(start, stop)
+        start = stop
+
+
+def _code(layer: type) -> tuple[bytes, tuple[str, ...]] | None:
+    """What a layer does when it is called, if it is plain Python: its bytes and their names."""
+    code = getattr(layer.__call__, "__code__", None)
+    return (code.co_code, code.co_names) if isinstance(code, CodeType) else None
+
+
+def _is_swiglu(layer: type) -> bool:
+    """Whether it computes `down_proj(swiglu(gate_proj(x), up_proj(x)))`, as most of mlx-lm's do."""
+    if _code(layer) is None or _code(layer) != _code(llama.MLP):
+        return False
+    return layer.__call__.__globals__.get("swiglu") is activations.swiglu
+
+
+def _fused(layer: type) -> type:
+    """A subclass of a layer that `_is_swiglu`."""
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        return cast("mx.array", self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x))))
+
+    return type(layer.__name__, (layer,), {"__call__": call, "__module__": __name__})
