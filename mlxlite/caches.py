@@ -336,6 +336,7 @@ class _BatchKV(BatchKVCache):
     def __init__(self, left_padding: list[int]) -> None:
         super().__init__(left_padding)
         self._pads = list(left_padding)
+        self._right_pads: list[int] = []  # of a pass over rows of unlike length
 
     def num_padding(self, row: int) -> int:
         return self._pads[row]
@@ -359,13 +360,14 @@ class _BatchKV(BatchKVCache):
         lengths: list[int] | None = None,
         right_padding: list[int] | None = None,
     ) -> None:
+        """Before a pass over rows of unlike length, padded on the right."""
         assert left_padding is None
-        super().prepare(lengths=lengths, right_padding=right_padding)
-        self._right_pads = right_padding or [0] * len(self._pads)
+        self._right_pads = right_padding or []
 
     def finalize(self) -> None:
-        super().finalize()
-        self._pads = [a + b for a, b in zip(self._pads, self._right_pads, strict=True)]
+        """After that pass. The rows are not rolled to the right, as mlx-lm's are: that copies all
+        of them number by number, and they can only be extracted now.
+        """
 
     def filter(self, batch_indices: mx.array) -> None:
         keep = cast("list[int]", batch_indices.tolist())  # made on the host: no wait
@@ -413,10 +415,12 @@ class _BatchKV(BatchKVCache):
 
     def extract(self, idx: int) -> Any:
         cache = KVCache()
-        pad = self._pads[idx]
-        cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, pad : self._idx])
-        cache.values = mx.contiguous(self.values[idx : idx + 1, :, pad : self._idx])
-        cache.offset = self._idx - pad
+        start, stop = self._pads[idx], self._idx
+        if self._right_pads:
+            stop -= self._right_pads[idx]
+        cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, start:stop])
+        cache.values = mx.contiguous(self.values[idx : idx + 1, :, start:stop])
+        cache.offset = stop - start
         return cache
 
 
