@@ -17,12 +17,11 @@ import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from types import CodeType
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.models import activations, llama
+from mlx_lm.models.activations import swiglu
 
 # Rows of one decode step, which are fused as they are: each number of rows is traced once. Other
 # inputs are fused in parts of 1, 2, 4 … 2048 rows, so that there are few traces.
@@ -242,7 +241,7 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`mlx_lm.models.activations.swiglu`, for arrays of one shape."""
     if gate.dtype != mx.float32 or up.dtype != mx.float32 or gate.shape != up.shape:
-        return cast("mx.array", activations.swiglu(gate, up))
+        return cast("mx.array", swiglu(gate, up))
     width = gate.shape[-1]
     num_rows = gate.size // width
     if num_rows <= _MOST_ROWS and gate.shape[-2] == 1:
@@ -261,17 +260,20 @@ def _parts(num_rows: int) -> Iterator[slice]:
         start = stop
 
 
-def _code(layer: type) -> tuple[bytes, tuple[str, ...]] | None:
-    """What a layer does when it is called, if it is plain Python: its bytes and their names."""
-    code = getattr(layer.__call__, "__code__", None)
-    return (code.co_code, code.co_names) if isinstance(code, CodeType) else None
+class _Usual(nn.Module):
+    """What most of mlx-lm's models have between attention and attention."""
+
+    def __call__(self, x: Any) -> Any:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _is_swiglu(layer: type) -> bool:
-    """Whether it computes `down_proj(swiglu(gate_proj(x), up_proj(x)))`, as most of mlx-lm's do."""
-    if _code(layer) is None or _code(layer) != _code(llama.MLP):
+    """Whether its call is the usual one: the same code, of the same names, by mlx-lm's swiglu."""
+    own, usual = (getattr(cls.__call__, "__code__", None) for cls in (layer, _Usual))
+    if own is None or usual is None:
         return False
-    return layer.__call__.__globals__.get("swiglu") is activations.swiglu
+    is_same = (own.co_code, own.co_names) == (usual.co_code, usual.co_names)
+    return is_same and layer.__call__.__globals__.get("swiglu") is swiglu
 
 
 def _fused(layer: type) -> type:

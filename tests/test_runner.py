@@ -23,7 +23,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlxlite.caches import KVBits, merge
-from mlxlite.cpu import lay_out
 from mlxlite.runner import ModelRunner
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import (
@@ -717,56 +716,6 @@ def test_forks_say_what_each_would_say_alone_for_every_kind_of_cache(kind: str):
         again = replace(sequence, id=100 + sequence.id, fork_of=None)
         alone = drive(scheduler, runner, {0: [Add(again)]})
         assert together.tokens(sequence.id) == alone.tokens(again.id), sequence.id
-
-
-# --- the weights' layout --------------------------------------------------------------------------
-
-
-def is_by_columns(weight: mx.array) -> bool:
-    return not memoryview(weight).c_contiguous
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_layout_of_the_weights_changes_no_bit(kind: str):
-    model = fresh(kind)
-    inputs = [
-        mx.array([[(7 * i + row) % VOCABULARY for i in range(length)] for row in range(num_rows)])
-        for num_rows, length in ((1, 1), (1, 33), (3, 1), (4, 5), (8, 1))
-    ]
-    before = [model(tokens) for tokens in inputs]
-    mx.eval(before)
-    lay_out(model)
-    layers = [m for _, m in model.named_modules() if isinstance(m, nn.Linear)]
-    assert any(is_by_columns(layer.weight) for layer in layers)
-    assert not any(is_by_columns(layer.weight) for layer in layers if "bias" in layer)
-    for tokens, logits in zip(inputs, before, strict=True):
-        assert mx.array_equal(model(tokens), logits).item(), tokens.shape
-
-
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_an_embedding_is_turned_only_where_it_is_the_output_layer(is_tied: bool):
-    module = importlib.import_module("mlx_lm.models.qwen3")
-    settings = {"model_type": "qwen3"} | _ATTENTION | {"tie_word_embeddings": is_tied}
-    model = module.Model(module.ModelArgs.from_dict(settings))
-    tokens = mx.array([[5, 9, 2]])
-    before = model(tokens)
-    mx.eval(before)
-    for _ in range(2):  # the second time nothing changes
-        lay_out(model)
-        assert is_by_columns(model.model.embed_tokens.weight) == is_tied
-        assert mx.array_equal(model(tokens), before).item()
-
-
-def test_only_float32_matrices_are_turned():
-    quantised = fresh("qwen3")
-    nn.quantize(quantised, group_size=32, bits=4)
-    half = fresh("qwen3")
-    half.set_dtype(mx.bfloat16)
-    for model in (quantised, half):
-        lay_out(model)
-        matrices = [array for _, array in tree_flatten(model.parameters()) if array.ndim == 2]
-        assert matrices
-        assert not any(map(is_by_columns, matrices))
 
 
 # --- how rows join -------------------------------------------------------------------------------

@@ -1,0 +1,289 @@
+"""The forms that a model's layers get on a CPU: the same bits, or as near as is said."""
+
+import importlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.rope_utils import Llama3RoPE
+from test_runner import MODELS, VOCABULARY, fresh
+
+from mlxlite import cpu
+from mlxlite.caches import BatchCache, merge
+from mlxlite.cpu import fit, lay_out
+
+needs_compiler = pytest.mark.skipif(not cpu.has_compiler(), reason="there is no g++")
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu() -> Iterator[None]:
+    with mx.stream(mx.cpu):
+        yield
+
+
+def inputs() -> list[mx.array]:
+    """Token ids `[B, T]`: alone and in a batch, one and many."""
+    shapes = ((1, 1), (1, 33), (3, 1), (4, 5), (8, 1))
+    return [
+        mx.array([[(7 * i + row) % VOCABULARY for i in range(length)] for row in range(num_rows)])
+        for num_rows, length in shapes
+    ]
+
+
+def layer(module: nn.Module) -> nn.Module:
+    """A layer as `fit` makes it."""
+    holder = nn.Module()
+    holder.layer = module
+    fit(holder)
+    return holder.layer
+
+
+# --- the weights' layout --------------------------------------------------------------------------
+
+
+def is_by_columns(weight: mx.array) -> bool:
+    return not memoryview(weight).c_contiguous
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_layout_of_the_weights_changes_no_bit(kind: str):
+    model = fresh(kind)
+    before = [model(tokens) for tokens in inputs()]
+    mx.eval(before)
+    lay_out(model)
+    layers = [m for _, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert any(is_by_columns(layer.weight) for layer in layers)
+    assert not any(is_by_columns(layer.weight) for layer in layers if "bias" in layer)
+    for tokens, logits in zip(inputs(), before, strict=True):
+        assert mx.array_equal(model(tokens), logits).item(), tokens.shape
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_an_embedding_is_turned_only_where_it_is_the_output_layer(is_tied: bool):
+    settings = {"model_type": "qwen3"} | MODELS["qwen3"] | {"tie_word_embeddings": is_tied}
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(settings))
+    tokens = mx.array([[5, 9, 2]])
+    before = model(tokens)
+    mx.eval(before)
+    for _ in range(2):  # the second time nothing changes
+        lay_out(model)
+        assert is_by_columns(model.model.embed_tokens.weight) == is_tied
+        assert mx.array_equal(model(tokens), before).item()
+
+
+def test_only_float32_matrices_are_turned():
+    quantised = fresh("qwen3")
+    nn.quantize(quantised, group_size=32, bits=4)
+    half = fresh("qwen3")
+    half.set_dtype(mx.bfloat16)
+    for model in (quantised, half):
+        lay_out(model)
+        matrices = [array for _, array in tree_flatten(model.parameters()) if array.ndim == 2]
+        assert matrices
+        assert not any(map(is_by_columns, matrices))
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_forms_change_no_model_by_more_than_rounding(kind: str):
+    model = fresh(kind)
+    before = [model(tokens) for tokens in inputs()]
+    mx.eval(before)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    for _ in range(2):  # the second time nothing changes
+        rotations = fit(model)
+        assert [name for name, _ in tree_flatten(model.parameters())] == names
+        for tokens, logits in zip(inputs(), before, strict=True):
+            now = model(tokens)
+            for own in rotations:
+                own.forget()
+            assert mx.allclose(now, logits, rtol=1e-5, atol=1e-4).item(), tokens.shape
+            assert mx.array_equal(mx.argmax(now, -1), mx.argmax(logits, -1)).item(), tokens.shape
+
+
+def test_only_the_model_at_hand_is_changed():
+    fit(fresh("qwen3"))
+    other = fresh("qwen3").model.layers[0]
+    assert type(other.mlp) is qwen3.MLP
+    assert type(other.input_layernorm) is nn.RMSNorm
+    assert type(other.self_attn.rope) is nn.RoPE
+    assert type(other.mlp.gate_proj) is nn.Linear
+
+
+def test_without_a_compiler_nothing_is_fused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model = fresh("qwen3")
+    fit(model)
+    first = model.model.layers[0]
+    assert type(first.mlp) is qwen3.MLP
+    assert type(first.input_layernorm) is nn.RMSNorm
+    assert type(first.self_attn.rope) is not nn.RoPE
+
+
+# --- positions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_dims", "width"), [(16, 16), (8, 16), (64, 64)])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("offset", [0, 5, 4000, [3], [0, -2, 700]])
+@pytest.mark.parametrize("num_tokens", [1, 2, 19])
+def test_a_rotation_is_mlx_s_bit_for_bit(
+    num_dims: int, width: int, scale: float, offset: Any, num_tokens: int
+):
+    if isinstance(offset, list):
+        offset = mx.array(offset)
+    x = mx.random.normal((3, 2, num_tokens, width))
+    plain = nn.RoPE(num_dims, base=5000.0, scale=scale)
+    expected = plain(x, offset=offset)
+    assert mx.array_equal(layer(plain)(x, offset=offset), expected).item()
+
+
+def test_a_rotation_of_another_type_shape_or_kind_is_mlx_s():
+    x = mx.random.normal((1, 2, 3, 16))
+    for own in (x.astype(mx.bfloat16), x[0]):
+        expected = nn.RoPE(16)(own, offset=4)
+        assert mx.array_equal(layer(nn.RoPE(16))(own, offset=4), expected).item()
+    others = (nn.RoPE(16, traditional=True), Llama3RoPE(16, scaling_config={"factor": 8.0}))
+    for other in others:
+        assert type(layer(other)) is type(other)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each set of tables was computed for."""
+    seen: list[int] = []
+    compute = cpu.Rotations._compute
+
+    def noting(self: cpu.Rotations, offset: Any, num: int, width: int) -> Any:
+        seen.append(num)
+        return compute(self, offset, num, width)
+
+    monkeypatch.setattr(cpu.Rotations, "_compute", noting)
+    return seen
+
+
+def test_the_layers_of_a_pass_compute_their_positions_once(monkeypatch: pytest.MonkeyPatch):
+    model = fresh("qwen3")
+    (rotations,) = fit(model)
+    seen = counted(monkeypatch)
+    rows = []
+    for tokens in ([[1, 2, 3]], [[4, 5, 6, 7, 8]]):
+        rows.append(make_prompt_cache(model))
+        model(mx.array(tokens), cache=rows[-1])
+        rotations.forget()
+    assert seen == [3, 5]
+    batch = BatchCache()
+    batch.join(rows)
+    for _ in range(2):
+        batch.forward(model, mx.array([9, 10]))
+        rotations.forget()
+    assert seen == [3, 5, 1, 1]
+
+
+def test_what_is_forgotten_is_computed_anew_and_what_is_not_is_not_mistaken():
+    rope = layer(nn.RoPE(16))
+    x = mx.random.normal((2, 2, 4, 16))
+    for offset in (0, 7, mx.array([1, 2]), mx.array([3, 4]), 0):
+        for own in (x, x[:, :, :2]):
+            assert mx.array_equal(rope(own, offset=offset), nn.RoPE(16)(own, offset=offset)).item()
+
+
+def test_layers_share_an_array_of_offsets_only_where_they_are_equally_far():
+    model = fresh("qwen3")
+    model.model.layers = model.model.layers * 2  # four caches
+    caches = [make_prompt_cache(model) for _ in range(2)]
+    for cache, num_tokens in zip(caches, (5, 3), strict=True):
+        for number, own in enumerate(cache):
+            length = num_tokens + (number == 2)
+            own.update_and_fetch(*(mx.zeros((1, 2, length, 16)) for _ in range(2)))
+    first, second, odd, last = merge(caches)
+    assert first.offset is second.offset is last.offset
+    assert first.offset is not odd.offset
+    assert odd.offset.tolist() == [6, 4]
+
+
+# --- norms ---------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 64), (5, 1, 64), (1, 33, 64), (3, 1, 4, 64), (64,)])
+def test_a_norm_is_mlx_s_bit_for_bit(shape: tuple[int, ...]):
+    norm = nn.RMSNorm(64, eps=1e-6)
+    norm.weight = mx.random.normal((64,))
+    x = mx.random.normal(shape) * 30
+    half = x.astype(mx.bfloat16)
+    expected = norm(x), norm(half)
+    fitted = layer(norm)
+    assert type(fitted) is not nn.RMSNorm
+    for own, wanted in zip((fitted(x), fitted(half)), expected, strict=True):
+        assert own.dtype == wanted.dtype
+        assert mx.array_equal(own, wanted).item()
+
+
+# --- SwiGLU --------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_swiglu_is_as_near_to_the_exact_one_as_is_said():
+    gate = mx.concatenate([mx.linspace(-100, 100, 200_001), mx.array([0.0, -0.0, 1e30, -1e30])])
+    exact = np.array(gate).astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = exact / (1 + np.exp(-exact))
+    ours = np.array(cpu._swiglu(gate[:, None], mx.ones_like(gate)[:, None]))[:, 0]
+    size = np.maximum(1, np.abs(np.array(gate).astype(np.float64)))
+    assert np.isfinite(ours).all()
+    assert (np.abs(ours - exact) / size).max() < 3e-7
+
+
+@needs_compiler
+def test_a_token_s_swiglu_does_not_depend_on_how_many_there_are():
+    gate, up = (mx.random.normal((1, 77, 48)) * 5 for _ in range(2))
+    whole = cpu._swiglu(gate, up)
+    assert whole.shape == gate.shape
+    for i in (0, 63, 64, 76):
+        alone = cpu._swiglu(gate[:, i : i + 1], up[:, i : i + 1])
+        assert mx.array_equal(whole[:, i : i + 1], alone).item()
+    rows = cpu._swiglu(gate.reshape(77, 1, 48)[:9], up.reshape(77, 1, 48)[:9])
+    assert mx.array_equal(rows.reshape(1, 9, 48), whole[:, :9]).item()
+
+
+def test_other_types_and_shapes_are_mlx_lm_s():
+    gate = mx.random.normal((2, 3, 8))
+    for own, other in ((gate.astype(mx.bfloat16), gate), (gate, gate[:1])):
+        assert mx.array_equal(cpu._swiglu(own, other), swiglu(own, other)).item()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 77, 2047, 2048, 5000])
+def test_many_rows_are_few_shapes(num_rows: int):
+    parts = list(cpu._parts(num_rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert sum(sizes) == num_rows
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert set(sizes) <= {2**i for i in range(12)}
+
+
+class Clipped(qwen3.MLP):
+    def __call__(self, x: Any) -> Any:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x))) + 1
+
+
+class Crossed(qwen3.MLP):
+    def __call__(self, x: Any) -> Any:
+        return self.down_proj(swiglu(self.up_proj(x), self.gate_proj(x)))
+
+
+def test_layers_are_known_by_what_they_do():
+    llama4 = importlib.import_module("mlx_lm.models.llama4")
+    gemma = importlib.import_module("mlx_lm.models.gemma3_text")
+    assert cpu._is_swiglu(qwen3.MLP)
+    assert cpu._is_swiglu(llama4.MLP)
+    assert not any(map(cpu._is_swiglu, (Clipped, Crossed, gemma.MLP, nn.Linear, nn.Module)))
