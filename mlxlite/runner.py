@@ -168,13 +168,14 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile and touch what a first request would wait for: alone, in a batch, drawn."""
         prompt = Prompt((0,) * 5)
+        kinds = SamplingParams(0.0), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0)
         admitted = tuple(
-            Admission(Sequence(id, prompt, SamplingParams(temperature, top_p=0.9), max_tokens=2))
-            for id, temperature in ((-1, 0.0), (-2, 1.0))
+            Admission(Sequence(-1 - i, prompt, sampling, max_tokens=2))
+            for i, sampling in enumerate(kinds)
         )
         chunks = tuple(Chunk(admission.sequence.id, 0, 4) for admission in admitted)
         first = Step(0, admitted=admitted, chunks=chunks, rows=(-1,))
-        for step in (first, Step(1, rows=(-1, -2))):
+        for step in (first, Step(1, rows=(-1, -2, -3))):
             launched, _ = self.advance(step, None)
             self.advance(None, launched)
         self.reset()
