@@ -4,6 +4,7 @@ A ratio is the median of the pairs' ratios with their range, never a ratio of me
 of a pair were measured within seconds of each other, on the same machine in the same mood.
 """
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -22,7 +23,9 @@ from mlxlite import __version__
 _PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
 BUSY = 0.5  # runnable processes before the run, from which on the machine was not quiet
 OURS_WAITING = 1.5  # of ours, beyond the cores
-_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_CORETYPE")
+# What OpenBLAS computes with where it does not know a processor, as of a later year than its own.
+_FALLBACKS = ("Prescott", "Core2", "Generic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +146,33 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """What is preloaded, what is mapped into this process, how many threads it may use."""
+    """What is preloaded, what is mapped into this process, its kernels, and what is set."""
     preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
-    threads = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _THREAD_VARIABLES)
+    own = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _VARIABLES)
     try:
         mapped = Path("/proc/self/maps").read_text().split()
         paths = [Path(word).name for word in mapped if "/" in word]
         names = sorted({name for name in paths if "blas" in name.lower()})
     except OSError:
         names = []
-    return f"preloaded {preloaded}; loaded {', '.join(names) or 'unknown'}; {threads}"
+    loaded = ", ".join(names) or "unknown"
+    return f"preloaded {preloaded}; loaded {loaded}; {kernels(_core_name())}; {own}"
+
+
+def _core_name() -> str | None:
+    """The processor that the preloaded OpenBLAS takes this one for."""
+    name = getattr(ctypes.CDLL(None), "openblas_get_corename", None)
+    if name is None:
+        return None
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+def kernels(core_name: str | None) -> str:
+    """What OpenBLAS computes with, and what to do where that is its oldest."""
+    if core_name is None:
+        return "kernels unknown"
+    if core_name in _FALLBACKS:
+        hint = "it may not know this processor, and an OPENBLAS_CORETYPE of its vectors be faster"
+        return f"kernels for {core_name} ({hint})"
+    return f"kernels for {core_name}"

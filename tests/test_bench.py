@@ -321,3 +321,10 @@ def test_the_figures_in_the_readme_are_those_of_the_run_beside_it() -> None:
         assert readme.rewritten(text, name, made) == text
     for plot in re.findall(r"\]\((docs/bench/\S+\.svg)\)", text):
         assert (ROOT / plot).exists()
+
+
+def test_the_header_says_where_openblas_computes_with_its_oldest_kernels():
+    assert report.kernels(None) == "kernels unknown"
+    assert report.kernels("SkylakeX") == "kernels for SkylakeX"
+    assert "OPENBLAS_CORETYPE" in report.kernels("Prescott")
+    assert "kernels" in report.header()["BLAS"]
