@@ -39,18 +39,25 @@ def has_compiler() -> bool:
 
 
 def fit(model: nn.Module) -> "tuple[Rotations, ...]":
-    """Give the layers of a loaded model their forms for a CPU; what they remember. Idempotent."""
+    """Give the layers of a loaded model their forms for a CPU; what they remember. Idempotent.
+
+    To be called again when weights have changed.
+    """
     lay_out(model)
+    can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
+    fused: dict[type, type] = {}
     for _, layer in model.named_modules():
         if type(layer) in (nn.RoPE, _RoPE) and not layer.traditional:
             kind = layer.dims, layer.base, layer.scale
             _set(layer, _RoPE, rotations=rotations.setdefault(kind, Rotations(*kind)))
-        elif type(layer) is nn.RMSNorm and layer.weight.dtype == mx.float32 and has_compiler():
+        elif can_fuse and type(layer) is nn.RMSNorm and layer.weight.dtype == mx.float32:
             share = mx.array(1.0 / layer.weight.size, mx.float32)
             _set(layer, _RMSNorm, share=share, least=mx.array(layer.eps, mx.float32))
-        elif _is_swiglu(type(layer)) and has_compiler():
-            _set(layer, _fused(type(layer)))
+        elif can_fuse and _is_swiglu(type(layer)):
+            own = type(layer)
+            fused[own] = form = fused.get(own) or _fused(own)
+            _set(layer, form)
     return tuple(rotations.values())
 
 
