@@ -194,6 +194,7 @@ class ModelRunner:
         self._sampler = Sampler(self.num_vocab)
         if (forget := getattr(self._model, "forget", None)) is not None:
             forget()  # what was seen in pictures
+        self._forget_rotations()  # of a pass that was broken off
         mx.clear_cache()
 
     def _forget_rotations(self) -> None:
