@@ -4,7 +4,8 @@ On a GPU norms, rotations and the like are kernels of MLX's own. On a CPU each i
 operations, whose cost is that of their number: the host builds them, one thread takes them in turn.
 And an exponential is computed one number at a time. So `fit` gives the layers of a loaded model
 other forms of the same: fewer operations, done once for all layers where they are the same in all,
-and weights that lie as BLAS reads them.
+and weights that lie as BLAS reads them. And each layer is begun while the host builds the next one:
+the CPU has no queue that would hold a whole step, and would stand idle while one is built.
 
 It knows layers by their exact class, or by the code of their `__call__`: whatever it does not know
 it leaves alone, and nothing of mlx or mlx-lm is changed for other users of the process. All forms
@@ -46,7 +47,7 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
     lay_out(model)
     can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
-    fused: dict[type, type] = {}
+    forms: dict[type, type] = {}
     for _, layer in model.named_modules():
         if type(layer) in (nn.RoPE, _RoPE) and not layer.traditional:
             kind = layer.dims, layer.base, layer.scale
@@ -56,7 +57,12 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
             _set(layer, _RMSNorm, share=share, least=mx.array(layer.eps, mx.float32))
         elif can_fuse and _is_swiglu(type(layer)):
             own = type(layer)
-            fused[own] = form = fused.get(own) or _fused(own)
+            forms[own] = form = forms.get(own) or _fused(own)
+            _set(layer, form)
+    for layer in getattr(model, "layers", ()):
+        if isinstance(layer, nn.Module) and not isinstance(layer, _Begun):
+            own = type(layer)
+            forms[own] = form = forms.get(own) or _begun(own)
             _set(layer, form)
     return tuple(rotations.values())
 
@@ -67,6 +73,24 @@ def _set(layer: nn.Module, form: type, **attributes: Any) -> None:
     for name, value in attributes.items():
         object.__setattr__(layer, name, value)
     mx.eval([value for value in attributes.values() if isinstance(value, mx.array)])
+
+
+# --- layers -----------------------------------------------------------------------------------
+
+
+class _Begun:
+    """A layer whose output is begun as soon as it is known what it is."""
+
+
+def _begun(layer: type) -> type:
+    """A subclass of a model's layer."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = layer.__call__(self, *args, **kwargs)
+        mx.async_eval(output)
+        return output
+
+    return type(layer.__name__, (layer, _Begun), {"__call__": call, "__module__": __name__})
 
 
 # --- matrices ---------------------------------------------------------------------------------

@@ -131,10 +131,10 @@ class ModelRunner:
         # [B]: what rows add to their positions, where the model counts those in pictures.
         self._deltas: mx.array | None = None
         self._has_deltas = bool(getattr(model, "has_positions", False))
-        self._sampler = Sampler(self.num_vocab)
         self._done_at = 0.0
         # The CPU's queue takes about 100 operations (MLX's MAX_ACTIVE_TASKS) and then blocks.
         self.is_slow_to_launch = cpu.is_cpu()
+        self._sampler = Sampler(self.num_vocab, is_slow_to_launch=self.is_slow_to_launch)
         self._rotations = cpu.fit(model) if self.is_slow_to_launch else ()
         self.memory = self._measure(memory_bytes)
         self._can_pack = all(map(can_pack, self._new_cache()))
@@ -191,7 +191,7 @@ class ModelRunner:
         self._ids = []
         self._batch = BatchCache()
         self._tokens = self._deltas = None
-        self._sampler = Sampler(self.num_vocab)
+        self._sampler = Sampler(self.num_vocab, is_slow_to_launch=self.is_slow_to_launch)
         if (forget := getattr(self._model, "forget", None)) is not None:
             forget()  # what was seen in pictures
         self._forget_rotations()  # of a pass that was broken off
@@ -393,6 +393,8 @@ class ModelRunner:
     ) -> tuple[mx.array, LogprobArrays | None]:
         assert self._tokens is not None
         logits = self._batch.forward(self._model, self._tokens, self._deltas)
+        if self.is_slow_to_launch:
+            mx.async_eval(logits)  # the device is at them while the rest is built
         masks = self._masks(logits, in_flight, states, failed) if self._matchers else None
         self._tokens, logprobs = self._sampler(logits, masks)
         return self._tokens, logprobs

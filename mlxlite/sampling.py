@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from mlxlite.sequence import SamplingParams
 
-# A row with a top_k of at most this is drawn from a head of this many tokens: a partition costs
-# less than a sort. The width is fixed: ties must not feel the company.
+# Rows with a top_k of at most this are drawn from a head of it: a partition costs less than a sort.
+# The width is fixed: ties must not feel the company.
 _HEAD_WIDTH = 64
 _MASK_32 = 0xFFFFFFFF
 _XTC_STREAM = 0x58544321  # sets xtc's coin apart from the tokens' noise,
@@ -91,10 +91,14 @@ class _Group(Protocol):
 
 
 class Sampler:
-    """Draws for a set of rows, which changes only through `regroup`."""
+    """Draws for a set of rows, which changes only through `regroup`.
 
-    def __init__(self, num_vocab: int) -> None:
+    `is_slow_to_launch`: a group is begun while the next one is built.
+    """
+
+    def __init__(self, num_vocab: int, *, is_slow_to_launch: bool = False) -> None:
         self._num_vocab = num_vocab
+        self._begin = mx.async_eval if is_slow_to_launch else lambda _: None
         self._rows: list[_Row] = []
         self._num_draws = 0
         self._step = 0
@@ -167,7 +171,7 @@ class Sampler:
             for make, rows in makers.items()
         ]
         order = np.argsort(np.array([i for rows in makers.values() for i in rows]))
-        is_in_order = bool((order == np.arange(len(order))).all())
+        is_in_order = (order == np.arange(len(order))).all()
         self._order = None if is_in_order else mx.array(order.astype(np.int32))
 
     def __call__(
@@ -175,7 +179,10 @@ class Sampler:
     ) -> tuple[mx.array, LogprobArrays | None]:
         """Logits `[B, V]` and the bits `[B, V/32]` of what may be drawn to token ids `[B]`."""
         scores = self._adjust(logits if masks is None else self._masked(logits, masks))
-        drawn = [group.draw(scores, self._step) for group in self._groups]
+        drawn = []
+        for group in self._groups:
+            drawn.append(group.draw(scores, self._step))
+            self._begin(drawn[-1])
         tokens = drawn[0] if len(drawn) == 1 else mx.concatenate(drawn)
         if self._order is not None:
             tokens = tokens[self._order]
@@ -214,10 +221,8 @@ class Sampler:
         start = self._num_vocab - self._num_top
         if not self._num_top:
             ids = mx.zeros((len(self._asking), 0), mx.uint32)
-        elif start:
-            ids = mx.argpartition(asked, start, axis=-1)[:, start:]
         else:
-            ids = mx.broadcast_to(mx.arange(self._num_vocab)[None], asked.shape)
+            ids = mx.argpartition(asked, start, axis=-1)[:, start:]
         top = mx.take_along_axis(asked, ids, axis=-1)
         order = mx.argsort(-top, axis=-1)
         return LogprobArrays(
@@ -329,10 +334,9 @@ class _Narrow(_Cut):
 
     def draw(self, scores: mx.array, step: int) -> mx.array:
         scores = _rows(scores, self._index)
-        start = self._num_vocab - _HEAD_WIDTH
-        if start > 0:
-            ids = mx.argpartition(scores, start, axis=-1)[:, start:]
-            scores = mx.take_along_axis(scores, ids, axis=-1)
+        start = max(0, self._num_vocab - _HEAD_WIDTH)
+        ids = mx.argpartition(scores, start, axis=-1)[:, start:]
+        scores = mx.take_along_axis(scores, ids, axis=-1)
         order = mx.argsort(-scores, axis=-1)
         scores = self._heat(mx.take_along_axis(scores, order, axis=-1))
         shares = mx.softmax(mx.where(self._is_within, scores, -mx.inf), axis=-1)
@@ -341,18 +345,16 @@ class _Narrow(_Cut):
             shares = mx.where(before < self._top_p, shares, 0.0)
         picked = self._pick(shares, shares[:, :1], step)  # an infinite score has no share: 0
         picked = mx.take_along_axis(order, picked, axis=-1)
-        if start > 0:
-            picked = mx.take_along_axis(ids, picked, axis=-1)
-        return picked[:, 0]
+        return mx.take_along_axis(ids, picked, axis=-1)[:, 0]
 
 
 class _Wide(_Cut):
     """Rows with a top_p alone, or a large top_k.
 
     Their shares are sorted as the integers that have the same bits, and without their ids: on CPU
-    that is faster than as float32 or with their ids. Equal numbers make it faster still: shares so
-    small that all of them together could not reach what a top_p leaves out are raised to one and
-    the same, as which of them come first does not matter.
+    that is faster. Equal numbers make it faster still: shares so small that all of them together
+    could not reach what a top_p leaves out are raised to one and the same, as which of them come
+    first does not matter.
     """
 
     def __init__(self, members: list[_Member], num_rows: int, num_vocab: int) -> None:
@@ -462,9 +464,8 @@ class _Counts:
 
     def take(self, indices: list[int]) -> "_Counts":
         new = object.__new__(_Counts)
-        index = mx.array(indices)
         new._prompt, new._output, new._ring = (
-            table[index] for table in (self._prompt, self._output, self._ring)
+            table[mx.array(indices)] for table in (self._prompt, self._output, self._ring)
         )
         new._window, new._num_tokens, new._num_drawn = (
             numbers[indices] for numbers in (self._window, self._num_tokens, self._num_drawn)
@@ -506,8 +507,7 @@ class _Counts:
     def penalise(self, logits: mx.array) -> mx.array:
         """Logits `[b, V]`, lowered by the rows' penalties."""
         if self._repetition is not None:
-            by = self._repetition
-            harder = mx.where(logits > 0, logits / by, logits * by)
+            harder = mx.where(logits > 0, logits / self._repetition, logits * self._repetition)
             logits = mx.where(self._prompt + self._output > 0, harder, logits)
         if self._frequency is not None:
             logits = logits - self._frequency * self._output
@@ -550,29 +550,28 @@ class _Chance:
         self._position = np.array([[n & _MASK_32] for n in positions], np.uint32)
         self._key = np.array([[key[0] ^ stream] for key in keys], np.uint32)
         self._start = -_NUM_AHEAD
-        self._hashes: _Hashes
-        self._numbers: _Numbers
+        self._hashes: list[_Hashes] = []
+        self._numbers: list[_Numbers] = []
 
     def hashes(self, step: int) -> _Hashes:
         """`[b, 1]` at `step` draws after the last change of the batch."""
         self._look_ahead(step)
-        hashes: _Hashes = self._hashes[step % _NUM_AHEAD]
-        return hashes
+        return self._hashes[step % _NUM_AHEAD]
 
     def numbers(self, step: int) -> _Numbers:
         """The upper 23 bits as numbers in (0, 1), at the middle of their interval: all exact."""
         self._look_ahead(step)
-        numbers: _Numbers = self._numbers[step % _NUM_AHEAD]
-        return numbers
+        return self._numbers[step % _NUM_AHEAD]
 
     def _look_ahead(self, step: int) -> None:
         start = step - step % _NUM_AHEAD
         if start != self._start:
             self._start = start
             steps = np.arange(start, start + _NUM_AHEAD, dtype=np.uint32)
-            self._hashes = _hash(_hash(self._position + steps[:, None, None]) ^ self._key)
-            upper = (self._hashes >> np.uint32(9)).astype(np.float32)
-            self._numbers = upper * np.float32(2.0**-23) + np.float32(2.0**-24)
+            hashes = _hash(_hash(self._position + steps[:, None, None]) ^ self._key)
+            upper = (hashes >> np.uint32(9)).astype(np.float32)
+            numbers = upper * np.float32(2.0**-23) + np.float32(2.0**-24)
+            self._hashes, self._numbers = list(hashes), list(numbers)
 
 
 @mx.compile  # one kernel, on a CPU three, instead of 14; traced once for each number of rows

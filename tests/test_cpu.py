@@ -287,3 +287,29 @@ def test_layers_are_known_by_what_they_do():
     assert cpu._is_swiglu(qwen3.MLP)
     assert cpu._is_swiglu(llama4.MLP)
     assert not any(map(cpu._is_swiglu, (Clipped, Crossed, gemma.MLP, nn.Linear, nn.Module)))
+
+
+# --- layers begun early --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_layer_is_begun_once_while_the_next_is_built(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = fresh(kind)
+    for _ in range(2):  # the second time nothing changes
+        fit(model)
+    begun: list[Any] = []
+    monkeypatch.setattr(mx, "async_eval", lambda *outputs: begun.append(outputs))
+    logits = model(mx.array([[1, 2, 3]]), cache=make_prompt_cache(model))
+    assert len(begun) == len(model.layers)
+    assert not any(logits is output for outputs in begun for output in outputs)
+
+
+def test_a_begun_layer_is_what_it_was_to_who_looks():
+    model = fresh("qwen3")
+    own = type(model.layers[0])
+    fit(model)
+    assert all(isinstance(layer, own) for layer in model.layers)
+    assert {type(layer).__name__ for layer in model.layers} == {own.__name__}
+    assert len({type(layer) for layer in model.layers}) == 1
