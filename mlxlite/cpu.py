@@ -8,16 +8,17 @@ and weights that lie as BLAS reads them. And each layer is begun while the host 
 the CPU has no queue that would hold a whole step, and would stand idle while one is built.
 
 It knows layers by their exact class, or by the code of their `__call__`: whatever it does not know
-it leaves alone, and nothing of mlx or mlx-lm is changed for other users of the process. All forms
-give the same bits as MLX's (tested), but for SwiGLU, which is within 3e-7 of the exact one,
-relative to the gate, or to 1 where that is less (tested). Where there is no compiler for MLX's
-fused kernels the forms that need one are not taken. Lives on the lane.
+it leaves alone, and nothing of mlx or mlx-lm is changed for other users of the process. With the
+BLAS that comes with MLX all forms give the same bits as MLX's (tested), but for SwiGLU, which is
+within 3e-7 of the exact one, relative to the gate, or to 1 where that is less (tested). Where there
+is no compiler for MLX's fused kernels the forms that need one are not taken. Lives on the lane.
 """
 
+import ctypes
 import math
 import shutil
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
 
     To be called again when weights have changed.
     """
-    lay_out(model)
+    lay_out(model, _blas_core() in _WITH_SMALL_KERNELS)
     can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
     forms: dict[type, type] = {}
@@ -95,13 +96,32 @@ def _begun(layer: type) -> type:
 
 # --- matrices ---------------------------------------------------------------------------------
 
+# For these OpenBLAS has kernels for small products, which read a matrix as it lies. Before any
+# other it copies the whole matrix, which for a few rows takes longer than the product.
+_WITH_SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+# Its bounds of a small product: all three sizes multiplied, and the size of what comes out.
+_MOST_WORK = 1_000_000
+_MOST_OUTPUTS = 1024
+_LEAST_WIDTH = 16
+_FEW_ROWS = 8  # a matrix whose product with so many is small need not be cut
 
-def lay_out(model: nn.Module) -> None:
-    """Store float32 matrices by columns, which a CPU's BLAS reads faster. The same bits come out.
 
-    A layer's product is x @ weight.T: it is stored as it is multiplied. Embeddings are turned too
-    where they are the output layer; layers with a bias are not, which BLAS would round differently.
-    Idempotent.
+def _blas_core() -> str | None:
+    """The processor that a preloaded OpenBLAS takes this one for; None with another BLAS."""
+    name = getattr(ctypes.CDLL(None), "openblas_get_corename", None)
+    if name is None:
+        return None
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
+def lay_out(model: nn.Module, has_small_kernels: bool = False) -> None:
+    """Have float32 matrices lie, and multiplied, as a CPU's BLAS is fastest at. Idempotent.
+
+    A layer's product is x @ weight.T: it is stored as it is multiplied, and the same bits come out.
+    Large ones stay as they are where BLAS `has_small_kernels`, and are multiplied in parts.
+    Embeddings are treated alike where they are the output layer; layers with a bias are left alone,
+    which BLAS would round differently.
     """
     modules = [module for _, module in model.named_modules()]
     linears = [module for module in modules if isinstance(module, nn.Linear)]
@@ -109,12 +129,56 @@ def lay_out(model: nn.Module) -> None:
     embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
     tied = [embedding for embedding in embeddings if embedding.weight.shape[0] not in widths]
     for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
-        if layer.weight.dtype == mx.float32 and layer.weight.ndim == 2:
-            turned = mx.contiguous(layer.weight.T)
-            layer.weight = turned.T
-            mx.eval(turned, layer.weight)  # one at a time: the old one goes before the next comes
-            if (form := _TURNED.get(type(layer))) is not None:
-                _set(layer, form, turned=turned)
+        if layer.weight.dtype != mx.float32 or layer.weight.ndim != 2:
+            continue
+        if has_small_kernels and layer.weight.size * _FEW_ROWS > _MOST_WORK:
+            if (form := _IN_PARTS.get(type(layer))) is not None:
+                _set(layer, form, parts=Parts(layer.weight))
+            continue
+        turned = mx.contiguous(layer.weight.T)
+        layer.weight = turned.T
+        mx.eval(turned, layer.weight)  # one at a time: the old one goes before the next comes
+        if (form := _TURNED.get(type(layer))) is not None:
+            _set(layer, form, turned=turned)
+
+
+class Parts:
+    """A matrix `[N, K]` in parts so narrow that their products are small. They share its memory."""
+
+    def __init__(self, weight: mx.array) -> None:
+        self._weight = weight
+        self._views: dict[int, mx.array] = {}  # [N / width, K, width], by the width
+
+    def product(self, x: mx.array) -> mx.array:
+        """x @ weight.T, for x `[..., K]`."""
+        num_outputs, num_inputs = self._weight.shape
+        num_rows = x.size // num_inputs
+        width = _width(num_rows, num_inputs, num_outputs)
+        if width is None:
+            return x @ self._weight.T
+        if (view := self._views.get(width)) is None:
+            view = self._weight.reshape(-1, width, num_inputs).swapaxes(1, 2)
+            mx.eval(view)
+            self._views[width] = view
+        y = x.reshape(1, num_rows, num_inputs) @ view  # [N / width, rows, width]
+        if num_rows > 1:
+            y = y.swapaxes(0, 1)
+        return y.reshape(*x.shape[:-1], num_outputs)
+
+
+@cache
+def _width(num_rows: int, num_inputs: int, num_outputs: int) -> int | None:
+    """Columns of a part, a power of two; None where the whole is small, or no part would be."""
+    if (
+        num_rows * num_outputs <= _MOST_OUTPUTS
+        and num_rows * num_inputs * num_outputs <= _MOST_WORK
+    ):
+        return None
+    most = min(_MOST_OUTPUTS, _MOST_WORK // num_inputs) // num_rows
+    width = 1 << most.bit_length() - 1 if most else 0
+    while width > num_outputs or (width and num_outputs % width):
+        width //= 2
+    return width if width >= _LEAST_WIDTH else None
 
 
 class _Linear(nn.Linear):
@@ -133,11 +197,31 @@ class _Embedding(nn.Embedding):
         return x @ self.turned
 
 
+class _LinearInParts(nn.Linear):
+    parts: Parts
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.parts.product(x)
+
+
+class _EmbeddingInParts(nn.Embedding):
+    parts: Parts
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.parts.product(x)
+
+
 _TURNED: dict[type, type] = {
     nn.Linear: _Linear,
     _Linear: _Linear,
     nn.Embedding: _Embedding,
     _Embedding: _Embedding,
+}
+_IN_PARTS: dict[type, type] = {
+    nn.Linear: _LinearInParts,
+    _LinearInParts: _LinearInParts,
+    nn.Embedding: _EmbeddingInParts,
+    _EmbeddingInParts: _EmbeddingInParts,
 }
 
 

@@ -91,6 +91,81 @@ def test_only_float32_matrices_are_turned():
         assert not any(map(is_by_columns, matrices))
 
 
+# --- products in parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 16, 31, 77])
+@pytest.mark.parametrize("shape", [(768, 256), (96, 1000), (4096, 256), (1000, 512), (33, 7)])
+def test_a_product_in_parts_is_the_product(num_rows: int, shape: tuple[int, int]):
+    weight = mx.random.normal(shape)
+    parts = cpu.Parts(weight)
+    for x in (
+        mx.random.normal((num_rows, 1, shape[1])),
+        mx.random.normal((1, num_rows, shape[1])),
+        mx.random.normal((num_rows, shape[1])),
+    ):
+        y = parts.product(x)
+        assert y.shape == (*x.shape[:-1], shape[0])
+        assert mx.allclose(y, x @ weight.T, rtol=1e-5, atol=1e-4).item()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 16, 32, 64, 500])
+@pytest.mark.parametrize(
+    "shape", [(256, 768), (256, 4096), (768, 256), (4096, 128_256), (64, 7919)]
+)
+def test_parts_are_small_products_that_make_up_the_whole(num_rows: int, shape: tuple[int, int]):
+    num_inputs, num_outputs = shape
+    width = cpu._width(num_rows, num_inputs, num_outputs)
+    if width is not None:
+        assert num_outputs % width == 0
+        assert 16 <= width < num_outputs
+        assert num_rows * width <= 1024
+        assert num_rows * width * num_inputs <= 1_000_000
+
+
+def test_what_is_small_is_whole_and_what_stays_large_in_parts_too():
+    assert cpu._width(1, 256, 768) is None  # small
+    assert cpu._width(8, 256, 768) == 128
+    assert cpu._width(8, 256, 4096) == 128
+    assert cpu._width(16, 256, 4096) == 64
+    assert cpu._width(200, 256, 4096) is None
+    assert cpu._width(1, 64, 7919) is None  # a prime
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_whose_matrices_are_in_parts_say_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = fresh(kind)
+    before = [model(tokens) for tokens in inputs()]
+    mx.eval(before)
+    seen: list[int] = []
+
+    def width(num_rows: int, num_inputs: int, num_outputs: int) -> int:
+        seen.append(min(16, num_outputs & -num_outputs))  # divides it
+        return seen[-1]
+
+    monkeypatch.setattr(cpu, "_FEW_ROWS", 10_000)  # no matrix is small
+    monkeypatch.setattr(cpu, "_width", width)
+    own = [array for _, array in tree_flatten(model.parameters())]
+    for _ in range(2):  # the second time nothing changes
+        lay_out(model, has_small_kernels=True)
+    now = [array for _, array in tree_flatten(model.parameters())]
+    assert all(a is b for a, b in zip(own, now, strict=True))
+    for tokens, logits in zip(inputs(), before, strict=True):
+        assert mx.allclose(model(tokens), logits, rtol=1e-5, atol=1e-4).item(), tokens.shape
+    assert seen
+
+
+def test_only_an_openblas_that_has_them_gives_small_kernels(monkeypatch: pytest.MonkeyPatch):
+    for core, is_in_parts in (("Cooperlake", True), ("Haswell", False), (None, False)):
+        monkeypatch.setattr(cpu, "_blas_core", lambda core=core: core)
+        large, small = nn.Linear(512, 512, bias=False), nn.Linear(64, 64, bias=False)
+        assert (type(layer(large)) is cpu._LinearInParts) == is_in_parts
+        assert type(layer(small)) is cpu._Linear
+        assert is_by_columns(large.weight) != is_in_parts
+
+
 # --- whole models --------------------------------------------------------------------------------
 
 
