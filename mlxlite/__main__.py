@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+    from mlxlite.engine import Engine
     from mlxlite.sequence import Runner
     from mlxlite.served import ServedModel
     from mlxlite.server import Server
@@ -42,9 +43,12 @@ _OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or 
 _REPEAT_S = 10.0  # between two lines of a log that say the same
 # Between the lane, on which the device waits, and a loop that publishes: 5 ms is a whole step.
 _SWITCH_S = 0.0002
-_TRIM_S = 60.0  # between two rounds of giving free memory back
-# Objects between two collections while it loads, which makes 90,000 that stay and hardly any other.
-_LOADING_THRESHOLD = 100_000
+# Between two rounds of giving free memory back: while there is work, and at least; and how long
+# there must be none for a round, or a client that asks one thing after the other would pay for it.
+_TRIM_S, _TRIM_LEAST_S, _REST_S = 60.0, 1.0, 0.005
+# Objects between two collections while it loads, which makes 90,000 that stay and few others; those
+# leave 0.5 MiB of holes where none is collected before the end.
+_LOADING_THRESHOLD = 20_000
 
 
 def load(config: Config) -> "tuple[ServedModel, Runner]":
@@ -291,7 +295,8 @@ async def _serve(
             gc.freeze()  # what is loaded is for good: no collection looks at it again
             gc.set_threshold(*thresholds)
             _announce(server)
-            trimming = asyncio.ensure_future(_give_memory_back(_trimmer()))
+            assert server.served is not None
+            trimming = asyncio.ensure_future(_give_memory_back(_trimmer(), server.served.engine))
             await stopped
             trimming.cancel()
     ready.cancel()
@@ -300,13 +305,28 @@ async def _serve(
     return code
 
 
-async def _give_memory_back(trim: "Callable[[], object] | None") -> None:
-    """Now and then, from a thread; takes about 10 ms for 100 MiB."""
+async def _give_memory_back(trim: "Callable[[], object] | None", engine: "Engine") -> None:
+    """Now, now and then, and when work is done; from a thread, in about 10 ms for 100 MiB."""
     import asyncio
 
     while trim is not None:
+        engine.rests.clear()
         await asyncio.to_thread(trim)
-        await asyncio.sleep(_TRIM_S)
+        await asyncio.sleep(_TRIM_LEAST_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_rest(engine), _TRIM_S)
+
+
+async def _rest(engine: "Engine") -> None:
+    """Return when there has been work, and for a moment no more."""
+    import asyncio
+
+    num_steps = -1
+    while engine.num_live or engine.load.num_steps != num_steps:
+        await engine.rests.wait()
+        engine.rests.clear()
+        num_steps = engine.load.num_steps
+        await asyncio.sleep(_REST_S)
 
 
 def _trimmer() -> "Callable[[], object] | None":

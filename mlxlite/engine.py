@@ -196,6 +196,7 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._image_bytes = 0  # in their prompts
         self._wake = asyncio.Event()
+        self.rests = asyncio.Event()  # set whenever there is nothing left to do
         self._loop = asyncio.get_running_loop()
         self.embedder = Embedder(lane, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
@@ -376,6 +377,7 @@ class Engine:
         self._wake.clear()
         if not self._scheduler.is_gathering:
             self._gather_since = None
+            self.rests.set()
             await self._wake.wait()
             return
         self._gather_since = self._gather_since or perf_counter()

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from helpers import DONE, parse_frames, text_of
 
 from mlxlite import __version__
 from mlxlite.__main__ import _give_memory_back
+
+if TYPE_CHECKING:
+    from mlxlite.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 60.0  # of a start: a slow machine imports for long
@@ -319,26 +323,94 @@ def test_free_memory_that_malloc_keeps_is_given_back() -> None:
     assert int(done.stdout) > 50, "of 114 MiB"
 
 
-def test_it_is_given_back_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlite.__main__._TRIM_S", 0.001)
+class Working:
+    """What is asked of an engine about its work."""
+
+    def __init__(self) -> None:
+        self.rests = asyncio.Event()
+        self.num_live = 0
+        self.load = SimpleNamespace(num_steps=0)
+
+    def work(self, num_steps: int) -> None:
+        self.num_live, self.load.num_steps = 1, self.load.num_steps + num_steps
+
+    def rest(self) -> None:
+        self.num_live = 0
+        self.rests.set()
+
+
+def given_back(
+    scenario: Callable[[Working, Callable[[int], Awaitable[None]]], Awaitable[None]],
+) -> int:
+    """How often memory was given back while a scenario ran; it can wait for a number of times."""
     calls: list[int] = []
 
-    async def until_the_fifth() -> None:
-        loop, enough = asyncio.get_running_loop(), asyncio.Event()
+    async def run() -> None:
+        loop, more = asyncio.get_running_loop(), asyncio.Event()
+        engine = Working()
 
         def trim() -> None:
             calls.append(1)
-            if len(calls) == 5:
-                loop.call_soon_threadsafe(enough.set)
+            loop.call_soon_threadsafe(more.set)
 
-        giving = asyncio.create_task(_give_memory_back(trim))
-        await asyncio.wait_for(enough.wait(), 20)
+        async def until(num: int) -> None:
+            async with asyncio.timeout(20):
+                while len(calls) < num:
+                    more.clear()
+                    await more.wait()
+
+        giving = asyncio.create_task(_give_memory_back(trim, cast("Engine", engine)))
+        await scenario(engine, until)
         giving.cancel()
         await asyncio.gather(giving, return_exceptions=True)
-        await _give_memory_back(None)  # where malloc is another one: nothing, and no endless task
+        # Where malloc is another one: nothing, and no endless task.
+        await _give_memory_back(None, cast("Engine", engine))
 
-    asyncio.run(until_the_fifth())
-    assert len(calls) >= 5
+    asyncio.run(run())
+    return len(calls)
+
+
+def test_it_is_given_back_again_and_again_while_there_is_work(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlxlite.__main__._TRIM_S", 0.001)
+    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
+
+    async def busy(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
+        engine.work(1)
+        await until(5)
+
+    assert given_back(busy) >= 5
+
+
+def test_it_is_given_back_when_work_is_done_and_only_then(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
+
+    async def one_after_the_other(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
+        await until(1)
+        engine.rest()  # it is loaded, and nobody has come yet
+        await until(2)
+        for num in (3, 4):
+            engine.work(3)
+            await asyncio.sleep(0.1)
+            engine.rest()
+            await until(num)
+        await asyncio.sleep(0.1)  # nothing is done, and nothing given back
+
+    assert given_back(one_after_the_other) == 4
+
+
+def test_a_client_that_asks_again_at_once_does_not_pay_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
+    monkeypatch.setattr("mlxlite.__main__._REST_S", 0.2)
+
+    async def at_once(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
+        await until(1)
+        for _ in range(30):
+            engine.work(1)
+            await asyncio.sleep(0.01)
+            engine.rest()
+            await asyncio.sleep(0)
+
+    assert given_back(at_once) == 1
 
 
 # --- start --------------------------------------------------------------------------------------

@@ -290,7 +290,9 @@ def test_layers_share_an_array_of_offsets_only_where_they_are_equally_far():
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [(1, 1, 64), (5, 1, 64), (1, 33, 64), (3, 1, 4, 64), (64,)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64), (5, 1, 64), (1, 33, 64), (3, 1, 4, 64), (64,), (2, 90, 64)]
+)
 def test_a_norm_is_mlx_s_bit_for_bit(shape: tuple[int, ...]):
     norm = nn.RMSNorm(64, eps=1e-6)
     norm.weight = mx.random.normal((64,))

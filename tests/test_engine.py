@@ -189,6 +189,20 @@ def test_where_a_launch_is_slow_the_step_with_first_tokens_is_told_before_the_ne
     assert calls_of(slow)[:5] == [1, 2, None, 3, 4], "the second chunk brings the first row"
 
 
+def test_it_says_when_there_is_nothing_left_to_do():
+    async def scenario() -> None:
+        async with serve(FakeRunner()) as served:
+            await asyncio.wait_for(served.engine.rests.wait(), 5)
+            served.engine.rests.clear()
+            sink = served.add(make_sequence(1, max_tokens=4))
+            await sink.wait()
+            await asyncio.wait_for(served.engine.rests.wait(), 5)
+            assert not served.engine.num_live
+            assert served.engine.load.num_steps
+
+    play(scenario())
+
+
 def test_an_end_token_has_no_text_and_is_counted():
     async def scenario() -> None:
         async with serve(FakeRunner(answers={1: [0, 1, 25, 2]})) as served:
