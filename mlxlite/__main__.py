@@ -306,13 +306,15 @@ async def _serve(
 
 
 async def _give_memory_back(trim: "Callable[[], object] | None", engine: "Engine") -> None:
-    """Now, now and then, and when work is done; from a thread, in about 10 ms for 100 MiB."""
+    """Now, when work is done, and now and then; from a thread, in about 10 ms for 100 MiB."""
     import asyncio
 
+    least_s = 0.0  # the first work is part of the start
     while trim is not None:
         engine.rests.clear()
         await asyncio.to_thread(trim)
-        await asyncio.sleep(_TRIM_LEAST_S)
+        await asyncio.sleep(least_s)
+        least_s = _TRIM_LEAST_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_rest(engine), _TRIM_S)
 
