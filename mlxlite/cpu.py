@@ -19,11 +19,13 @@ import math
 import shutil
 from collections.abc import Iterator
 from functools import cache, partial
+from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import scaled_dot_product_attention
 
 # Rows of one decode step, which are fused as they are: each number of rows is traced once. Other
 # inputs are fused in parts of 1, 2, 4 … 2048 rows, so that there are few traces.
@@ -59,6 +61,10 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
         elif can_fuse and _is_swiglu(type(layer)):
             own = type(layer)
             forms[own] = form = forms.get(own) or _fused(own)
+            _set(layer, form)
+        elif _attends(type(layer)):
+            own = type(layer)
+            forms[own] = form = forms.get(own) or _attending(own)
             _set(layer, form)
     for layer in getattr(model, "layers", ()):
         if isinstance(layer, nn.Module) and not isinstance(layer, _Begun):
@@ -289,6 +295,69 @@ class _RoPE(nn.RoPE):
         if self.dims < x.shape[-1]:
             halves.append(x[..., self.dims :])
         return x * same + mx.concatenate(halves, axis=-1) * crossed
+
+
+# --- attention --------------------------------------------------------------------------------
+
+# Queries of a long chunk that are computed together, up to the keys that the last of them sees.
+_QUERIES = 128
+
+
+def _attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """`mlx_lm.models.base.scaled_dot_product_attention`, which on a CPU computes what it masks.
+
+    One token's heads that share keys are one product with them, not one for each head.
+    """
+    whole = partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
+    if hasattr(cache, "bits") or sinks is not None:
+        return cast("mx.array", whole(queries, keys, values, mask=mask))
+    num_rows, num_heads, num_queries, width = queries.shape
+    num_shared, num_keys = keys.shape[1:3]
+    if num_queries == 1 and isinstance(mask, str):
+        mask = None  # "causal" hides nothing from the last one
+    if num_queries == 1 and num_heads > num_shared and _is_for_all_heads(mask):
+        queries = queries.reshape(num_rows, num_shared, -1, width)
+        heads = whole(queries, keys, values, mask=mask)
+        return cast("mx.array", heads.reshape(num_rows, num_heads, 1, -1))
+    if num_queries <= _QUERIES or not isinstance(mask, str):
+        return cast("mx.array", whole(queries, keys, values, mask=mask))
+    parts = []
+    for start in range(0, num_queries, _QUERIES):
+        stop = min(start + _QUERIES, num_queries)
+        seen = num_keys - num_queries + stop
+        own = queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen]
+        parts.append(whole(*own, mask=mask))
+    return mx.concatenate(parts, axis=2)
+
+
+def _is_for_all_heads(mask: mx.array | str | None) -> bool:
+    return not isinstance(mask, mx.array) or mask.ndim < 3 or mask.shape[-3] == 1
+
+
+def _attends(layer: type) -> bool:
+    """Whether its call attends by mlx-lm's function."""
+    code = getattr(layer.__call__, "__code__", None)
+    name = scaled_dot_product_attention.__name__
+    if code is None or name not in code.co_names:
+        return False
+    return layer.__call__.__globals__.get(name) is scaled_dot_product_attention
+
+
+def _attending(layer: type) -> type:
+    """A subclass of a layer that `_attends`: the same code with the function above."""
+    own = layer.__call__
+    names = own.__globals__ | {scaled_dot_product_attention.__name__: _attention}
+    call = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    call.__kwdefaults__ = own.__kwdefaults__
+    return type(layer.__name__, (layer,), {"__call__": call, "__module__": __name__})
 
 
 # --- norms ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3
+from mlx_lm.models import base, qwen3
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.rope_utils import Llama3RoPE
@@ -284,6 +284,97 @@ def test_layers_share_an_array_of_offsets_only_where_they_are_equally_far():
     assert first.offset is second.offset is last.offset
     assert first.offset is not odd.offset
     assert odd.offset.tolist() == [6, 4]
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def attend(*args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+    """Ours, and mlx-lm's."""
+    ours, theirs = (
+        cpu._attention(*args, **kwargs),
+        base.scaled_dot_product_attention(*args, **kwargs),
+    )
+    mx.eval(ours, theirs)
+    return ours, theirs
+
+
+def heads(num_rows: int, num_heads: int, num_tokens: int, width: int = 16) -> mx.array:
+    return mx.random.normal((num_rows, num_heads, num_tokens, width))
+
+
+@pytest.mark.parametrize("num_heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("kind", [None, "causal", "padding", "flat", "bias"])
+def test_a_token_attends_as_with_mlx_lm(
+    kind: str | None, num_rows: int, num_heads: tuple[int, int]
+):
+    own, shared = num_heads
+    masks: dict[str | None, Any] = {
+        None: None,
+        "causal": "causal",
+        "padding": mx.arange(40)[None, None, None] >= mx.arange(num_rows).reshape(-1, 1, 1, 1),
+        "flat": mx.arange(40)[None] > 3,
+        "bias": mx.random.normal((1, 1, 1, 40)),
+    }
+    args = heads(num_rows, own, 1), heads(num_rows, shared, 40), heads(num_rows, shared, 40, 8)
+    ours, theirs = attend(*args, cache=None, scale=0.3, mask=masks[kind])
+    assert ours.shape == theirs.shape == (num_rows, own, 1, 8)
+    assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-6).item()
+
+
+@pytest.mark.parametrize("num_queries", [2, 128, 129, 300, 512])
+@pytest.mark.parametrize("num_before", [0, 1, 77])
+def test_a_long_chunk_attends_bit_for_bit_as_with_mlx_lm(num_queries: int, num_before: int):
+    num_keys = num_before + num_queries
+    args = heads(2, 4, num_queries), heads(2, 2, num_keys), heads(2, 2, num_keys)
+    ours, theirs = attend(*args, cache=None, scale=0.25, mask="causal")
+    assert mx.array_equal(ours, theirs).item()
+
+
+def test_other_masks_sinks_heads_and_caches_are_mlx_lm_s():
+    args = heads(1, 4, 200), heads(1, 2, 200), heads(1, 2, 200)
+    mask = mx.tril(mx.ones((200, 200), mx.bool_))
+    one = heads(1, 4, 1), heads(1, 2, 9), heads(1, 2, 9)
+    own_mask = mx.random.normal((1, 4, 1, 9))  # of each head
+    for given, more in (
+        (args, {"mask": mask}),
+        (args, {"mask": None}),
+        (one, {"mask": own_mask}),
+        (one, {"mask": None, "sinks": mx.random.normal((4,))}),
+    ):
+        ours, theirs = attend(*given, cache=None, scale=0.25, **more)
+        assert mx.array_equal(ours, theirs).item()
+
+
+def test_attention_is_known_by_the_function_that_it_calls():
+    class Other(nn.Module):
+        def __call__(self, x: Any) -> Any:
+            return base.scaled_dot_product_attention(x, x, x, cache=None, scale=1.0, mask=None)
+
+    assert cpu._attends(qwen3.Attention)
+    assert not any(map(cpu._attends, (Other, qwen3.MLP, nn.Module)))
+    model = fresh("qwen3")
+    fit(model)
+    form = type(model.layers[0].self_attn)
+    assert issubclass(form, qwen3.Attention)
+    assert form.__call__.__globals__["scaled_dot_product_attention"] is cpu._attention
+    assert qwen3.scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+def test_a_prompt_of_many_chunks_is_what_it_was():
+    model, prompt = fresh("qwen3"), mx.array([[(7 * i) % VOCABULARY for i in range(700)]])
+    before = model(prompt)
+    mx.eval(before)
+    (rotations,) = fit(model)
+    cache = make_prompt_cache(model)
+    parts = []
+    for start, stop in ((0, 300), (300, 431), (431, 700)):
+        parts.append(model(prompt[:, start:stop], cache=cache))
+        rotations.forget()
+    now = mx.concatenate(parts, axis=1)
+    assert mx.allclose(now, before, rtol=1e-4, atol=1e-4).item()
+    assert mx.array_equal(mx.argmax(now, -1), mx.argmax(before, -1)).item()
 
 
 # --- norms ---------------------------------------------------------------------------------------
