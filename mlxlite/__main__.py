@@ -244,9 +244,9 @@ def _listen(config: Config) -> "socket.socket | None":
 
     if config.uds is not None:
         return None
-    found = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+    # As bytes, where it can be: the codec of other names' letters is not loaded for an address.
+    host = config.host.encode() if config.host.isascii() else config.host
+    found = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     if len(found) != 1:
         return None
     family, kind, protocol, _, address = found[0]

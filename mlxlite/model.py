@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import mlx.core as mx
 import mlx_lm
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import (
@@ -208,8 +207,8 @@ class Model:
         That is the first special token which comes again (<|im_start|>, <start_of_turn>); where
         none does, any that does not end an answer may be it.
         """
-        marks = np.array(sorted(self.added_tokens), np.int64)
-        found = np.flatnonzero(np.isin(np.array(tokens, np.int64), marks)).tolist()
+        marks = self.added_tokens
+        found = [i for i, token in enumerate(tokens) if token in marks]
         counts = Counter(tokens[i] for i in found)
         mark = next((tokens[i] for i in found if counts[tokens[i]] > 1), None)
         if mark is not None:

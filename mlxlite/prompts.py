@@ -10,13 +10,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mlxlite import api
 from mlxlite.arguments import repaired
 from mlxlite.blocks import blocks_of
 from mlxlite.config import Config
-from mlxlite.dialects import parse_count_tokens, parse_messages
 from mlxlite.harmony import AnyChannels, HarmonyChannels, with_thinking
 from mlxlite.media import Limits, MediaError, Picture, Source, load
 from mlxlite.messages import Message
@@ -32,10 +31,12 @@ from mlxlite.plain import (
     parse_tokenize,
 )
 from mlxlite.request import ChatRequest, Options, parse_chat
-from mlxlite.responses import ResponsesRequest, parse_responses
 from mlxlite.sequence import Prompt
 from mlxlite.served import ConstraintError, PromptError, ServedModel
 from mlxlite.text import Channels
+
+if TYPE_CHECKING:
+    from mlxlite.responses import ResponsesRequest
 
 
 class HasPictures(Exception):
@@ -55,6 +56,8 @@ def prepare_messages(
     model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, Prompt]:
     """The same for Anthropic's dialect."""
+    from mlxlite.dialects import parse_messages
+
     request = parse_messages(body)
     prompt = render(model, request, config, is_patient=is_patient)
     return request, cacheable(model, prompt, request, tenant, config)
@@ -64,6 +67,8 @@ def prepare_count(
     model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, int]:
     """How many tokens a message's prompt has."""
+    from mlxlite.dialects import parse_count_tokens
+
     request = parse_count_tokens(body)
     return request, len(render(model, request, config, is_patient=is_patient).tokens)
 
@@ -76,8 +81,10 @@ def prepare_response(
     recall: Callable[[str], tuple[Message, ...] | None],
     *,
     is_patient: bool = False,
-) -> tuple[ResponsesRequest, Prompt]:
+) -> "tuple[ResponsesRequest, Prompt]":
     """The same for OpenAI's Responses; `recall` knows what was said up to an earlier one."""
+    from mlxlite.responses import parse_responses
+
     request = parse_responses(body)
     if (id := request.previous_response_id) is not None:
         if (history := recall(id)) is None:

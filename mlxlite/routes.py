@@ -5,7 +5,8 @@ that writes straight to the connection. Streamed or not, an answer is the fold o
 It must never wait for the model on the loop, and never drop a field in silence.
 
 `Home` is what the routes need of the server; who may ask, and what a client's leaving means, is the
-server's.
+server's. What a chat does not need (Anthropic's dialect, Responses, the document of all fields) is
+imported when it is first asked for, and until then takes no memory.
 """
 
 import asyncio
@@ -20,12 +21,11 @@ from time import perf_counter, time
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import quote
 
-from mlxlite import api, openapi, plain
+from mlxlite import api, plain
 from mlxlite.api import Cause
 from mlxlite.config import Config
 from mlxlite.connection import JSON, AnswerSink, ErrorBody, Exchange
 from mlxlite.conversations import Conversations
-from mlxlite.dialects import MessagesWriter, anthropic_error, token_count
 from mlxlite.engine import Engine, EngineFailed, QueueFull
 from mlxlite.faults import FOREIGN, bearable, trace_of
 from mlxlite.harmony import AnyChannels
@@ -44,7 +44,6 @@ from mlxlite.prompts import (
     prepare_tokens,
 )
 from mlxlite.request import Options, parse_cancel
-from mlxlite.responses import ResponsesWriter, deleted
 from mlxlite.sequence import Prompt, Sequence
 from mlxlite.served import ServedModel
 
@@ -128,12 +127,12 @@ class Routes:
             "/chat/completions": Route("/v1/chat/completions", {"POST": self._chat}),
             "/completions": Route("/v1/completions", {"POST": self._completions}),
             "/messages": Route(
-                "/v1/messages", {"POST": self._messages}, error_body=anthropic_error
+                "/v1/messages", {"POST": self._messages}, error_body=_anthropic_error
             ),
             "/messages/count_tokens": Route(
                 "/v1/messages/count_tokens",
                 {"POST": self._count_tokens},
-                error_body=anthropic_error,
+                error_body=_anthropic_error,
             ),
             "/responses": Route("/v1/responses", {"POST": self._responses}),
             "/responses/": Route(
@@ -239,6 +238,8 @@ class Routes:
         )
 
     def _openapi(self, exchange: Exchange, _body: bytes) -> None:
+        from mlxlite import openapi
+
         exchange.respond(200, openapi.document())
 
     def _version(self, exchange: Exchange, _body: bytes) -> None:
@@ -272,6 +273,8 @@ class Routes:
         id = exchange.head.path.rpartition("/")[2]
         if not self._conversations.delete(_own(exchange, id)):
             raise api.APIError(Cause.NOT_FOUND, f"there is no response {api.clip(id)!r} here")
+        from mlxlite.responses import deleted
+
         exchange.respond(200, deleted(id))
 
     def _embeddings(self, exchange: Exchange, body: bytes) -> None:
@@ -338,6 +341,8 @@ class Routes:
             body, prepare_messages, ready.model, body, tenant, self._config
         )
 
+        from mlxlite.dialects import MessagesWriter
+
         def write(envelope: api.Envelope) -> api.Writer:
             return MessagesWriter(envelope, len(prompt.tokens))
 
@@ -349,6 +354,8 @@ class Routes:
             body, prepare_count, ready.model, body, self._config
         )
         self._note_ignored(exchange, request.ignored)
+        from mlxlite.dialects import token_count
+
         exchange.respond(200, token_count(num_tokens))
 
     async def _begin_response(self, ready: Ready, exchange: Exchange, body: bytes) -> None:
@@ -360,6 +367,8 @@ class Routes:
         request, prompt = await self._off_loop(
             body, prepare_response, ready.model, body, tenant, self._config, recall
         )
+        from mlxlite.responses import ResponsesWriter
+
         writers: list[ResponsesWriter] = []
 
         def write(envelope: api.Envelope) -> api.Writer:
@@ -560,3 +569,9 @@ def _carry(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def _own(exchange: Exchange, id: str) -> str:
     """A response's id among those of its API key: nobody else's can be asked for."""
     return f"{exchange.key.hex()}/{id}"
+
+
+def _anthropic_error(error: api.APIError, request_id: str) -> bytes:
+    from mlxlite.dialects import anthropic_error
+
+    return anthropic_error(error, request_id)

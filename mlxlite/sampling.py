@@ -170,9 +170,9 @@ class Sampler:
             make([members[i] for i in rows], len(members), self._num_vocab)
             for make, rows in makers.items()
         ]
-        order = np.argsort(np.array([i for rows in makers.values() for i in rows]))
-        is_in_order = (order == np.arange(len(order))).all()
-        self._order = None if is_in_order else mx.array(order.astype(np.int32))
+        by_group = [i for rows in makers.values() for i in rows]
+        order = sorted(range(len(by_group)), key=by_group.__getitem__)
+        self._order = None if by_group == sorted(order) else mx.array(order, mx.int32)
 
     def __call__(
         self, logits: mx.array, masks: mx.array | None = None

@@ -142,3 +142,11 @@ def test_the_scheduler_does_not_load_mlx() -> None:
     code = "import sys, mlxlite.scheduler; sys.exit('mlx' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60)
     assert result.returncode == 0
+
+
+def test_what_a_chat_does_not_need_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, mlxlite.server; print(*(m for m in sys.modules if m.startswith('mlxlite')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(done.stdout.split())
+    assert "mlxlite.request" in found
+    assert not found & {"mlxlite.dialects", "mlxlite.responses", "mlxlite.openapi"}
