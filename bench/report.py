@@ -4,7 +4,6 @@ A ratio is the median of the pairs' ratios with their range, never a ratio of me
 of a pair were measured within seconds of each other, on the same machine in the same mood.
 """
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -147,6 +146,8 @@ def _cpu() -> str:
 
 def _blas() -> str:
     """What is preloaded, what is mapped into this process, its kernels, and what is set."""
+    from mlxlite.cpu import blas_core  # loads MLX, which the --readme need not wait for
+
     preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
     own = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _VARIABLES)
     try:
@@ -156,16 +157,7 @@ def _blas() -> str:
     except OSError:
         names = []
     loaded = ", ".join(names) or "unknown"
-    return f"preloaded {preloaded}; loaded {loaded}; {kernels(_core_name())}; {own}"
-
-
-def _core_name() -> str | None:
-    """The processor that the preloaded OpenBLAS takes this one for."""
-    name = getattr(ctypes.CDLL(None), "openblas_get_corename", None)
-    if name is None:
-        return None
-    name.restype = ctypes.c_char_p
-    return str(name().decode())
+    return f"preloaded {preloaded}; loaded {loaded}; {kernels(blas_core())}; {own}"
 
 
 def kernels(core_name: str | None) -> str:

@@ -43,9 +43,11 @@ _OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or 
 _REPEAT_S = 10.0  # between two lines of a log that say the same
 # Between the lane, on which the device waits, and a loop that publishes: 5 ms is a whole step.
 _SWITCH_S = 0.0002
-# Between two rounds of giving free memory back: while there is work, and at least; and how long
-# there must be none for a round, or a client that asks one thing after the other would pay for it.
-_TRIM_S, _TRIM_LEAST_S, _REST_S = 60.0, 1.0, 0.005
+# Between two rounds of giving free memory back, at least and then at most: pages that are taken
+# again cost whoever comes next. And when work is done: how long ago, and how much the process has
+# grown by since the last round.
+_TRIM_S = 60.0
+_REST_S, _GROWN_BYTES = 0.005, 32 << 20
 # Objects between two collections while it loads, which makes 90,000 that stay and few others; those
 # leave 0.5 MiB of holes where none is collected before the end.
 _LOADING_THRESHOLD = 20_000
@@ -308,27 +310,37 @@ async def _serve(
 async def _give_memory_back(trim: "Callable[[], object] | None", engine: "Engine") -> None:
     """Now, when work is done, and now and then; from a thread, in about 10 ms for 100 MiB."""
     import asyncio
+    from itertools import chain, repeat
 
-    least_s = 0.0  # the first work is part of the start
-    while trim is not None:
+    # The first work is part of the start, and the first after it need not wait.
+    for least_s, grown_bytes in chain(((0, 0), (0, _GROWN_BYTES)), repeat((_TRIM_S, _GROWN_BYTES))):
+        if trim is None:
+            return
         engine.rests.clear()
         await asyncio.to_thread(trim)
+        least_bytes = _resident_bytes() + grown_bytes
         await asyncio.sleep(least_s)
-        least_s = _TRIM_LEAST_S
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_rest(engine), _TRIM_S)
+            await asyncio.wait_for(_rest(engine, least_bytes), _TRIM_S)
 
 
-async def _rest(engine: "Engine") -> None:
-    """Return when there has been work, and for a moment no more."""
+async def _rest(engine: "Engine", least_bytes: int) -> None:
+    """Return when there has been work, for a moment no more, and so much is resident."""
     import asyncio
 
     num_steps = -1
-    while engine.num_live or engine.load.num_steps != num_steps:
+    while engine.num_live or engine.load.num_steps != num_steps or _resident_bytes() < least_bytes:
         await engine.rests.wait()
         engine.rests.clear()
         num_steps = engine.load.num_steps
         await asyncio.sleep(_REST_S)
+
+
+def _resident_bytes() -> int:
+    """0 where Linux's files do not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _trimmer() -> "Callable[[], object] | None":

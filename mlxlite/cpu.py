@@ -47,7 +47,7 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
 
     To be called again when weights have changed.
     """
-    lay_out(model, _blas_core() in _WITH_SMALL_KERNELS)
+    lay_out(model, blas_core() in _WITH_SMALL_KERNELS)
     can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
     forms: dict[type, type] = {}
@@ -66,7 +66,8 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
             own = type(layer)
             forms[own] = form = forms.get(own) or _attending(own)
             _set(layer, form)
-    for layer in getattr(model, "layers", ()):
+    # Of a chunk nobody needs the last layer's output, but only its keys and values.
+    for layer in list(getattr(model, "layers", ()))[:-1]:
         if isinstance(layer, nn.Module) and not isinstance(layer, _Begun):
             own = type(layer)
             forms[own] = form = forms.get(own) or _begun(own)
@@ -112,7 +113,7 @@ _LEAST_WIDTH = 16
 _FEW_ROWS = 8  # a matrix whose product with so many is small need not be cut
 
 
-def _blas_core() -> str | None:
+def blas_core() -> str | None:
     """The processor that a preloaded OpenBLAS takes this one for; None with another BLAS."""
     name = getattr(ctypes.CDLL(None), "openblas_get_corename", None)
     if name is None:

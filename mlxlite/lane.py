@@ -98,13 +98,12 @@ class ChunkTuner:
     second the least of these, the third is fitted; and so it says how many tokens fit in
     `budget_s`. Without the passes a small chunk would look dear and the next one be smaller still.
 
-    A step that was slower than the average weighs more than one that was quicker: tokens cost more
-    as the context grows. Says nothing while the answer would grow by less than an eighth, or shrink
-    by less than a sixteenth, so that the command log stays short.
+    A step that was slower than the average counts at once: tokens cost more as the context grows,
+    and the next one more still. Says nothing while the answer would grow by less than an eighth, or
+    shrink by less than a sixteenth, so that the command log stays short.
     """
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
-    _SLOW_WEIGHT = 0.7  # of a slower one
     _LEAST_WEIGHT = 0.01  # of one that is more than the least
     _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
 
@@ -129,7 +128,7 @@ class ChunkTuner:
         num_passes = num_later + (num_later < len(step.chunks))
         token_s = max(prefill_s - num_passes * self._pass_s, device_s / 10)
         token_s /= step.num_prefill_tokens
-        self._token_s = self._average(self._token_s, token_s, self._SLOW_WEIGHT)
+        self._token_s = max(token_s, self._average(self._token_s, token_s))
         budget_s = max(self._budget_s - self._pass_s, self._budget_s / 2)
         num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
         if self._said * 15 < num_tokens * 16 and num_tokens * 8 < self._said * 9:
@@ -137,6 +136,6 @@ class ChunkTuner:
         self._said = num_tokens
         return num_tokens
 
-    def _average(self, old: float, new: float, slow_weight: float = _WEIGHT) -> float:
-        weight = slow_weight if new > old else self._WEIGHT
+    def _average(self, old: float, new: float, more_weight: float = _WEIGHT) -> float:
+        weight = more_weight if new > old else self._WEIGHT
         return new if old == 0.0 else old + weight * (new - old)

@@ -122,7 +122,8 @@ def share(
     """What these look at and prefill in this step, in their order; counted as done in them."""
     looks: list[Look] = []
     chunks: list[Chunk] = []
-    whole, most_last = budget, max(1, budget // 2) if is_anybody_decoding else budget
+    # Rows wait while a long prompt's is put beside theirs: its last chunk is a short one.
+    whole, most_last = budget, max(1, budget // 4) if is_anybody_decoding else budget
     for state in states:
         id = state.sequence.id
         num_looks = len(looks)
@@ -132,8 +133,8 @@ def share(
         if is_anybody_decoding and looks:
             budget = 0
         num_tokens = 0 if state.wants_look else state.num_ready(budget)
-        if num_tokens == state.num_to_prefill and state.is_long:
-            num_tokens = min(num_tokens, most_last)
+        if num_tokens == state.num_to_prefill > most_last and state.is_long:
+            num_tokens -= most_last
         elif num_tokens < state.num_to_prefill <= whole and state.is_new and chunks:
             num_tokens = 0  # one pass in the next step rather than one in this and one in that
         if num_tokens:

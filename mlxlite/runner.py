@@ -12,7 +12,7 @@ The rows of the batch are always exactly `step.rows` of the last step launched, 
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -91,7 +91,7 @@ class _InFlight:
     failed: tuple[tuple[int, str], ...]
     lost: tuple[int, ...]
     writes: list[Write]  # for the store, once they are computed
-    launched_at: float
+    launched_at: float  # when the device may have begun
     build_s: float
     dispatch_s: float
     is_matched: bool = False  # its tokens have gone to the matchers
@@ -212,6 +212,10 @@ class ModelRunner:
         launched = self._launch(step, in_flight) if step else None
         self._forget_rotations()
         outcome = self._wait(in_flight) if in_flight else None
+        if outcome and launched and launched.step.chunks and self.is_slow_to_launch:
+            # Most of a chunk was computed during its launch: the one before ended when nobody saw.
+            outcome = replace(outcome, device_s=0.0)
+            self._done_at = launched.launched_at
         return launched, outcome
 
     # --- embeddings -------------------------------------------------------------------------
@@ -279,7 +283,9 @@ class ModelRunner:
         if not self._ids and not self._prefills:
             mx.clear_cache()  # nobody is left: give the buffers back rather than sit on them
         lost, writes = self._payloads.told()
-        times = launched_at, launched_at - began_at, dispatch_s
+        # Where layers are begun while later ones are built, the device has had it since then.
+        device_at = began_at if self.is_slow_to_launch else launched_at
+        times = device_at, launched_at - began_at, dispatch_s
         return _InFlight(step, rows, output, logprobs, states, tuple(failed), lost, writes, *times)
 
     def _admit(self, admission: Admission) -> tuple[int, str] | None:

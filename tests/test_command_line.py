@@ -372,7 +372,6 @@ def given_back(
 
 def test_it_is_given_back_again_and_again_while_there_is_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mlxlite.__main__._TRIM_S", 0.001)
-    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
 
     async def busy(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
         engine.work(1)
@@ -381,23 +380,32 @@ def test_it_is_given_back_again_and_again_while_there_is_work(monkeypatch: pytes
     assert given_back(busy) >= 5
 
 
-def test_it_is_given_back_when_work_is_done_and_only_then(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
+def test_it_is_given_back_when_work_is_done_but_not_for_little_nor_often(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    resident = [100 << 20]
+    monkeypatch.setattr("mlxlite.__main__._resident_bytes", lambda: resident[0])
+
+    async def work(engine: Working, grows_mib: int) -> None:
+        engine.work(3)
+        await asyncio.sleep(0.05)
+        resident[0] += grows_mib << 20
+        engine.rest()
+        await asyncio.sleep(0.05)
 
     async def one_after_the_other(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
         await until(1)  # it is loaded, and nobody has come yet
-        for num in (2, 3):
-            engine.work(3)
-            await asyncio.sleep(0.1)
-            engine.rest()
-            await until(num)
-        await asyncio.sleep(0.1)  # nothing is done, and nothing given back
+        await work(engine, 0)
+        await until(2)  # the first work is part of the start
+        await work(engine, 20)  # little
+        await work(engine, 20)
+        await until(3)
+        await work(engine, 100)  # much, but so soon
 
     assert given_back(one_after_the_other) == 3
 
 
 def test_a_client_that_asks_again_at_once_does_not_pay_for_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlxlite.__main__._TRIM_LEAST_S", 0.001)
     monkeypatch.setattr("mlxlite.__main__._REST_S", 0.2)
 
     async def at_once(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:

@@ -1255,21 +1255,21 @@ def test_the_tuner_never_takes_off_more_than_nine_tenths():
     assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
 
 
-def test_the_tuner_averages_with_three_tenths_for_a_quicker_step_and_seven_for_a_slower():
+def test_the_tuner_averages_with_three_tenths_for_a_quicker_step_and_takes_a_slower_at_once():
     tuner = ChunkTuner(1.0)
     assert tuner.measure(step_of(100, 0), 1.0) == 100  # 10 ms a token
     assert tuner.measure(step_of(100, 0), 0.5) == 117  # 10 - 0.3 * 5 = 8.5 ms
-    assert tuner.measure(step_of(100, 0), 2.85) == 44  # 8.5 + 0.7 * 20 = 22.5 ms
+    assert tuner.measure(step_of(100, 0), 2.5) == 40  # 25 ms
 
 
 def test_the_tuner_says_nothing_for_little_or_an_unknown_time():
     tuner = ChunkTuner(1.0)
     assert tuner.measure(step_of(100, 0), 0.0) is None
     assert tuner.measure(step_of(100, 0), 1.0) == 100
-    assert tuner.measure(step_of(100, 0), 1.05) is None  # 96
-    assert tuner.measure(step_of(100, 0), 1.1) == 92  # it adds up
-    assert tuner.measure(step_of(100, 0), 0.9) is None  # 97: less than an eighth more
-    assert tuner.measure(step_of(100, 0), 0.6) == 111
+    assert tuner.measure(step_of(100, 0), 1.05) is None  # 95
+    assert tuner.measure(step_of(100, 0), 1.1) == 90
+    assert tuner.measure(step_of(100, 0), 0.9) is None  # 96: less than an eighth more
+    assert tuner.measure(step_of(100, 0), 0.6) == 110
 
 
 def test_the_tuner_never_asks_for_less_than_sixteen_tokens():

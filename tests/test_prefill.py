@@ -91,7 +91,8 @@ def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join
         return [c.stop - c.start for step in steps for c in step.chunks if c.id == 2]
 
     neighbour = Add(make_sequence(1, 3, 60))
-    assert chunks_of(110, neighbour) == [40, 40, 20, 9]
-    assert chunks_of(100, neighbour) == [40, 40, 19]
+    assert chunks_of(110, neighbour) == [40, 40, 19, 10]
+    assert chunks_of(100, neighbour) == [40, 40, 9, 10]
+    assert chunks_of(90, neighbour) == [40, 40, 9]
     assert chunks_of(41, neighbour) == [40], "a short one is not held up"
     assert chunks_of(110) == [40, 40, 29], "and nobody waits for this one"

@@ -12,6 +12,7 @@ import importlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
@@ -260,6 +261,27 @@ def one_by_one(runner: Runner, *steps: Step) -> list[tuple[int, ...]]:
         assert all(type(token) is int for token in outcome.tokens)
         tokens.append(outcome.tokens)
     return tokens
+
+
+def test_where_a_launch_computes_a_chunk_its_time_is_the_chunk_s():
+    runner = ModelRunner(build("qwen3"))
+    runner.is_slow_to_launch = True
+    one, two = make_sequence(1, 5), make_sequence(2, 901)
+    first = Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 4),), rows=(1,))
+    decoding, _ = runner.advance(first, None)
+    with_chunk = Step(2, admitted=admit(two), chunks=(Chunk(2, 0, 900),), rows=(1,))
+    began_at = perf_counter()
+    launched, outcome = runner.advance(with_chunk, decoding)
+    launch_s = perf_counter() - began_at
+    assert outcome is not None
+    assert outcome.device_s == 0.0, "unknown: nobody saw when it ended"
+    _, outcome = runner.advance(None, launched)
+    assert outcome is not None
+    assert outcome.device_s >= 0.9 * launch_s
+    only_rows, _ = runner.advance(Step(3, rows=(1,)), None)
+    _, outcome = runner.advance(Step(4, rows=(1,)), only_rows)
+    assert outcome is not None
+    assert outcome.device_s > 0.0
 
 
 def test_an_outcome_has_a_token_for_each_row_and_none_without_rows(subject: Subject):

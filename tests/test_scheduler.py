@@ -181,7 +181,7 @@ def test_prompts_of_one_length_go_in_the_order_of_the_queue():
 def test_what_is_left_of_a_prompt_counts_and_not_what_it_was():
     commands = {0: [Add(make_sequence(1, 31))], 2: [Add(make_sequence(2, 16))]}
     run = drive(Scheduler(Policy(chunk_size=10)), FakeRunner(), commands)
-    assert [chunk.id for step in run.steps for chunk in step.chunks] == [1, 1, 1, 2, 2]
+    assert [chunk.id for step in run.steps for chunk in step.chunks] == [1, 1, 1, 2, 2, 2]
 
 
 def flood(last_tick: int, num_prompt: int, first: int = 100) -> dict[int, list[Command]]:
