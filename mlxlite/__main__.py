@@ -43,9 +43,9 @@ _OTHER_FILES = 128  # beside connections: weights, prefixes, what a download or 
 _REPEAT_S = 10.0  # between two lines of a log that say the same
 # Between the lane, on which the device waits, and a loop that publishes: 5 ms is a whole step.
 _SWITCH_S = 0.0002
-# Between two rounds of giving free memory back, at least and then at most: pages that are taken
-# again cost whoever comes next. And when work is done: how long ago, and how much the process has
-# grown by since the last round.
+# Between two rounds of giving free memory back at least, and as long again at most: pages that are
+# taken again cost whoever comes next. And when work is done: how long ago, and how much the process
+# has grown by since the last round.
 _TRIM_S = 60.0
 _REST_S, _GROWN_BYTES = 0.005, 32 << 20
 # Objects between two collections while it loads, which makes 90,000 that stay and few others; those
@@ -313,15 +313,16 @@ async def _give_memory_back(trim: "Callable[[], object] | None", engine: "Engine
     from itertools import chain, repeat
 
     # The first work is part of the start, and the first after it need not wait.
-    for least_s, grown_bytes in chain(((0, 0), (0, _GROWN_BYTES)), repeat((_TRIM_S, _GROWN_BYTES))):
-        if trim is None:
-            return
+    rounds = chain(((0.0, 0), (0.0, _GROWN_BYTES)), repeat((_TRIM_S, _GROWN_BYTES)))
+    least_s, grown_bytes = next(rounds)
+    while trim is not None:
         engine.rests.clear()
         await asyncio.to_thread(trim)
         least_bytes = _resident_bytes() + grown_bytes
         await asyncio.sleep(least_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_rest(engine, least_bytes), _TRIM_S)
+            least_s, grown_bytes = next(rounds)
 
 
 async def _rest(engine: "Engine", least_bytes: int) -> None:

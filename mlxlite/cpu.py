@@ -18,7 +18,7 @@ import ctypes
 import math
 import shutil
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import make_prompt_cache
 
 # Rows of one decode step, which are fused as they are: each number of rows is traced once. Other
 # inputs are fused in parts of 1, 2, 4 … 2048 rows, so that there are few traces.
@@ -50,7 +51,7 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
     lay_out(model, blas_core() in _WITH_SMALL_KERNELS)
     can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
-    forms: dict[type, type] = {}
+    forms: dict[Any, type] = {}
     for _, layer in model.named_modules():
         if type(layer) in (nn.RoPE, _RoPE) and not layer.traditional:
             kind = layer.dims, layer.base, layer.scale
@@ -66,11 +67,12 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
             own = type(layer)
             forms[own] = form = forms.get(own) or _attending(own)
             _set(layer, form)
-    # Of a chunk nobody needs the last layer's output, but only its keys and values.
-    for layer in list(getattr(model, "layers", ()))[:-1]:
+    layers = list(getattr(model, "layers", ()))
+    num_kept = len(make_prompt_cache(model)) if layers else 0
+    for number, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.Module) and not isinstance(layer, _Begun):
-            own = type(layer)
-            forms[own] = form = forms.get(own) or _begun(own)
+            begun = type(layer), number < num_kept - 1
+            forms[begun] = form = forms.get(begun) or _begun(*begun)
             _set(layer, form)
     return tuple(rotations.values())
 
@@ -90,12 +92,17 @@ class _Begun:
     """A layer whose output is begun as soon as it is known what it is."""
 
 
-def _begun(layer: type) -> type:
-    """A subclass of a model's layer."""
+def _begun(layer: type, is_always: bool) -> type:
+    """A subclass of a model's layer.
+
+    Of a chunk only keys and values are needed: the last layer's output is not, nor is that of any
+    behind the last which keeps some. Those are begun for single tokens.
+    """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = layer.__call__(self, *args, **kwargs)
-        mx.async_eval(output)
+        if is_always or (args and isinstance(args[0], mx.array) and args[0].shape[-2] == 1):
+            mx.async_eval(output)
         return output
 
     return type(layer.__name__, (layer, _Begun), {"__call__": call, "__module__": __name__})
@@ -126,7 +133,8 @@ def lay_out(model: nn.Module, has_small_kernels: bool = False) -> None:
     """Have float32 matrices lie, and multiplied, as a CPU's BLAS is fastest at. Idempotent.
 
     A layer's product is x @ weight.T: it is stored as it is multiplied, and the same bits come out.
-    Large ones stay as they are where BLAS `has_small_kernels`, and are multiplied in parts.
+    Large ones stay as they are where BLAS `has_small_kernels`, and are multiplied in parts, unless
+    there are none of one width.
     Embeddings are treated alike where they are the output layer; layers with a bias are left alone,
     which BLAS would round differently.
     """
@@ -138,9 +146,9 @@ def lay_out(model: nn.Module, has_small_kernels: bool = False) -> None:
     for layer in (*(linear for linear in linears if "bias" not in linear), *tied):
         if layer.weight.dtype != mx.float32 or layer.weight.ndim != 2:
             continue
-        if has_small_kernels and layer.weight.size * _FEW_ROWS > _MOST_WORK:
-            if (form := _IN_PARTS.get(type(layer))) is not None:
-                _set(layer, form, parts=Parts(layer.weight))
+        form = _IN_PARTS.get(type(layer)) if has_small_kernels else None
+        if form is not None and _is_cut(*layer.weight.shape):
+            _set(layer, form, parts=Parts(layer.weight))
             continue
         turned = mx.contiguous(layer.weight.T)
         layer.weight = turned.T
@@ -173,7 +181,12 @@ class Parts:
         return y.reshape(*x.shape[:-1], num_outputs)
 
 
-@cache
+def _is_cut(num_outputs: int, num_inputs: int) -> bool:
+    is_large = _FEW_ROWS * num_outputs * num_inputs > _MOST_WORK
+    return is_large and _width(_FEW_ROWS, num_inputs, num_outputs) is not None
+
+
+@lru_cache(maxsize=4096)
 def _width(num_rows: int, num_inputs: int, num_outputs: int) -> int | None:
     """Columns of a part, a power of two; None where the whole is small, or no part would be."""
     if (
@@ -328,7 +341,7 @@ def _attention(
         queries = queries.reshape(num_rows, num_shared, -1, width)
         heads = whole(queries, keys, values, mask=mask)
         return cast("mx.array", heads.reshape(num_rows, num_heads, 1, -1))
-    if num_queries <= _QUERIES or not isinstance(mask, str):
+    if not (_QUERIES < num_queries <= num_keys and isinstance(mask, str)):
         return cast("mx.array", whole(queries, keys, values, mask=mask))
     parts = []
     for start in range(0, num_queries, _QUERIES):

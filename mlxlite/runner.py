@@ -212,7 +212,8 @@ class ModelRunner:
         launched = self._launch(step, in_flight) if step else None
         self._forget_rotations()
         outcome = self._wait(in_flight) if in_flight else None
-        if outcome and launched and launched.step.chunks and self.is_slow_to_launch:
+        has_more = launched is not None and (launched.step.chunks or launched.step.looks)
+        if outcome and launched and has_more and self.is_slow_to_launch:
             # Most of a chunk was computed during its launch: the one before ended when nobody saw.
             outcome = replace(outcome, device_s=0.0)
             self._done_at = launched.launched_at

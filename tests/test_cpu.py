@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import base, qwen3
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.models.rope_utils import Llama3RoPE
 from test_runner import MODELS, VOCABULARY, fresh
 
@@ -130,6 +130,12 @@ def test_what_is_small_is_whole_and_what_stays_large_in_parts_too():
     assert cpu._width(16, 256, 4096) == 64
     assert cpu._width(200, 256, 4096) is None
     assert cpu._width(1, 64, 7919) is None  # a prime
+
+
+def test_a_matrix_that_cannot_be_cut_is_turned(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "blas_core", lambda: "Cooperlake")
+    for num_outputs, form in ((4096, cpu._LinearInParts), (4099, cpu._Linear)):
+        assert type(layer(nn.Linear(256, num_outputs, bias=False))) is form
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -324,7 +330,7 @@ def test_a_token_attends_as_with_mlx_lm(
 
 
 @pytest.mark.parametrize("num_queries", [2, 128, 129, 300, 512])
-@pytest.mark.parametrize("num_before", [0, 1, 77])
+@pytest.mark.parametrize("num_before", [0, 1, 77, -1])
 def test_a_long_chunk_attends_bit_for_bit_as_with_mlx_lm(num_queries: int, num_before: int):
     num_keys = num_before + num_queries
     args = heads(2, 4, num_queries), heads(2, 2, num_keys), heads(2, 2, num_keys)
@@ -472,6 +478,33 @@ def test_each_layer_is_begun_once_while_the_next_is_built(
     logits = model(mx.array([[1, 2, 3]]), cache=make_prompt_cache(model))
     assert len(begun) == len(model.layers) - 1  # who wants the last one's output asks for it
     assert not any(logits is output for outputs in begun for output in outputs)
+
+
+class Tailed(nn.Module):
+    """Five layers, of which the last two use the third one's keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(8, 8) for _ in range(5)]
+
+    def make_cache(self) -> list[KVCache]:
+        return [KVCache() for _ in range(3)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_no_chunk_needs_is_begun_for_tokens_only(monkeypatch: pytest.MonkeyPatch):
+    model = Tailed()
+    fit(model)
+    begun: list[Any] = []
+    monkeypatch.setattr(mx, "async_eval", begun.append)
+    model(mx.zeros((1, 7, 8)))
+    assert len(begun) == 2
+    model(mx.zeros((4, 1, 8)))
+    assert len(begun) == 2 + 4
 
 
 def test_a_begun_layer_is_what_it_was_to_who_looks():
