@@ -17,8 +17,8 @@ is no compiler for MLX's fused kernels the forms that need one are not taken. Li
 import ctypes
 import math
 import shutil
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -51,29 +51,24 @@ def fit(model: nn.Module) -> "tuple[Rotations, ...]":
     lay_out(model, blas_core() in _WITH_SMALL_KERNELS)
     can_fuse = has_compiler()
     rotations: dict[tuple[Any, ...], Rotations] = {}
-    forms: dict[Any, type] = {}
     for _, layer in model.named_modules():
-        if type(layer) in (nn.RoPE, _RoPE) and not layer.traditional:
+        own: Any = type(layer)
+        if own in (nn.RoPE, _RoPE) and not layer.traditional:
             kind = layer.dims, layer.base, layer.scale
             _set(layer, _RoPE, rotations=rotations.setdefault(kind, Rotations(*kind)))
-        elif can_fuse and type(layer) is nn.RMSNorm and layer.weight.dtype == mx.float32:
+        elif can_fuse and own is nn.RMSNorm and layer.weight.dtype == mx.float32:
             share = mx.array(1.0 / layer.weight.size, mx.float32)
             _set(layer, _RMSNorm, share=share, least=mx.array(layer.eps, mx.float32))
-        elif can_fuse and _is_swiglu(type(layer)):
-            own = type(layer)
-            forms[own] = form = forms.get(own) or _fused(own)
-            _set(layer, form)
-        elif _attends(type(layer)):
-            own = type(layer)
-            forms[own] = form = forms.get(own) or _attending(own)
-            _set(layer, form)
+        elif can_fuse and _is_swiglu(own):
+            _set(layer, _fused(own))
+        elif _attends(own):
+            _set(layer, _attending(own))
     layers = list(getattr(model, "layers", ()))
     num_kept = len(make_prompt_cache(model)) if layers else 0
     for number, layer in enumerate(layers[:-1]):
         if isinstance(layer, nn.Module) and not isinstance(layer, _Begun):
-            begun = type(layer), number < num_kept - 1
-            forms[begun] = form = forms.get(begun) or _begun(*begun)
-            _set(layer, form)
+            own = type(layer)
+            _set(layer, _begun(own, number < num_kept - 1))
     return tuple(rotations.values())
 
 
@@ -92,6 +87,7 @@ class _Begun:
     """A layer whose output is begun as soon as it is known what it is."""
 
 
+@cache  # one for each class of layer
 def _begun(layer: type, is_always: bool) -> type:
     """A subclass of a model's layer.
 
@@ -330,9 +326,11 @@ def _attention(
 
     One token's heads that share keys are one product with them, not one for each head.
     """
-    whole = partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
+    whole: Callable[..., mx.array] = partial(
+        scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks
+    )
     if hasattr(cache, "bits") or sinks is not None:
-        return cast("mx.array", whole(queries, keys, values, mask=mask))
+        return whole(queries, keys, values, mask=mask)
     num_rows, num_heads, num_queries, width = queries.shape
     num_shared, num_keys = keys.shape[1:3]
     if num_queries == 1 and isinstance(mask, str):
@@ -340,9 +338,9 @@ def _attention(
     if num_queries == 1 and num_heads > num_shared and _is_for_all_heads(mask):
         queries = queries.reshape(num_rows, num_shared, -1, width)
         heads = whole(queries, keys, values, mask=mask)
-        return cast("mx.array", heads.reshape(num_rows, num_heads, 1, -1))
+        return heads.reshape(num_rows, num_heads, 1, -1)
     if not (_QUERIES < num_queries <= num_keys and isinstance(mask, str)):
-        return cast("mx.array", whole(queries, keys, values, mask=mask))
+        return whole(queries, keys, values, mask=mask)
     parts = []
     for start in range(0, num_queries, _QUERIES):
         stop = min(start + _QUERIES, num_queries)
@@ -365,6 +363,7 @@ def _attends(layer: type) -> bool:
     return layer.__call__.__globals__.get(name) is scaled_dot_product_attention
 
 
+@cache  # one for each class of layer
 def _attending(layer: type) -> type:
     """A subclass of a layer that `_attends`: the same code with the function above."""
     own = layer.__call__
@@ -476,6 +475,7 @@ def _is_swiglu(layer: type) -> bool:
     return is_same and layer.__call__.__globals__.get("swiglu") is swiglu
 
 
+@cache  # one for each class of layer
 def _fused(layer: type) -> type:
     """A subclass of a layer that `_is_swiglu`."""
 

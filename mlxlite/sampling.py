@@ -172,7 +172,7 @@ class Sampler:
         ]
         by_group = [i for rows in makers.values() for i in rows]
         order = sorted(range(len(by_group)), key=by_group.__getitem__)
-        self._order = None if by_group == sorted(order) else mx.array(order, mx.int32)
+        self._order = None if by_group == sorted(by_group) else mx.array(order, mx.int32)
 
     def __call__(
         self, logits: mx.array, masks: mx.array | None = None
@@ -464,8 +464,9 @@ class _Counts:
 
     def take(self, indices: list[int]) -> "_Counts":
         new = object.__new__(_Counts)
+        index = mx.array(indices)
         new._prompt, new._output, new._ring = (
-            table[mx.array(indices)] for table in (self._prompt, self._output, self._ring)
+            table[index] for table in (self._prompt, self._output, self._ring)
         )
         new._window, new._num_tokens, new._num_drawn = (
             numbers[indices] for numbers in (self._window, self._num_tokens, self._num_drawn)
