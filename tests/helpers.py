@@ -635,6 +635,17 @@ async def pass_time(served: Served, clock: Clock, seconds: float) -> None:
 # --- readers that are slow ----------------------------------------------------------------------
 
 
+async def stand_still(served: Served, clock: Clock, slow: "SlowReader") -> None:
+    """Return once nothing leaves the server any more and a sweep has seen all that left.
+
+    What the kernel takes after the clock is set forward would count as progress at that later time.
+    """
+    num_unsent = -1
+    while num_unsent != slow.num_unsent:
+        num_unsent = slow.num_unsent
+        await pass_time(served, clock, 0)
+
+
 @dataclass
 class SlowReader:
     """A connection whose two ends hold little, read by hand: what is unsent stays in the server."""

@@ -24,6 +24,7 @@ from helpers import (
     pass_time,
     serving,
     slow_reader,
+    stand_still,
     text_of,
     until,
 )
@@ -299,6 +300,7 @@ def test_a_reader_of_a_byte_a_second_is_cut_for_it_makes_no_progress(clock: Cloc
         async with serving(FakeModel(width=1 << 19)) as served, slow_reader(served) as slow:
             slow.sock.sendall(chat_request("hello", stream=True))
             await until(lambda: served.num_ended("stop") == 1)
+            await stand_still(served, clock, slow)
             for _ in range(int(connection.WRITE_TIMEOUT_S) - 1):
                 assert len(slow.sock.recv(1)) == 1
                 await pass_time(served, clock, 1)

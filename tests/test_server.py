@@ -39,6 +39,7 @@ from helpers import (
     request,
     serving,
     slow_reader,
+    stand_still,
     text_of,
     until,
 )
@@ -2000,6 +2001,7 @@ def test_a_reader_that_takes_nothing_is_cut_after_a_time(clock: Clock) -> None:
         async with serving(FakeModel(width=1 << 19)) as served, slow_reader(served) as slow:
             slow.sock.sendall(chat_request("hello", stream=True))
             await until(lambda: served.num_ended("stop") == 1)
+            await stand_still(served, clock, slow)
             assert slow.num_unsent > 1 << 20
             await pass_time(served, clock, connection.WRITE_TIMEOUT_S - 1)
             assert served.num_clients == 1
