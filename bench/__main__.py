@@ -73,7 +73,13 @@ class Scale:
     num_rounds: int
 
 
-SHORT = Scale((DEMO,), tuple(s for s in SECTIONS if s not in ALONE + SEEING), 2, 32, num_rounds=1)
+SHORT = Scale(
+    (DEMO,),
+    tuple(s for s in SECTIONS if s not in (*ALONE, *SEEING, "seedcases")),
+    num_pairs=2,
+    max_tokens=32,
+    num_rounds=1,
+)
 FULL = Scale(
     ("small",),
     tuple(s for s in SECTIONS if s not in SEEING),

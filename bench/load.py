@@ -240,8 +240,13 @@ class Client:
         stream = Stream(self._index, perf_counter())
         self.streams.append(stream)
         answer = Answer(stream, keeps_lines=len(self._asks) > 1)
-        if self._connection is None or not self._connection.is_open:
-            await self.connect()
+        try:
+            if self._connection is None or not self._connection.is_open:
+                await self.connect()
+        except OSError as error:
+            stream.error = f"there was no connection: {error}"
+            stream.ended_s = perf_counter()
+            return
         assert self._connection is not None
         self._connection.ask(data, answer)
         try:
@@ -289,11 +294,13 @@ class Client:
 
 
 async def run(given: Mapping[str, Any]) -> list[Stream]:
-    """Those who ask at once are connected first: the clock sees their requests, no handshakes."""
+    """Those who ask at once are connected first, unless the plan says that they connect late: the
+    clock sees their requests, no handshakes.
+    """
     plan = given["plan"]
     clients = [Client(i, given, asks) for i, asks in enumerate((*plan["first"], *plan["then"]))]
     for client in clients:
-        if client.is_early:
+        if client.is_early and not plan["connects_late"]:
             await client.connect()
     begun_at = perf_counter()
     runs = [asyncio.ensure_future(c.run(begun_at)) for c in clients[: len(plan["first"])]]

@@ -66,12 +66,14 @@ Clients = Sequence[Sequence[Request]]  # each one's requests, asked one after th
 class Plan:
     """`first` ask at once. `then` ask when each of them has `after_tokens` tokens, or with 0 when
     each has been answered to. `is_cut`: the first ones leave when the others have what they want.
+    `connects_late`: each client opens its connection when it asks, so that handshakes count too.
     """
 
     first: Clients
     then: Clients = ()
     after_tokens: int = 0
     is_cut: bool = False
+    connects_late: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """What the load generator reads."""
@@ -80,6 +82,7 @@ class Plan:
             "then": [[request.as_json() for request in requests] for requests in self.then],
             "after_tokens": self.after_tokens,
             "is_cut": self.is_cut,
+            "connects_late": self.connects_late,
         }
 
 

@@ -240,6 +240,42 @@ async def test_a_server_that_closes_after_each_answer_is_asked_on_a_new_connecti
     assert [stream.error for stream in streams] == [None, None]
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_handshake_counts_where_the_plan_says_so(
+    is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected_s: list[float] = []
+    connect = load.Client.connect
+
+    async def noted(client: load.Client) -> load.Connection:
+        connected_s.append(perf_counter())
+        return await connect(client)
+
+    monkeypatch.setattr(load.Client, "connect", noted)
+
+    @in_a_loop
+    async def test() -> None:
+        async with serving(streamed) as (port, _):
+            streams = await load_on(port, Plan([[ask()], [ask()]], connects_late=is_late))
+        assert [stream.error for stream in streams] == [None, None]
+        assert len(connected_s) == 2
+        if is_late:
+            assert min(connected_s) >= streams[0].sent_s
+        else:
+            assert max(connected_s) <= streams[0].sent_s
+
+    test()
+
+
+@in_a_loop
+async def test_a_client_that_gets_no_connection_is_a_failed_request() -> None:
+    async with serving(streamed) as (port, _):
+        pass
+    (stream,) = await load_on(port, Plan([[ask()]], connects_late=True))
+    assert stream.error is not None
+    assert "connection" in stream.error
+
+
 @in_a_loop
 async def test_an_open_loop_asks_no_earlier_than_its_times_and_waits_for_no_answer() -> None:
     answered = asyncio.Event()
