@@ -43,8 +43,7 @@ async def burst(bench: Bench) -> Table:
         for is_late, own in ((False, bench), (True, late)):
 
             def make(is_late: bool = is_late) -> Plan:
-                clients = bench.writer.clients(NUM_BURST, BURST_TOKENS)
-                return Plan(clients, connects_late=is_late)
+                return scenarios.burst(bench.writer, NUM_BURST, BURST_TOKENS, connects_late=is_late)
 
             kinds[is_late] = await own.paired(runs(servers), make, has_warm_up=not is_late)
     whole, connected = [

@@ -91,8 +91,8 @@ def neighbour(writer: Writer, num_prompt: int, num_streams: int = 4) -> Plan:
     return Plan(streams, [[writer.request(num_prompt, 4)]], after_tokens=32, is_cut=True)
 
 
-def burst(writer: Writer, num: int, max_tokens: int) -> Plan:
-    return Plan(writer.clients(num, max_tokens))
+def burst(writer: Writer, num: int, max_tokens: int, *, connects_late: bool = False) -> Plan:
+    return Plan(writer.clients(num, max_tokens), connects_late=connects_late)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,10 @@ def test_keys_are_what_the_definition_says(tokens: list[int], scope: int, size: 
 @pytest.mark.parametrize("size", [1, 16, 64])
 def test_keys_of_a_long_prompt_are_what_the_definition_says(size: int):
     tokens = random.Random(size).choices(range(150_000), k=1000)
-    assert blocks_of(tuple(tokens), 7, size).keys == naive_keys(tokens, 7, size)
+    whole = blocks_of(tuple(tokens), 7, size)
+    assert whole.keys == naive_keys(tokens, 7, size)
+    for num in (size - 1, size, 100, 999):  # many more or few, after some or none
+        assert extended(blocks_of(tuple(tokens[:num]), 7, size), tokens[num:]) == whole
 
 
 @bounded
