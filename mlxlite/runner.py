@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from mlxlite.vision import Sight
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
+_ANEW_TOKENS = 512  # at a time, of a prefix that was kept and is lost
 
 
 @dataclass(slots=True)
@@ -316,12 +317,17 @@ class ModelRunner:
     def _resume(
         self, cache: Cache, hit: Hit, tokens: npt.NDArray[np.uint32], sight: "Sight | None"
     ) -> None:
-        """Fill a new cache with what is kept, or compute it after all where that is lost."""
+        """Fill a new cache with what is kept; where that is lost it is computed after all, text in
+        pieces for its memory's sake. The other rows wait for it.
+        """
         if self._payloads.fill(cache, hit):
             return
-        stop = hit.num_tokens
-        inputs = {} if sight is None else sight.look_and_window(stop)
-        self._model(mx.array(tokens[None, :stop]), cache=cache, **inputs)
+        known = tokens[None, : hit.num_tokens]
+        inputs = {} if sight is None else sight.look_and_window(hit.num_tokens)
+        size = _ANEW_TOKENS if sight is None else hit.num_tokens
+        for start in range(0, hit.num_tokens, size):
+            self._model(mx.array(known[:, start : start + size]), cache=cache, **inputs)
+            mx.eval([layer.state for layer in cache])
 
     def _take(self, id: int, start: int, stop: int, *, has_states: bool) -> Kept | None:
         """See `payloads.Take`."""

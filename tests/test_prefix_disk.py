@@ -404,10 +404,12 @@ def test_a_file_that_was_corrupted_is_computed_anew(
     assert healed.stats.num_from_disk > 0
 
 
+@pytest.mark.parametrize("num_at_once", [7, 512])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mamba"])
 def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
-    kind: str, tmp_path: Path
+    kind: str, num_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("mlxlite.runner._ANEW_TOKENS", num_at_once)
     start = lives(kind, tmp_path)
     asked = talk(start())
     for harm in (Path.unlink, lambda path: path.write_bytes(b"nonsense")):
