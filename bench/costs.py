@@ -34,7 +34,8 @@ IMPORTS = {OURS: "mlxlite.__main__", MLX_LM: "mlx_lm.server"}
 CHUNK_TOKENS = 2048  # --prefill-chunk-size, while nobody decodes
 LOST_PROMPT_TOKENS = 4500  # some chunks, of ours and of mlx-lm's
 LOST_TOKENS = 1500
-FEW_LOST_TOKENS = 500  # where time is short: mlx-lm's server goes on to the end of them
+FEW_LOST_PROMPT_TOKENS = 3000  # where time is short: mlx-lm's server goes on to the end of them
+FEW_LOST_TOKENS = 500
 LEAVE_AFTER_S = 0.25
 SAMPLE_S = 0.02
 _BUSY = 0.25  # of what it used before the client left
@@ -172,8 +173,10 @@ def stopped_s(samples: Sequence[Sample], left_s: float) -> float:
 
 async def lost(bench: Bench) -> Table:
     """A client leaves in decode, in prefill, and while it waits for an answer in one piece."""
-    num_prompt = min(LOST_PROMPT_TOKENS, bench.inprocess.model.context_size * 3 // 4)
-    max_tokens = LOST_TOKENS if bench.has_parts else FEW_LOST_TOKENS
+    num_prompt, max_tokens = FEW_LOST_PROMPT_TOKENS, FEW_LOST_TOKENS
+    if bench.has_parts:
+        num_prompt, max_tokens = LOST_PROMPT_TOKENS, LOST_TOKENS
+    num_prompt = min(num_prompt, bench.inprocess.model.context_size * 3 // 4)
     asks = {
         "in decode": lambda: scenarios.lost_in_decode(bench.writer, max_tokens),
         "in prefill": lambda: scenarios.lost_in_prefill(bench.writer, num_prompt, LEAVE_AFTER_S),
