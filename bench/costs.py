@@ -60,14 +60,10 @@ class Start:
 async def startup(bench: Bench) -> Table:
     """From nothing to the first answer, and what is resident.
 
-    Each server's modules are compiled first, as pip does that when it installs them: those of a
-    checkout may not be, and then its server would parse them at each start.
+    Our modules and mlx-lm's are compiled first, as pip does that when it installs them: those of a
+    checkout may not be (PYTHONDONTWRITEBYTECODE), and would be parsed at each start.
     """
-    for module in IMPORTS.values():
-        spec = find_spec(module.partition(".")[0])
-        assert spec is not None
-        for path in spec.submodule_search_locations or ():
-            compileall.compile_dir(path, quiet=2)
+    note = _compiled()
     weights = num_weight_bytes(bench.path)
     starts: dict[str, list[Start]] = {}
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
@@ -86,16 +82,25 @@ async def startup(bench: Bench) -> Table:
     rows, comparisons = _start_tables(bench, starts, imports)
     columns = ["server", "listening, ms", "first answer, ms", "RSS above weights, MiB"]
     columns += [f"after {NUM_BURST} at once", "import of its module, ms"]
-    note = (
-        f"The weights are {weights / 2**20:.1f} MiB. The first answer is the first 200 to a chat "
+    note += (
+        f" The weights are {weights / 2**20:.1f} MiB. The first answer is the first 200 to a chat "
         "of one token. Memory is read after it and after the burst, once the server does nothing "
         "any more. Ours imports the model's libraries when it listens already, so its import cost "
-        "is the server's alone; the first answer has it all. The modules of both are compiled "
-        "before, as pip does it."
+        "is the server's alone; the first answer has it all."
     )
     figures: dict[str, Any] = {"imports_s": imports, "weights": weights}
     figures |= {name: [asdict(begun) for begun in own] for name, own in starts.items()}
     return Table("Start and memory", columns, rows, figures, [note], comparisons)
+
+
+def _compiled() -> str:
+    """Compile what `IMPORTS` names; what came of it."""
+    packages = [module.partition(".")[0] for module in IMPORTS.values()]
+    specs = [spec for package in packages if (spec := find_spec(package)) is not None]
+    paths = [path for spec in specs for path in spec.submodule_search_locations or ()]
+    if all(compileall.compile_dir(path, quiet=2) for path in paths):
+        return f"The modules of {' and '.join(packages)} are compiled before, as pip does it."
+    return "Modules could not be compiled before: who parses them at each start pays for it."
 
 
 async def _start(bench: Bench, served: Served, weights: int) -> Start:
@@ -171,6 +176,10 @@ def stopped_s(samples: Sequence[Sample], left_s: float) -> float:
     return worked_until_s - left_s
 
 
+class TooQuick(Exception):
+    """An answer came before its client could leave, as of a small model on a GPU."""
+
+
 async def lost(bench: Bench) -> Table:
     """A client leaves in decode, in prefill, and while it waits for an answer in one piece."""
     num_prompt, max_tokens = FEW_LOST_PROMPT_TOKENS, FEW_LOST_TOKENS
@@ -182,6 +191,7 @@ async def lost(bench: Bench) -> Table:
         "in prefill": lambda: scenarios.lost_in_prefill(bench.writer, num_prompt, LEAVE_AFTER_S),
         "unstreamed": lambda: scenarios.lost_unstreamed(bench.writer, max_tokens, LEAVE_AFTER_S),
     }
+    notes = _notes(num_prompt, max_tokens)
     figures: dict[str, dict[str, list[float]]] = {kind: {} for kind in asks}
     bounds: list[float] = []
     released: dict[str, list[float]] = {kind: [] for kind in asks}
@@ -190,13 +200,18 @@ async def lost(bench: Bench) -> Table:
         await bench.one_pair(runs(servers), warm_up)
         for _ in range(bench.num_pairs):
             bounds.append(await _step_and_chunk(bench, servers[OURS], num_prompt))
-            for kind, ask in asks.items():
-                for name, served in servers.items():
-                    if name not in bench.failures:
-                        with bench.excused(name):
-                            seconds = await _watched(served, ask())
-                            figures[kind].setdefault(name, []).append(seconds)
-                released[kind].append(await _released(servers[OURS], ask()))
+            for kind, ask in list(asks.items()):
+                try:
+                    for name, served in servers.items():
+                        if name not in bench.failures:
+                            with bench.excused(name):
+                                seconds = await _watched(served, ask())
+                                figures[kind].setdefault(name, []).append(seconds)
+                    released[kind].append(await _released(servers[OURS], ask()))
+                except TooQuick:
+                    for own in (asks, figures, released):
+                        del own[kind]
+                    notes.append(f"{kind}: an answer came before its client could leave.")
     cpu = {
         kind: {k: v for k, v in own.items() if k not in bench.failures}
         for kind, own in figures.items()
@@ -204,7 +219,7 @@ async def lost(bench: Bench) -> Table:
     rows, comparisons = _lost_tables(bench, cpu, released, bounds)
     columns = ["server", *(f"works on after a client left {kind}, ms" for kind in asks)]
     both = {"cpu": cpu, "metrics": released}
-    return Table("Lost clients", columns, rows, both, _notes(num_prompt, max_tokens), comparisons)
+    return Table("Lost clients", columns, rows, both, notes, comparisons)
 
 
 def _lost_tables(
@@ -213,7 +228,8 @@ def _lost_tables(
     released: dict[str, list[float]],
     bounds: list[float],
 ) -> tuple[list[list[str]], list[Comparison]]:
-    rows = [[name, *(ms(own[name], 0) for own in cpu.values())] for name in cpu["in decode"]]
+    names = dict.fromkeys(name for own in cpu.values() for name in own)
+    rows = [[name, *(ms(own[name], 0) for own in cpu.values())] for name in names]
     rows.append([f"{OURS}, by /metrics", *(ms(own, 0) for own in released.values())])
     comparisons = []
     for kind, own in cpu.items():
@@ -259,7 +275,7 @@ async def _watched(served: Served, request: Request) -> float:
         if left_s is not None and len(samples) > 2:
             quiet_from_s = left_s + stopped_s(samples, left_s)
         elif client.done():
-            raise RuntimeError("the answer came before the client could leave: ask for more")
+            raise TooQuick
     assert left_s is not None
     return max(SAMPLE_S, stopped_s(samples, left_s))  # less cannot be told
 
@@ -268,7 +284,8 @@ async def _released(served: Served, request: Request) -> float:
     """Seconds until /metrics counts no running request."""
     await served.settle()
     left_s = (await served.run_here(Plan([[request]])))[0].left_s
-    assert left_s is not None, "the answer came before the client could leave"
+    if left_s is None:
+        raise TooQuick
     running = "vllm:num_requests_running"
     while any(v for k, v in (await served.metrics()).items() if k.startswith(running)):
         pass  # each look is a request of its own, and the server's loop is free to answer it

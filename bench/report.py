@@ -18,6 +18,7 @@ from typing import Any
 from bench import compare
 from bench.compare import Comparison, ratios
 from mlxlite import __version__
+from mlxlite.cpu import blas_core
 
 _PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
 BUSY = 0.5  # runnable processes before the run, from which on the machine was not quiet
@@ -146,8 +147,6 @@ def _cpu() -> str:
 
 def _blas() -> str:
     """What is preloaded, what is mapped into this process, its kernels, and what is set."""
-    from mlxlite.cpu import blas_core  # loads MLX, which the --readme need not wait for
-
     preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
     own = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _VARIABLES)
     try:

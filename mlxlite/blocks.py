@@ -17,7 +17,7 @@ FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 _WORD = 4  # bytes of a token
-_MAX_ALONE = 12  # so many blocks are hashed sooner one by one
+_MAX_ALONE = 12  # so many blocks are hashed sooner one by one, with a margin
 # Windows and states are kept this often in a long prompt, beside where its messages begin.
 CHECKPOINT_STRIDE = 2048
 MAX_HEADS = 8  # of a prompt: the first two and the last ones

@@ -67,7 +67,7 @@ def test_keys_of_a_long_prompt_are_what_the_definition_says(size: int):
     tokens = random.Random(size).choices(range(150_000), k=1000)
     whole = blocks_of(tuple(tokens), 7, size)
     assert whole.keys == naive_keys(tokens, 7, size)
-    for num in (size - 1, size, 100, 999):  # many more or few, after some or none
+    for num in (size - 1, size, 100, 930, 999):  # many more, some and none, after some and none
         assert extended(blocks_of(tuple(tokens[:num]), 7, size), tokens[num:]) == whole
 
 

@@ -33,7 +33,7 @@ from test_runner import MODELS, build, build_wide, generate
 
 from mlxlite import store as store_module
 from mlxlite.blocks import CacheStats, Stored
-from mlxlite.caches import KVBits
+from mlxlite.caches import Cache, KVBits
 from mlxlite.runner import ModelRunner
 from mlxlite.scheduler import Policy, Scheduler
 from mlxlite.sequence import Add, ClearCache, Command, Finished, Token, Unstored
@@ -410,6 +410,7 @@ def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
     kind: str, num_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("mlxlite.runner._ANEW_TOKENS", num_at_once)
+    num_anew = watch_anew(monkeypatch)
     start = lives(kind, tmp_path)
     asked = talk(start())
     for harm in (Path.unlink, lambda path: path.write_bytes(b"nonsense")):
@@ -425,6 +426,30 @@ def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
         again.runner._payloads.kept.clear()
         again.directory.mkdir(exist_ok=True)
         again.ask(prompt, 6, heads)
+    assert num_anew
+    assert max(num_anew) <= num_at_once
+
+
+def watch_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each pass over a prefix that was lost."""
+    found: list[int] = []
+    resume = ModelRunner._resume
+
+    def watched(runner: ModelRunner, cache: Cache, *args: Any) -> None:
+        network = runner._model
+
+        def noted(tokens: mx.array, **more: Any) -> mx.array:
+            found.append(tokens.shape[1])
+            return network(tokens, **more)
+
+        runner._model = noted
+        try:
+            resume(runner, cache, *args)
+        finally:
+            runner._model = network
+
+    monkeypatch.setattr(ModelRunner, "_resume", watched)
+    return found
 
 
 def swap(paths: SequenceOf[Path]) -> None:
