@@ -37,9 +37,9 @@ from bench.pictures import pictures
 from bench.prefixes import overhead, prefix
 from bench.report import Table
 from bench.sections import Bench, context, longprompt, mixed, neighbours, steps, throughput
-from mlxlite.cpu import blas_core, is_cpu
-from mlxlite.engine import Lane
-from mlxlite.hub import locate
+from mlxlite.engine.device_thread import Lane
+from mlxlite.models.locate import locate
+from mlxlite.runner.cpu import blas_core, is_cpu
 
 SECTIONS: Mapping[str, Callable[[Bench], Awaitable[Table]]] = {
     "throughput": throughput,

@@ -23,27 +23,27 @@ from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
 
-from mlxlite import http1
-from mlxlite.api import APIError, Choice, Envelope, bad
-from mlxlite.dialects import parse_count_tokens, parse_messages
+from mlxlite.api.endpoints.admin import parse_cancel
+from mlxlite.api.endpoints.anthropic_messages import parse_count_tokens, parse_messages
+from mlxlite.api.endpoints.chat_completions import parse_chat
+from mlxlite.api.endpoints.completions import COMPLETION_FIELDS, parse_completion
+from mlxlite.api.endpoints.embeddings import EMBEDDING_FIELDS, parse_embedding
+from mlxlite.api.endpoints.responses import ResponsesWriter, parse_responses
+from mlxlite.api.endpoints.tokenize import parse_detokenize, parse_tokenize
+from mlxlite.api.request import FIELDS, ChatRequest, Options
+from mlxlite.api.writers import Choice, Envelope
+from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.sequence import FinishReason, Usage
+from mlxlite.http.errors import APIError, bad
+from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed, Signal
 from mlxlite.media import Limits as MediaLimits
 from mlxlite.media import MediaError, load, source_of
-from mlxlite.plain import (
-    COMPLETION_FIELDS,
-    EMBEDDING_FIELDS,
-    parse_completion,
-    parse_detokenize,
-    parse_embedding,
-    parse_tokenize,
-)
-from mlxlite.request import FIELDS, ChatRequest, Options, parse_cancel, parse_chat
-from mlxlite.responses import ResponsesWriter, parse_responses
-from mlxlite.sequence import Delta, Done, FinishReason, SamplingParams, Usage
+from mlxlite.output.events import Delta, Done
 
 Target = Callable[[bytes], None]
 
 SLOW_S = 1.0  # of computing; an input that takes longer is a finding too
-_LIMITS = http1.Limits(max_header_bytes=512, max_body_bytes=256)
+_LIMITS = Limits(max_header_bytes=512, max_body_bytes=256)
 _USAGE = Usage(num_prompt=1, num_output=1)
 _DEFAULTS = SamplingParams(temperature=1)
 # Both are of one pixel.
@@ -60,7 +60,7 @@ _GIF = "R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
 def http(data: bytes) -> None:
     """A connection, fed in pieces, that answers whatever it is asked."""
     size = 1 + (data[0] if data else 0) % 97
-    connection = http1.Connection(_LIMITS)
+    connection = Connection(_LIMITS)
     for start in range(0, len(data), size):
         connection.receive_data(data[start : start + size])
         if not _answer(connection):
@@ -69,24 +69,24 @@ def http(data: bytes) -> None:
     _answer(connection)
 
 
-def _answer(connection: http1.Connection) -> bool:
+def _answer(connection: Connection) -> bool:
     """Whether the connection goes on."""
     while True:
         match connection.next_event():
-            case http1.Head():
+            case Head():
                 connection.continue_100()
-            case http1.Body(data):
+            case Body(data):
                 assert len(data) <= _LIMITS.max_body_bytes
                 assert connection.respond(200, [("x", "y")], data).startswith(b"HTTP/1.1 200 ")
                 if not connection.start_next_cycle():
                     return False
-            case http1.Malformed(status, message):
+            case Malformed(status, message):
                 assert 400 <= status <= 505
                 assert message.isascii()
                 answer = connection.respond(status, [])
                 assert b"onnection: close" in answer
                 return False
-            case http1.Signal.CLOSED:
+            case Signal.CLOSED:
                 return False
             case _:
                 return True

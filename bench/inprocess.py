@@ -16,30 +16,20 @@ from typing import Any
 from mlx_lm.utils import load_model
 
 from bench.plan import Feed, Plan, Request, Trace
-from mlxlite.config import Config
-from mlxlite.engine import Engine, Lane
+from mlxlite.config.options import Config
+from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.engine import Engine
+from mlxlite.engine.memory import Memory
+from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.sequence import FinishReason, Sequence
+from mlxlite.engine.sequence import Prompt as PromptTokens
+from mlxlite.engine.step import Add, Command, Finish, Finished, Launched, Outcome, Step, Token
 from mlxlite.metrics import Metrics
-from mlxlite.model import Model, load
-from mlxlite.runner import ModelRunner
-from mlxlite.scheduler import Policy, Scheduler
-from mlxlite.sequence import (
-    Add,
-    Command,
-    Delta,
-    Finish,
-    Finished,
-    FinishReason,
-    Launched,
-    Memory,
-    Outcome,
-    Output,
-    SamplingParams,
-    Sequence,
-    Step,
-    Stored,
-    Token,
-)
-from mlxlite.sequence import Prompt as PromptTokens
+from mlxlite.models.load import Model, load
+from mlxlite.output.events import Delta, Output
+from mlxlite.prefix_cache.operations import Stored
+from mlxlite.runner.model_runner import ModelRunner
 
 MAX_ROWS = 16
 

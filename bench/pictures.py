@@ -1,6 +1,6 @@
 """What a picture costs the first time and in the next turn, on a model that sees.
 
-    python -m bench --only pictures --model tests/vlm_demo
+    python -m bench --only pictures --model tests/support/vlm_demo
 
 Each pair has a picture of its own, random and about as large as the server takes: so decoding it,
 the processor, the vision tower and the prompt all count the first time, and none of them should in

@@ -18,7 +18,7 @@ from bench.report import Table, ms, rate, ratio
 from bench.scenarios import family
 from bench.sections import NUM_ROWS, Arm, Bench, runs
 from bench.serving import serve
-from mlxlite.blocks import blocks_of
+from mlxlite.prefix_cache.hashing import blocks_of
 
 OFF = "--no-enable-prefix-caching"
 OURS_OFF = f"{OURS}, cache off"

@@ -18,7 +18,7 @@ from typing import Any
 from bench import compare
 from bench.compare import Comparison, ratios
 from mlxlite import __version__
-from mlxlite.cpu import blas_core
+from mlxlite.runner.cpu import blas_core
 
 _PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
 BUSY = 0.5  # runnable processes before the run, from which on the machine was not quiet

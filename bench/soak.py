@@ -62,7 +62,7 @@ _TURNS = ("Hello!", "Count to 5.", "What is 2 + 2?", "Repeat: one two three.", "
 def checked_main() -> None:
     """The server's own main, with `check()` at every rest and at the end."""
     from mlxlite.__main__ import main
-    from mlxlite.engine import Engine
+    from mlxlite.engine.engine import Engine
 
     idle, leave, engines, num_checks = Engine._idle, os._exit, set[Engine](), 0
 

@@ -8,7 +8,7 @@ for MLX (tested). The version lives here and nowhere else; the build reads it fr
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlxlite.config import Config
+    from mlxlite.config.options import Config
     from mlxlite.server import Server as _Server
 
     class Server(_Server):
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     match name:
         case "Config":
-            from mlxlite.config import Config
+            from mlxlite.config.options import Config
 
             return Config
         case "Server":

@@ -19,8 +19,8 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mlxlite.config import USAGE_STATUS, Config, parse_args
-from mlxlite.flags import ConfigError
+from mlxlite.config.flags import ConfigError
+from mlxlite.config.options import USAGE_STATUS, Config, parse_args
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-    from mlxlite.engine import Engine
-    from mlxlite.sequence import Runner
-    from mlxlite.served import ServedModel
+    from mlxlite.engine.engine import Engine
+    from mlxlite.engine.step import Runner
+    from mlxlite.models.interface import ServedModel
+    from mlxlite.prefix_cache.disk import Store
     from mlxlite.server import Server
-    from mlxlite.store import Store
 
 _EXIT_FAILED = 1
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,13 +62,12 @@ def load(config: Config) -> "tuple[ServedModel, Runner]":
 def _load(config: Config) -> "tuple[ServedModel, Runner]":
     import logging
 
-    from mlxlite.caches import KVBits
-    from mlxlite.faults import FOREIGN
-    from mlxlite.hub import reason_of
-    from mlxlite.model import load as load_model
-    from mlxlite.model import memory_budget
-    from mlxlite.runner import ModelRunner
-    from mlxlite.served import LoadError
+    from mlxlite.errors import FOREIGN, reason_of
+    from mlxlite.models.interface import LoadError
+    from mlxlite.models.load import load as load_model
+    from mlxlite.models.load import memory_budget
+    from mlxlite.runner.kv_cache import KVBits
+    from mlxlite.runner.model_runner import ModelRunner
 
     _forget_scans()
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
@@ -93,8 +92,8 @@ def _open_store(config: Config, fingerprint: str) -> "Store | None":
     from importlib.metadata import version
     from pathlib import Path
 
-    from mlxlite.served import LoadError
-    from mlxlite.store import Store
+    from mlxlite.models.interface import LoadError
+    from mlxlite.prefix_cache.disk import Store
 
     if config.prefix_cache_dir is None or not config.prefix_disk_bytes():
         return None
@@ -272,7 +271,7 @@ async def _serve(
     """Run until a signal; the exit code. `thresholds` are the collector's once all is loaded."""
     import asyncio
 
-    from mlxlite.served import LoadError
+    from mlxlite.models.interface import LoadError
 
     stopping = _stop_signals()
     asyncio.get_running_loop().set_exception_handler(_no_files())

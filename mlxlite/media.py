@@ -37,8 +37,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import h11
 
-from mlxlite.api import bad
-from mlxlite.fields import text
+from mlxlite.api.fields import text
+from mlxlite.http.errors import bad
 
 if TYPE_CHECKING:
     from PIL.Image import Image

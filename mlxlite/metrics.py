@@ -22,16 +22,13 @@ from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from mlxlite.blocks import CacheStats
-from mlxlite.sequence import Usage
+from mlxlite.engine.sequence import Usage
+from mlxlite.prefix_cache.operations import CacheStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 OTHER = "other"  # the label value for what is not known, or one too many
-
 # Label sets of one family; the next ones share one more, all of whose labels are "other".
 MAX_LABEL_SETS = 64
-
 # Bounds in seconds, as in vLLM: a dashboard's quantiles mean the same on both servers.
 TTFT_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -46,20 +43,16 @@ LATENCY_S = (
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
 # Ours: from the loop lag that nobody notices (0.2 ms) to the one that a health check does.
 STEP_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64)
-
 # A method is the client's to invent, so those that are not here are "other".
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
 _METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-
 Labels = tuple[tuple[str, str], ...]
 
 

@@ -14,44 +14,36 @@ import contextlib
 import hmac
 import logging
 import os
-import re
 import socket
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from time import perf_counter, time
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-from mlxlite import __version__, api, http1
-from mlxlite.api import Cause
-from mlxlite.config import Config
-from mlxlite.connection import HEADER_TIMEOUT_S, Client, Exchange, Fields, bind_unix, is_json
-from mlxlite.engine import Engine, EngineOptions
-from mlxlite.faults import trace_of
-from mlxlite.flags import ConfigError
-from mlxlite.lane import Lane
+from mlxlite import __version__
+from mlxlite.api.access import _is_local, is_json
+from mlxlite.api.app import Routes
+from mlxlite.api.endpoint import Route
+from mlxlite.api.service import ModelCard, Phase, Ready
+from mlxlite.config.options import Config
+from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.engine import Engine, EngineOptions
+from mlxlite.engine.memory import _prefix_bytes
+from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.step import Runner
+from mlxlite.errors import trace_of
+from mlxlite.http.connection import HEADER_TIMEOUT_S, Client, Exchange, Fields
+from mlxlite.http.errors import APIError, Cause, clip, later
+from mlxlite.http.listener import _ACCEPT_AT_ONCE, _BACKLOG, _tls, bind_unix
+from mlxlite.http.parser import Head, Limits
 from mlxlite.metrics import Metrics
-from mlxlite.routes import Phase, Ready, Route, Routes
-from mlxlite.scheduler import Policy, Scheduler
-from mlxlite.sequence import Memory, Runner
-from mlxlite.served import LoadError, ServedModel
-
-if TYPE_CHECKING:
-    from ssl import SSLContext
+from mlxlite.models.interface import LoadError, ServedModel
 
 log = logging.getLogger("mlxlite.server")
-
 MIN_CONTEXT = 16  # tokens; a server with less is of no use
 SWEEP_S = 0.25  # how often deadlines are looked at
-PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache unless it is told otherwise
-_DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
-# Connections that wait, and those that are taken in one turn of the loop. asyncio has one number
-# for both, and where no file descriptor is left it reports as many errors in each of its retries.
-_BACKLOG = 1024
-_ACCEPT_AT_ONCE = 8
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\]+)(?::[0-9]{0,5})?")  # a name, a port
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
-
 Load = Callable[[Config], tuple[ServedModel, Runner]]
 
 
@@ -69,7 +61,7 @@ class Server:
     def __init__(self, config: Config, load: Load) -> None:
         self.config = config
         self.phase = Phase.NEW
-        self.limits = http1.Limits(max_body_bytes=config.max_body_mb << 20)
+        self.limits = Limits(max_body_bytes=config.max_body_mb << 20)
         self._load = load
         self._keys = tuple(key.encode() for key in config.api_keys())
         self._clients: set[Client] = set()
@@ -196,7 +188,7 @@ class Server:
             options=options,
         )
         scheduler.prefix.restore(runner.files(engine.command_from_thread))
-        return Ready(model, engine, api.ModelCard(model.id, int(time()), context_size))
+        return Ready(model, engine, ModelCard(model.id, int(time()), context_size))
 
     async def ready(self) -> None:
         """Return once the model is loaded. Raises LoadError."""
@@ -211,7 +203,7 @@ class Server:
         for client in list(self._clients):
             client.leave()
         await self._until_alone(self.config.shutdown_grace_s)
-        leaving = api.later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+        leaving = later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
         for client in list(self._clients):
             client.refuse(leaving)
         if self.served is not None:
@@ -313,23 +305,23 @@ class Server:
         if self.config.uds is None and self.config.is_loopback and not _is_local(head, self.config):
             # A page on the web may point its own name at 127.0.0.1 (DNS rebinding).
             message = "this server answers to localhost only; the Host header names another"
-            raise api.APIError(Cause.HOST, message)
+            raise APIError(Cause.HOST, message)
         route = self._routes.find(head.path)
         if head.method == "OPTIONS":
             return
         if route is None:
-            raise api.APIError(Cause.NOT_FOUND, f"there is nothing at {api.clip(head.path)}")
+            raise APIError(Cause.NOT_FOUND, f"there is nothing at {clip(head.path)}")
         exchange.label = route.label
         exchange.error_body = route.error_body
         if head.method not in route.methods:
             allowed = ", ".join(route.methods)
-            message = f"{api.clip(head.method)} is not possible here; use {allowed}"
-            raise api.APIError(Cause.METHOD, message, headers=(("allow", allowed),))
+            message = f"{clip(head.method)} is not possible here; use {allowed}"
+            raise APIError(Cause.METHOD, message, headers=(("allow", allowed),))
         if not route.is_open and not self._is_authorized(exchange):
             headers = (("www-authenticate", "Bearer"),)
-            raise api.APIError(Cause.UNAUTHORIZED, "Unauthorized", headers=headers)
+            raise APIError(Cause.UNAUTHORIZED, "Unauthorized", headers=headers)
         if head.method == "POST" and not is_json(head.headers):
-            raise api.APIError(Cause.MEDIA_TYPE, "the body must be application/json")
+            raise APIError(Cause.MEDIA_TYPE, "the body must be application/json")
 
     def _is_authorized(self, exchange: Exchange) -> bool:
         """Compare keys, and note which one it was."""
@@ -371,7 +363,7 @@ class Server:
             ("vary", "origin"),
         )
 
-    def _preflight(self, head: http1.Head, route: Route | None) -> Fields:
+    def _preflight(self, head: Head, route: Route | None) -> Fields:
         """What may be sent to a path, and by which page."""
         methods = ", ".join(route.methods if route is not None else ("OPTIONS",))
         if not self._is_origin_allowed(head.headers.get("origin")):
@@ -401,14 +393,14 @@ class Server:
         """Nobody waits for an answer any more."""
         self._routes.lost(exchange)
 
-    def joined(self, client: Client) -> api.APIError | None:
+    def joined(self, client: Client) -> APIError | None:
         """Count a connection in; an error when it cannot be served."""
         self.metrics.connection_opened()
         self._clients.add(client)
         if self.phase is Phase.DRAINING:
-            return api.later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+            return later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
         if len(self._clients) > self.config.max_connections:
-            return api.later(Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
+            return later(Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
         return None
 
     def make_room(self) -> None:
@@ -416,49 +408,9 @@ class Server:
         largest = max(self._clients, key=lambda client: client.num_waiting_bytes)
         if largest.num_waiting_bytes:
             message = "too much is being sent at a time; try again later"
-            largest.refuse(api.later(Cause.UNAVAILABLE, message, retry_after_s=5))
+            largest.refuse(later(Cause.UNAVAILABLE, message, retry_after_s=5))
 
     def left(self, client: Client) -> None:
         self._clients.discard(client)
         self._has_left.set()
         self.metrics.connection_closed()
-
-
-def _tls(config: Config) -> "SSLContext | None":
-    """TLS 1.2 and 1.3 with Python's own choice of ciphers. Raises ConfigError."""
-    if config.tls_cert is None:
-        return None
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A password is never asked for: there may be nobody at the terminal.
-        context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: "")
-    except OSError as error:  # ssl.SSLError too
-        flags = f"--tls-cert {config.tls_cert}"
-        if config.tls_key is not None:
-            flags += f" --tls-key {config.tls_key}"
-        raise ConfigError(f"{flags}: {error.strerror or error}") from None
-    return context
-
-
-def _is_local(head: http1.Head, config: Config) -> bool:
-    """Whether the Host header names this machine; HTTP/1.0 may leave it out."""
-    if "host" not in head.headers:
-        return True
-    if (match := _HOST.fullmatch(head.headers.get("host"))) is None:
-        return False
-    name = match[1].strip("[]").lower()
-    return name in ("localhost", "127.0.0.1", "::1", config.host.lower()) or name.endswith(
-        ".localhost"
-    )
-
-
-def _prefix_bytes(config: Config, memory: Memory) -> int:
-    """What the prefix cache may hold, while what runs leaves it."""
-    if not config.enable_prefix_caching:
-        return 0
-    wanted, budget = config.prefix_bytes(), memory.budget_bytes
-    if wanted is None:
-        return _DEFAULT_PREFIX_BYTES if budget is None else int(budget * PREFIX_SHARE)
-    return wanted if budget is None else min(wanted, budget)

@@ -37,8 +37,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_vlm.generate.common import _chunked_prefill_enabled
 from PIL import Image as PIL
 
-from mlxlite.sequence import Image, Prompt
-from mlxlite.served import PromptError
+from mlxlite.engine.sequence import Image, Prompt
+from mlxlite.models.interface import PromptError
 
 log = logging.getLogger("mlxlite.vision")
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from helpers import Clock
 
-from mlxlite import connection, engine, routes
 from mlxlite import server as server_module
+from mlxlite.api import app
+from mlxlite.engine import engine as engine_module
+from mlxlite.http import connection
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -86,8 +88,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time as connections and the engine see it; deadlines are looked at nearly all the time."""
     clock = Clock()
     monkeypatch.setattr(connection, "perf_counter", clock)
-    monkeypatch.setattr(engine, "perf_counter", clock)
+    monkeypatch.setattr(engine_module, "perf_counter", clock)
     monkeypatch.setattr(server_module, "perf_counter", clock)
-    monkeypatch.setattr(routes, "perf_counter", clock)
+    monkeypatch.setattr(app, "perf_counter", clock)
     monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
     return clock

@@ -1,152 +1,240 @@
-"""The design's table of modules, enforced: who may import what, how many modules, how long."""
+"""The house, enforced: which room may import which, and how large its parts may be.
+
+One row a room. `others` are packages beside the standard library; `asyncio` is listed like one. A
+room's own files may import one another; only what `WITHIN` lists narrows that.
+"""
 
 import ast
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlxlite"
-# Plus __init__ and __main__. The design says 16; with files of at most 600 lines its rows gave
-# others: server `connection`, api `request`, request `messages`, runner `caches`, `payloads` and
-# `cpu`, scheduler `prefill`, config `flags`, text `arguments`, responses `conversations`, engine
-# `embeddings`. `media` is what
-# of pictures is not MLX: the design had it in `vision`, where requests could not read a source
-# without loading MLX.
-MAX_MODULES = 44
-MAX_LINES = 600
 
-# layer → module → what it may import beside the standard library: our modules | other packages
-LAYERS: dict[int, dict[str, str]] = {
-    0: {
-        "flags": "|",
-        "config": "flags |",
-        "blocks": "| numpy",
-        "sequence": "blocks |",
-    },
-    1: {
-        "http1": "| h11",
-        "api": "sequence blocks http1 | orjson",
-        "fields": "api | orjson",
-        "served": "sequence |",
-        "faults": "|",
-        "tools": "api fields served | orjson",
-        "media": "api fields | h11 PIL",
-        "messages": "api fields media | orjson",
-        "request": "sequence api fields media messages served tools |",
-        "plain": "sequence api fields http1 messages request | orjson",
-        "dialects": "sequence http1 api fields media messages request served tools | orjson",
-        "responses": "sequence http1 api fields messages request dialects served tools | orjson",
-        "conversations": "messages |",
-        "openapi": "fields request plain dialects responses | orjson",
-        "arguments": "sequence | orjson",
-        "text": "sequence arguments |",
-        "harmony": "sequence arguments text |",
-        "grammar": "sequence served | llguidance numpy",
-        "prefix": "sequence blocks | numpy",
-    },
-    2: {
-        "prefill": "sequence blocks |",
-        "scheduler": "sequence blocks prefill prefix |",
-        "prompts": "config sequence served blocks api media messages request plain dialects"
-        " responses text harmony arguments |",
-    },
-    3: {
-        "sampling": "sequence | mlx numpy",
-        "hub": "served | huggingface_hub",
-        "cpu": "| mlx mlx_lm",
-        "model": "config sequence served faults grammar harmony hub cpu vision | mlx mlx_lm numpy"
-        " huggingface_hub transformers jinja2",
-        "vision": "sequence served | mlx mlx_lm mlx_vlm numpy PIL",
-        "caches": "| mlx mlx_lm",
-        "store": "sequence blocks | orjson",
-        "payloads": "blocks caches store | mlx numpy",
-        "runner": "sequence blocks faults sampling cpu caches payloads store vision"
-        " | mlx mlx_lm numpy",
-    },
-    4: {
-        "lane": "sequence faults |",
-        "embeddings": "sequence lane |",
-        "engine": "sequence blocks faults scheduler text harmony embeddings lane |",
-        "connection": "sequence faults http1 api |",
-        "routes": "config sequence http1 api fields messages request plain prompts dialects"
-        " responses conversations openapi harmony served faults connection engine metrics |",
-        "server": "config flags sequence served faults http1 api routes connection lane engine"
-        " scheduler metrics |",
-        "metrics": "blocks sequence |",
-    },
+
+@dataclass(frozen=True)
+class Row:
+    """Rooms, or single files of rooms, that one room may import, and packages."""
+
+    ours: str = ""
+    others: str = ""
+
+
+ROOMS = {
+    "errors": Row(),
+    "config": Row(),
+    "http": Row("errors", "h11 asyncio orjson"),
+    "prefix_cache": Row("", "numpy orjson safetensors"),
+    "engine": Row("prefix_cache errors", "asyncio"),
+    "metrics": Row("engine.sequence engine.step prefix_cache.operations"),
+    "output": Row(
+        "engine.sequence engine.step engine.sampling_params errors", "orjson numpy llguidance"
+    ),
+    "runner": Row(
+        "engine.sequence engine.step engine.sampling_params engine.memory"
+        " prefix_cache.operations prefix_cache.disk errors",
+        "mlx mlx_lm numpy",
+    ),
+    "vision": Row("engine.sequence", "mlx mlx_lm mlx_vlm numpy PIL"),
+    "models": Row(
+        "config engine.sequence engine.sampling_params output vision errors",
+        "mlx mlx_lm numpy transformers jinja2 huggingface_hub",
+    ),
+    "api": Row(
+        "config http engine output prefix_cache.hashing prefix_cache.operations"
+        " models.interface vision.images metrics errors",
+        "orjson asyncio",
+    ),
+    "server": Row("* ", "asyncio"),
+    "__main__": Row("server config", "asyncio"),
+    "__init__": Row("server config"),
+    "media": Row("http api", "h11 PIL"),
 }
-ROWS = {module: row for layer in LAYERS.values() for module, row in layer.items()}
-ROWS |= {"__init__": "config server __main__ |", "__main__": " ".join(ROWS) + " |"}
-MAY_ASYNCIO = {*LAYERS[4], "__init__", "__main__"}
-PUBLIC = {"Config": "config", "Server": "__main__"}  # what `mlxlite` itself hands out, from where
+
+# Files with rules of their own, beside their room's row: what they may not import after all.
+MLX_ONLY_IN = ("runner", "models.load", "vision.network")
+ENGINE_ONLY_IN = ("api", "server", "engine")  # `engine.engine`: the tick itself
+RUNNER_ONLY_IN = ("server", "runner")
+ASYNCIO_IN_ENGINE = ("engine.engine", "engine.device_thread", "engine.embeddings")
+MAX_LINES, MAX_MEDIAN_LINES, MAX_CLASS = 600, 200, 250
+MAX_MEDIAN_FUNCTION, MAX_P95_FUNCTION = 8, 40
+MAX_ENTRIES = 16  # of mlxlite/, the typing marker and the README aside
+# Arrows and sizes that are still to go, while the rooms are rebuilt; nothing may be added.
+DEBT = {
+    "__init__ → __main__",
+    "__main__ → engine.engine",
+    "__main__ → engine.step",
+    "__main__ → errors",
+    "__main__ → models.interface",
+    "__main__ → models.load",
+    "__main__ → prefix_cache.disk",
+    "__main__ → runner.kv_cache",
+    "__main__ → runner.model_runner",
+    "api.conversation → media",
+    "api.endpoints.anthropic_messages → media",
+    "api.openai_content → media",
+    "api.render → media",
+    "api.request → media",
+    "engine.engine → output.detokenizer",
+    "engine.engine → output.events",
+    "engine.engine → output.harmony",
+    "engine.engine → output.markers",
+    "engine.engine → output.stop_strings",
+    "engine.memory → config.options",
+    "http.listener → config.flags",
+    "http.listener → config.options",
+    "models.load → runner.cpu",
+    "prefix_cache.disk → engine.step",
+    "prefix_cache.index → engine.memory",
+    "runner.model_runner → vision",
+    "vision → models.interface",
+}
+LONG = {
+    "api.app.Routes",
+    "config.options.Config",
+    "engine.engine.Engine",
+    "engine.scheduler.Scheduler",
+    "http.parser.Connection",
+    "metrics.Metrics",
+    "output.markers.Channels",
+    "prefix_cache.index.PrefixCache",
+    "runner.model_runner.ModelRunner",
+    "server.Server",
+}
+PUBLIC = {"Config": "config", "Server": "server"}  # what `mlxlite` itself exports, from where
 
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
-def imports(path: Path) -> Iterator[str]:
+def imports(module: str) -> Iterator[str]:
     """The dotted name of everything a file imports, at any depth and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ("mlxlite" if node.level else None, node.module)))
-            if base == "mlxlite":  # each name is a module, or the package's own
-                yield from (f"mlxlite.{PUBLIC.get(alias.name, alias.name)}" for alias in node.names)
-            else:
-                yield base
+            assert node.level == 0, f"{module} imports by a relative name"
+            base = node.module or ""
+            for alias in node.names:
+                name = PUBLIC.get(alias.name, alias.name) if base == "mlxlite" else alias.name
+                inner = f"{base}.{name}"
+                yield inner if inner.removeprefix("mlxlite.") in FILES else base
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
-    assert module in ROWS, f"{module} has no row in the design's table"
-    ours, others = (set(half.split()) for half in ROWS[module].split("|"))
-    allowed = {f"mlxlite.{name}" for name in ours} | {"mlxlite.__version__"}
-    for name in imports(FILES[module]):
-        package = name.partition(".")[0]
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def is_within(module: str, places: tuple[str, ...]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def violations(module: str) -> Iterator[str]:
+    """The imports of a file that its room's row does not allow."""
+    row = ROOMS[room_of(module)]
+    ours = tuple(row.ours.split())
+    for name in imports(module):
+        package, _, inner = name.partition(".")
         if package == "mlxlite":
-            assert name in allowed, f"{module} must not import {name}"
-        elif package == "asyncio":
-            assert module in MAY_ASYNCIO, f"{module} must not import asyncio: it is below layer 4"
-        elif package not in sys.stdlib_module_names:
-            assert package in others, f"{module} must not import {package}"
+            if inner in ("", "__version__") or room_of(inner) == room_of(module) or ours == ("*",):
+                continue
+            if not is_within(inner.removesuffix(".__init__"), ours):
+                yield f"{module} → {inner}"
+        elif package == "asyncio" or package not in sys.stdlib_module_names:
+            yield from () if package in row.others.split() else (f"{module} → {package}",)
 
 
-def test_the_table_itself_keeps_mlx_in_layer_3_and_points_downwards() -> None:
-    level = {module: layer for layer, modules in LAYERS.items() for module in modules}
-    for module, layer in level.items():
-        ours, others = (half.split() for half in ROWS[module].split("|"))
-        assert layer == 3 or not [package for package in others if package.startswith("mlx")]
-        assert all(level[name] <= layer for name in ours)
+def test_files_import_only_what_the_rows_of_their_rooms_allow() -> None:
+    assert {arrow for module in FILES for arrow in violations(module)} <= DEBT
 
 
-def test_there_are_no_more_modules_than_the_cap() -> None:
-    assert len(ROWS) <= MAX_MODULES + 2
-    assert len(set(FILES) - {"__init__", "__main__"}) <= MAX_MODULES
+@pytest.mark.xfail(reason="the rooms are being rebuilt")
+@pytest.mark.parametrize("module", FILES)
+def test_mlx_the_engine_and_the_runner_are_imported_only_where_they_belong(module: str) -> None:
+    names = set(imports(module))
+    if {name.partition(".")[0] for name in names} & {"mlx", "mlx_lm", "mlx_vlm"}:
+        assert is_within(module, MLX_ONLY_IN)
+    if "mlxlite.engine.engine" in names:
+        assert is_within(module, ENGINE_ONLY_IN)
+    if any(is_within(name, ("mlxlite.runner",)) for name in names):
+        assert is_within(module, RUNNER_ONLY_IN)
+    if "asyncio" in names and room_of(module) == "engine":
+        assert module in ASYNCIO_IN_ENGINE
+
+
+@pytest.mark.xfail(reason="the rooms are being rebuilt")
+def test_endpoints_never_import_one_another() -> None:
+    for module in FILES:
+        if module.startswith("api.endpoints.") and not module.endswith("__init__"):
+            assert not any(name.startswith("mlxlite.api.endpoints.") for name in imports(module))
+
+
+@pytest.mark.xfail(reason="the rooms are being rebuilt")
+def test_imports_between_rooms_make_no_circle() -> None:
+    arrows: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module in FILES:
+        for name in imports(module):
+            target = room_of(name.removeprefix("mlxlite."))
+            if target in ROOMS and target != room_of(module):
+                arrows[room_of(module)].add(target)
+    while arrows:
+        leaves = {room for room, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {room: targets for room, targets in arrows.items() if room not in leaves}
+
+
+@pytest.mark.xfail(reason="the rooms are being rebuilt")
+def test_imports_within_a_room_make_no_circle() -> None:
+    arrows = {
+        module: {name.removeprefix("mlxlite.") for name in imports(module)} & FILES.keys()
+        for module in FILES
+    }
+    while arrows:
+        leaves = {module for module, targets in arrows.items() if not targets & arrows.keys()}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {module: targets for module, targets in arrows.items() if module not in leaves}
+
+
+def test_there_are_no_more_rooms_than_the_design_has() -> None:
+    entries = {p.name for p in PACKAGE.iterdir()} - {"__pycache__", "py.typed", "README.md"}
+    assert len(entries) <= MAX_ENTRIES
+    assert {room_of(module) for module in FILES} == ROOMS.keys()
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_a_file_can_be_read_in_one_sitting(module: str) -> None:
-    num_lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
-    assert num_lines <= MAX_LINES
+    lines = FILES[module].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_LINES
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ClassDef) and f"{module}.{node.name}" not in LONG:
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_CLASS, f"{node.name} is too long"
 
 
-def test_the_scheduler_does_not_load_mlx() -> None:
-    if "scheduler" not in FILES:
-        pytest.skip("there is no scheduler yet")
-    code = "import sys, mlxlite.scheduler; sys.exit('mlx' in sys.modules)"
+@pytest.mark.xfail(reason="the rooms are being rebuilt")
+def test_files_and_functions_are_short_in_the_middle_too() -> None:
+    sizes = [len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values()]
+    assert statistics.median(size for size in sizes if size > 1) <= MAX_MEDIAN_LINES
+    functions = sorted(
+        (node.end_lineno or 0) - node.lineno + 1
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert statistics.median(functions) <= MAX_MEDIAN_FUNCTION
+    assert functions[len(functions) * 95 // 100] <= MAX_P95_FUNCTION
+
+
+@pytest.mark.parametrize("module", ["engine.scheduler", "api.app", "http.connection"])
+def test_what_is_above_mlx_does_not_load_it(module: str) -> None:
+    code = f"import sys, mlxlite.{module}; sys.exit('mlx' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, timeout=60)
     assert result.returncode == 0
-
-
-def test_what_a_chat_does_not_need_is_imported_when_it_is_asked_for() -> None:
-    code = "import sys, mlxlite.server; print(*(m for m in sys.modules if m.startswith('mlxlite')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = set(done.stdout.split())
-    assert "mlxlite.request" in found
-    assert not found & {"mlxlite.dialects", "mlxlite.responses", "mlxlite.openapi"}

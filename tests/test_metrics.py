@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mlxlite.blocks import CacheStats
+from mlxlite.engine.sequence import Usage
 from mlxlite.metrics import (
     CONTENT_TYPE,
     ITL_S,
@@ -21,7 +21,7 @@ from mlxlite.metrics import (
     Registry,
     bounds_1_2_5,
 )
-from mlxlite.sequence import Usage
+from mlxlite.prefix_cache.operations import CacheStats
 
 ROUTES = ("/v1/chat/completions", "/health")
 START_S = 1_790_000_000.5

@@ -7,9 +7,10 @@ import pytest
 from helpers import in_a_loop, serving
 from tables import flag_table
 
-from mlxlite.fields import markdown
-from mlxlite.plain import COMPLETION_FIELDS, EMBEDDING_FIELDS
-from mlxlite.request import field_table
+from mlxlite.api.endpoints.chat_completions import field_table
+from mlxlite.api.endpoints.completions import COMPLETION_FIELDS
+from mlxlite.api.endpoints.embeddings import EMBEDDING_FIELDS
+from mlxlite.api.fields import markdown
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -42,7 +43,7 @@ def test_each_row_in_the_readme_names_tests_that_there_are(section: str, least: 
     text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| .* \|$", text, re.M)[2:]
     there_are = set()
-    for path in Path(__file__).parent.glob("test_*.py"):
+    for path in Path(__file__).parent.rglob("test_*.py"):
         there_are |= set(re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.M))
     assert len(rows) > least
     for row in rows:

@@ -1,0 +1,206 @@
+"""Messages of a chat: JSON to turns, and turns to what a chat template reads. Pure.
+
+Decides what a message may hold: a role, text, pictures, thoughts, calls and their results, and who
+may show pictures (`SHOWS`). It never drops what it does not know in silence: a part or a role that
+it cannot read is a 400 that names its place. Other dialects make the same `Message` of their words.
+
+A message without pictures is its text, and has no `parts`. Tested.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+from typing import Any, Final, TypeAlias
+
+from mlxlite.api.fields import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
+from mlxlite.http.errors import bad
+from mlxlite.media import MAX_PICTURES, Source
+
+MAX_TOOLS = 128  # OpenAI's
+_MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_SCHEMA_ORDER = ("type", "title", "description", "enum", "properties", "required", "items")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON Schema, in a stable order."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    is_strict: bool = False  # its arguments must match, whenever it is called
+
+    def as_template(self) -> dict[str, Any]:
+        function = {"name": self.name, "description": self.description}
+        return {"type": "function", "function": function | {"parameters": self.parameters}}
+
+
+def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool:
+    """A function's definition. Raises APIError 400."""
+    function = json_object(value, param)
+    name = text(function.get("name"), f"{param}.name")
+    if not _TOOL_NAME.fullmatch(name):
+        message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
+        raise bad(message, f"{param}.name")
+    is_strict = flag(function.get("strict") or False, f"{param}.strict")
+    schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
+    parameters = {"type": "object", "properties": {}} | stable(schema)
+    description = text(function.get("description") or "", f"{param}.description")
+    return Tool(name, description, parameters, is_strict)
+
+
+def array_of(read: Reader, word: str = "tools") -> Reader:
+    """The tools of an array, each of its own name. It raises APIError 400."""
+
+    def read_all(value: Any, param: str) -> tuple[Tool, ...]:
+        if not isinstance(value, list):
+            raise wrong(param, "an array", value)
+        if len(value) > MAX_TOOLS:
+            raise bad(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
+        tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
+        for i, item in enumerate(value):  # what no reader knows, too: Responses repeat all of it
+            shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
+        if len({tool.name for tool in tools}) < len(tools):
+            raise bad(f"'{param}' holds two tools of one name.", param)
+        return tools
+
+    return read_all
+
+
+def stable(value: Any) -> Any:
+    """A schema with its keys in one order, whatever order the client's language gave them.
+
+    Prompts that differ in nothing else then share their beginning.
+    """
+    if isinstance(value, dict):
+        known = [key for key in _SCHEMA_ORDER if key in value]
+        return {key: stable(value[key]) for key in (*known, *sorted(value.keys() - set(known)))}
+    return [stable(item) for item in value] if isinstance(value, list) else value
+
+
+Part: TypeAlias = str | Source
+# Claude Code's first line, different in each request: no prefix would ever be found again.
+_BILLING = re.compile(r"\A(?:x-anthropic-billing-header:[^\n]*(?:\n|\Z))+\n*", re.IGNORECASE)
+
+
+class Role(Enum):
+    """Who speaks. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
+
+    SYSTEM = "system"
+    DEVELOPER = "developer"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+    FUNCTION = "function"
+
+
+_ROLES: Final = tuple(role.value for role in Role)
+SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictures of others
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call in the history. `arguments` is the parsed object, or the text if it is none."""
+
+    id: str
+    name: str
+    arguments: Any
+
+    def as_template(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `content` None is an assistant's turn that only called tools.
+
+    With pictures, `parts` are they and the text in their order, and `content` is the text alone.
+    """
+
+    role: Role
+    content: str | None
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Source))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is kept of it: pictures, and text at any depth of a call's arguments."""
+        total = 0
+        left: list[Any] = [self.content, self.reasoning, self.name, self.tool_call_id, *self.parts]
+        for call in self.tool_calls:
+            left += (call.id, call.name, call.arguments)
+        while left:
+            match left.pop():
+                case str(said):
+                    total += len(said.encode())
+                case Source(data, url, param):
+                    total += len(data or b"")
+                    left += (url, param)
+                case dict(values):
+                    left += values
+                    left += values.values()
+                case list(values):
+                    left += values
+        return total
+
+    def as_template(self) -> dict[str, Any]:
+        """The dict that chat templates read; templates know neither developer nor function."""
+        roles = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
+        role, content = roles.get(self.role, self.role), self.content or ""
+        if role is Role.SYSTEM:
+            content = _BILLING.sub("", content)
+        message: dict[str, Any] = {"role": role.value, "content": content}
+        if self.parts:
+            message["content"] = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in self.parts
+            ]
+        if self.name is not None:
+            message["name"] = self.name
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
+    """A message of parts; texts that touch are joined by newlines. Raises APIError 400."""
+    given = list(_counted(parts))
+    content = "\n".join(part for part in given if isinstance(part, str))
+    joined: list[Part] = []
+    for kind, run in groupby(given, type):
+        touching = list(run)
+        joined += ["\n".join(map(str, touching))] if kind is str else touching
+    has_pictures = any(isinstance(part, Source) for part in given)
+    return Message(role, content, **rest, parts=tuple(joined) if has_pictures else ())
+
+
+def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
+    """The same parts, as long as there are no more pictures than a request may have."""
+    for part in parts:
+        num_before += isinstance(part, Source)
+        if isinstance(part, Source) and num_before > MAX_PICTURES:
+            raise bad(f"a request may hold at most {MAX_PICTURES} pictures.", part.param)
+        yield part
+
+
+def bounded(messages: Iterable[Message]) -> Iterator[Message]:
+    """The same messages, as long as there are not too many pictures. Raises APIError 400."""
+    num_seen = 0
+    for message in messages:
+        num_seen += sum(1 for _ in _counted(message.sources, num_seen))
+        yield message

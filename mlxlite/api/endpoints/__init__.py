@@ -1,0 +1,1 @@
+"""The endpoints, one dialect a file; no file here imports another."""

@@ -1,0 +1,493 @@
+"""Anthropic's Messages: read as a chat, written in its own words; and what dialects share. Pure.
+
+A dialect (the other one is `responses`) is a table of fields, a parser to the `ChatRequest` that
+every chat becomes, and a writer of its answers. A writer is a small state machine: an answer is a
+list of blocks (here) or items (there), of which at most one is open; thoughts, text and calls open
+what they need, and what is open is closed before another begins or the answer ends.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+import orjson
+
+from mlxlite.api.constraints import json_schema
+from mlxlite.api.conversation import (
+    Message,
+    Part,
+    Role,
+    Tool,
+    ToolCall,
+    array_of,
+    bounded,
+    function_of,
+    turn,
+)
+from mlxlite.api.fields import (
+    Field,
+    accepted,
+    flag,
+    integer,
+    json_object,
+    need,
+    nested,
+    number,
+    of_kind,
+    off,
+    one_of,
+    parse_object,
+    parts,
+    read_fields,
+    refused,
+    refused_each,
+    text,
+    unsupported,
+    works,
+    wrong,
+)
+from mlxlite.api.openai_content import role_of, said_of, texts_of
+from mlxlite.api.render import cacheable, render
+from mlxlite.api.request import (
+    EFFORT,
+    FIELDS,
+    ONE_CHOICE,
+    OWN,
+    ChatRequest,
+    chat_options,
+    template_kwargs,
+)
+from mlxlite.api.writers import Choice, Envelope, parts_of
+from mlxlite.config.options import Config
+from mlxlite.engine.sequence import FinishReason, Prompt, Usage
+from mlxlite.http.errors import APIError, bad
+from mlxlite.http.sse import sse_event
+from mlxlite.media import Source, source_of, source_of_base64
+from mlxlite.models.interface import ServedModel
+from mlxlite.output.events import Arguments, Call, CallPart, Channel, Delta, Done, Opened, Progress
+
+
+def prepare_messages(
+    model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
+) -> tuple[ChatRequest, Prompt]:
+    """The same for Anthropic's dialect."""
+    from mlxlite.api.endpoints.anthropic_messages import parse_messages
+
+    request = parse_messages(body)
+    prompt = render(model, request, config, is_patient=is_patient)
+    return request, cacheable(model, prompt, request, tenant, config)
+
+
+def prepare_count(
+    model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
+) -> tuple[ChatRequest, int]:
+    """How many tokens a message's prompt has."""
+    from mlxlite.api.endpoints.anthropic_messages import parse_count_tokens
+
+    request = parse_count_tokens(body)
+    return request, len(render(model, request, config, is_patient=is_patient).tokens)
+
+
+MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
+
+
+def check_together(read: Mapping[str, Any], max_name: str) -> None:
+    """What single fields cannot know of one another. Raises APIError 400."""
+    most = read.get("max_tokens")
+    if most is not None and read.get("min_tokens", 0) > most:
+        raise bad(f"'min_tokens' must not be more than '{max_name}'.", "min_tokens")
+    if read.get("stream_options") is not None and not read.get("stream"):
+        raise bad("'stream_options' needs 'stream': true.", "stream_options")
+
+
+def retold(choice: Choice) -> tuple[Delta, Delta, Delta]:
+    """What a choice has said, as one that streams says it: thoughts, then text, then calls."""
+    thought, said = "".join(choice.thoughts), "".join(choice.texts)
+    return (
+        Delta(thought, 0, channel=Channel.REASONING),
+        Delta(said, 0, tuple(choice.drawn)),
+        Delta("", 0, calls=tuple(choice.calls)),
+    )
+
+
+# --- Messages: requests -----------------------------------------------------------------------
+
+
+def _turns(value: Any, param: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise wrong(param, "an array", value)
+    if not value:
+        raise bad(f"'{param}' must hold at least one message.", param)
+    turns = (one for i, item in enumerate(value) for one in _turn(item, f"{param}[{i}]"))
+    return tuple(bounded(turns))
+
+
+def _turn(value: Any, param: str) -> list[Message]:
+    """One message of Anthropic's; results of tools are messages of their own."""
+    given = json_object(value, param)
+    role = role_of(given.get("role"), f"{param}.role", Role.USER, Role.ASSISTANT, Role.SYSTEM)
+    content, name = given.get("content"), f"{param}.content"
+    if isinstance(content, str) or role is Role.SYSTEM:
+        return [Message(role, texts_of(content, name))]
+    if role is Role.ASSISTANT:
+        return [_assistant(content, name)]
+    return _user(content, name)
+
+
+def _user(content: Any, param: str) -> list[Message]:
+    """What is said between results is one turn."""
+    turns: list[Message] = []
+    for is_result, run in groupby(parts(content, param), lambda part: part[0] == "tool_result"):
+        if is_result:
+            turns += [_tool_result(block, name) for _, block, name in run]
+        else:
+            turns.append(turn(Role.USER, (_said(*part) for part in run)))
+    return turns or [Message(Role.USER, "")]
+
+
+def _said(kind: str, block: Mapping[str, Any], param: str) -> Part:
+    match kind:
+        case "text":
+            return text(block.get("text"), f"{param}.text")
+        case "image":
+            return _image(block, param)
+    raise unsupported(kind, param)
+
+
+def _image(block: Mapping[str, Any], param: str) -> Source:
+    """What it is called (`media_type`) is not believed; its bytes say what it is."""
+    param = f"{param}.source"
+    given = json_object(block.get("source"), param)
+    match text(given.get("type"), f"{param}.type"):
+        case "base64":
+            text(given.get("media_type") or "", f"{param}.media_type")
+            return source_of_base64(text(given.get("data"), f"{param}.data"), param)
+        case "url":
+            return source_of(text(given.get("url"), f"{param}.url"), param)
+        case kind:
+            raise unsupported(kind, param)
+
+
+def _tool_result(block: Mapping[str, Any], param: str) -> Message:
+    """A failure is told in words: templates have no field for it."""
+    content = "" if block.get("content") is None else block["content"]
+    said = list(said_of(content, f"{param}.content", {"image": _image}))
+    if (error := block.get("is_error")) is not None and flag(error, f"{param}.is_error"):
+        first = said.pop(0) if said and isinstance(said[0], str) else ""
+        said.insert(0, f"Error: {first}")
+    id = text(block.get("tool_use_id"), f"{param}.tool_use_id")
+    return turn(Role.TOOL, said, tool_call_id=id)
+
+
+def _assistant(content: Any, param: str) -> Message:
+    texts, thoughts, calls = [], [], []
+    for kind, block, name in parts(content, param):
+        match kind:
+            case "text":
+                texts.append(text(block.get("text"), f"{name}.text"))
+            case "thinking":
+                thoughts.append(text(block.get("thinking"), f"{name}.thinking"))
+            case "tool_use":
+                id = text(block.get("id"), f"{name}.id")
+                arguments = json_object(block.get("input"), f"{name}.input")
+                calls.append(ToolCall(id, text(block.get("name"), f"{name}.name"), arguments))
+            case "redacted_thinking":
+                text(block.get("data"), f"{name}.data")  # no one but Anthropic can read it
+            case _:
+                raise unsupported(kind, name)
+    said = "\n".join(texts) if texts or not calls else None
+    reasoning = "\n".join(filter(None, thoughts)) or None
+    return Message(Role.ASSISTANT, said, reasoning=reasoning, tool_calls=tuple(calls))
+
+
+_read_thinking: Final = nested(
+    {
+        "type": one_of("disabled", "enabled", "adaptive"),
+        "budget_tokens": integer(MIN_THINKING, 2**31 - 1),
+        "display": off("summarized"),
+    },
+    "type",
+)
+
+
+def _thinking(value: Any, param: str) -> dict[str, Any]:
+    thinking: dict[str, Any] = _read_thinking(value, param)
+    if thinking["type"] == "enabled":
+        need(thinking, param, "budget_tokens")
+    return thinking
+
+
+def _tool(value: Any, param: str) -> Tool:
+    """A function of the client's own: of the other tools Anthropic keeps what they do."""
+    return function_of(of_kind("custom", value, param, "custom"), param, "input_schema")
+
+
+_read_choice: Final = nested(
+    {
+        "type": one_of("auto", "any", "tool", "none"),
+        "name": text,
+        "disable_parallel_tool_use": flag,
+    },
+    "type",
+)
+
+
+def _tool_choice(value: Any, param: str) -> dict[str, Any]:
+    """In a chat's words: what must be called, and whether several times."""
+    given = _read_choice(value, param)
+    if given["type"] == "tool":
+        need(given, param, "name")
+    words = {"any": "required", "tool": {"name": given.get("name")}}
+    wanted = words.get(given["type"], given["type"])
+    return {
+        "tool_choice": wanted,
+        "parallel_tool_calls": not given.get("disable_parallel_tool_use"),
+    }
+
+
+_read_format: Final = nested(
+    {"type": one_of("json_schema"), "schema": json_schema}, "type", "schema"
+)
+_ALL: Final = ("all", {"type": "all"})
+
+
+def _edits(value: Any, param: str) -> None:
+    """Claude Code asks for all thoughts to be kept, which they are."""
+    for kind, edit, name in parts(value, param):
+        if not kind.startswith("clear_thinking") or edit.get("keep") not in _ALL:
+            raise unsupported(kind, name)
+
+
+MESSAGES_FIELDS: Final[Mapping[str, Field]] = {
+    "model": FIELDS["model"],
+    "messages": works(_turns, "text, image, thinking, tool_use and tool_result blocks"),
+    "system": works(texts_of, "a string or text blocks"),
+    "max_tokens": works(integer(1, 2**31 - 1), "required, but not to count tokens"),
+    "temperature": works(number(0, 1), "0 is greedy; default: the model's, else 1"),
+    "top_p": FIELDS["top_p"],
+    "top_k": FIELDS["top_k"],
+    "stop_sequences": FIELDS["stop_sequences"],
+    "stream": FIELDS["stream"],
+    "thinking": works(
+        _thinking,
+        "`enable_thinking` for the chat template; `budget_tokens` is checked but not enforced",
+    ),
+    "output_config": works(
+        nested({"effort": EFFORT, "format": _read_format}),
+        "`effort` is handed to the chat template; `format` json_schema needs the extra `grammar`",
+    ),
+    "metadata": accepted(json_object),
+    "service_tier": accepted(text),
+    "inference_geo": accepted(text),
+    "cache_control": accepted(json_object, "prefixes are cached anyway"),
+    "context_management": accepted(
+        nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
+    ),
+    "speed": refused("standard"),
+    "tools": works(array_of(_tool), "functions; Anthropic's own tools are refused"),
+    "tool_choice": works(
+        _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
+    ),
+    "mcp_servers": refused([]),
+    **refused_each("container output_format"),
+    "n": ONE_CHOICE,
+    **OWN,
+}
+COUNT_FIELDS: Final[Mapping[str, Field]] = {
+    name: MESSAGES_FIELDS[name]
+    for name in (
+        *("model", "messages", "system", "thinking", "output_config", "cache_control"),
+        *("context_management", "tools", "tool_choice", "mcp_servers"),
+        *("chat_template_kwargs", "chat_template"),
+    )
+}
+
+
+def parse_messages(body: bytes) -> ChatRequest:
+    """Validate a Messages body. Raises APIError 400 naming the field at fault."""
+    return _messages_request(body, MESSAGES_FIELDS, ("messages", "max_tokens"))
+
+
+def parse_count_tokens(body: bytes) -> ChatRequest:
+    """What makes a prompt, and nothing else."""
+    return _messages_request(body, COUNT_FIELDS, ("messages",))
+
+
+def _messages_request(
+    body: bytes, table: Mapping[str, Field], required: Sequence[str]
+) -> ChatRequest:
+    value = parse_object(body)
+    read = read_fields(value, table)
+    for name in required:
+        if name not in read:
+            raise bad(f"'{name}' is required.", name)
+    check_together(read, "max_tokens")
+    thinking = read.get("thinking", {})
+    most = read.get("max_tokens")
+    if most is not None and thinking.get("budget_tokens", 0) >= most:
+        message = "'thinking.budget_tokens' must be less than 'max_tokens'."
+        raise bad(message, "thinking.budget_tokens")
+    is_thinking = thinking["type"] != "disabled" if thinking else None
+    effort = read.get("output_config", {}).get("effort")
+    system = read.get("system")
+    lead = (Message(Role.SYSTEM, system),) if system else ()
+    terms = read | read.get("tool_choice", {})
+    terms["response_format"] = read.get("output_config", {}).get("format", {}).get("schema")
+    return ChatRequest(
+        **chat_options(value, terms, table, "output_config.format"),
+        messages=lead + read["messages"],
+        template_kwargs=template_kwargs(read, effort, is_thinking),
+    )
+
+
+# --- Messages: answers ------------------------------------------------------------------------
+
+_ERROR_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+
+
+def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
+    """Anthropic's error object. A prompt that is too long says so in the words clients look for."""
+    kind = "api_error" if error.status >= 500 else "invalid_request_error"
+    message = error.message
+    if error.code == "context_length_exceeded":
+        size, most = error.extra.get("n_prompt_tokens"), error.extra.get("n_ctx")
+        message = f"prompt is too long: {size} tokens > {most} maximum. {message}"
+    detail = {"type": _ERROR_TYPES.get(error.status, kind), "message": message}
+    answer: dict[str, Any] = {"type": "error", "error": detail}
+    if request_id is not None:
+        answer["request_id"] = request_id
+    return orjson.dumps(answer)
+
+
+def token_count(num_tokens: int) -> bytes:
+    """The answer to `count_tokens`."""
+    return orjson.dumps({"input_tokens": num_tokens})
+
+
+def _end(done: Done) -> dict[str, str | None]:
+    """Null for an answer that was cancelled: Anthropic has no word for it."""
+    reason, stop = None, None
+    if done.reason is FinishReason.LENGTH:
+        reason = "max_tokens"
+    elif done.reason is FinishReason.STOP and done.num_calls:
+        reason = "tool_use"
+    elif done.reason is FinishReason.STOP:
+        reason, stop = ("end_turn" if done.stop is None else "stop_sequence"), done.stop
+    return {"stop_reason": reason, "stop_sequence": stop}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.num_prompt - usage.num_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.num_cached,
+        "output_tokens": usage.num_output,
+        "output_tokens_details": {"thinking_tokens": usage.num_reasoning},
+    }
+
+
+def _use(call: Call | Opened, input: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": input}
+
+
+def _frame(kind: str, **rest: Any) -> bytes:
+    return sse_event(kind, orjson.dumps({"type": kind, **rest}))
+
+
+class MessagesWriter:
+    """A message in Anthropic's form, of one choice.
+
+    What of the prompt is cached is not known when a stream begins: its last usage tells. Thoughts
+    are signed with nothing: whoever sends them back is believed.
+    """
+
+    def __init__(self, envelope: Envelope, num_prompt: int) -> None:
+        self._envelope = envelope
+        self._num_prompt = num_prompt
+        self._num_blocks = 0
+        self._kind = ""  # of the block that is open
+
+    def _message(self, content: list[Any], usage: Usage, done: Done | None) -> dict[str, Any]:
+        end = {"stop_reason": None, "stop_sequence": None} if done is None else _end(done)
+        return {
+            "id": self._envelope.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._envelope.model,
+            "content": content,
+            **end,
+            "usage": _usage(usage),
+        }
+
+    def _open(self, block: Mapping[str, Any]) -> bytes:
+        """A new block, once the one that is open is closed."""
+        head, self._kind = self._close(), block["type"]
+        self._num_blocks += 1
+        index = self._num_blocks - 1
+        return head + _frame("content_block_start", index=index, content_block=block)
+
+    def _piece(self, kind: str, **piece: str) -> bytes:
+        delta = {"type": kind, **piece}
+        return _frame("content_block_delta", index=self._num_blocks - 1, delta=delta)
+
+    def _close(self) -> bytes:
+        if not self._kind:
+            return b""
+        head = self._piece("signature_delta", signature="") if self._kind == "thinking" else b""
+        self._kind = ""
+        return head + _frame("content_block_stop", index=self._num_blocks - 1)
+
+    def begin(self) -> bytes:
+        message = self._message([], Usage(num_prompt=self._num_prompt), None)
+        return _frame("message_start", message=message) + _frame("ping")
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        frames = b""
+        if delta.text and delta.channel is Channel.REASONING:
+            if self._kind != "thinking":
+                frames = self._open({"type": "thinking", "thinking": "", "signature": ""})
+            frames += self._piece("thinking_delta", thinking=delta.text)
+        elif delta.text:
+            if self._kind != "text":
+                frames = self._open({"type": "text", "text": ""})
+            frames += self._piece("text_delta", text=delta.text)
+        return frames + b"".join(map(self._part, parts_of(delta)))
+
+    def _part(self, part: CallPart) -> bytes:
+        """The end of a call that proves to be none is the end of its block too."""
+        match part:
+            case Opened():
+                return self._open(_use(part, {}))
+            case Arguments(text):
+                return self._piece("input_json_delta", partial_json=text)
+        return self._close()
+
+    def progress(self, index: int, progress: Progress) -> bytes:
+        return _frame("ping")
+
+    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+        last = _frame("message_delta", delta=_end(done), usage=_usage(total or done.usage))
+        return self._close() + last + _frame("message_stop")
+
+    def fail(self, error: APIError) -> bytes:
+        return sse_event("error", anthropic_error(error))
+
+    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
+        """Thoughts, then text, then calls, whatever their order was."""
+        (choice,) = choices
+        thought, said = "".join(choice.thoughts), "".join(choice.texts)
+        content: list[dict[str, Any]] = []
+        if thought:
+            content.append({"type": "thinking", "thinking": thought, "signature": ""})
+        if said:
+            content.append({"type": "text", "text": said})
+        content += [_use(call, orjson.loads(call.arguments)) for call in choice.calls]
+        return orjson.dumps(self._message(content, total, choice.done))

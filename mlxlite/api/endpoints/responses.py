@@ -1,0 +1,587 @@
+"""OpenAI's Responses: read as a chat, written as items and events, kept for the next turn. Pure.
+
+As a dialect it is like Messages (`dialects`). What it adds is a memory: a request may name an
+earlier answer in `previous_response_id`, and goes on from what `conversations` has kept of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import orjson
+
+from mlxlite.api.constraints import response_format
+from mlxlite.api.conversation import (
+    SHOWS,
+    Message,
+    Role,
+    Tool,
+    ToolCall,
+    array_of,
+    bounded,
+    function_of,
+    turn,
+)
+from mlxlite.api.endpoints.anthropic_messages import check_together, retold
+from mlxlite.api.fields import (
+    Field,
+    Reader,
+    accepted,
+    flag,
+    integer,
+    json_object,
+    need,
+    nested,
+    of_kind,
+    off,
+    one_of,
+    parse,
+    parse_object,
+    parts,
+    read_fields,
+    refused,
+    refused_each,
+    shallow,
+    text,
+    unsupported,
+    works,
+    wrong,
+)
+from mlxlite.api.openai_content import NO_PICTURES, input_image, role_of, said_of, texts_of
+from mlxlite.api.render import cacheable, render
+from mlxlite.api.request import (
+    EFFORT,
+    FIELDS,
+    ONE_CHOICE,
+    OWN,
+    ChatRequest,
+    chat_options,
+    template_kwargs,
+)
+from mlxlite.api.writers import Choice, Envelope, TokenBytes, logprobs_json, parts_of
+from mlxlite.config.options import Config
+from mlxlite.engine.sequence import FinishReason, Prompt, Usage
+from mlxlite.http.errors import APIError, Cause, bad, clip
+from mlxlite.http.sse import sse_event
+from mlxlite.models.interface import ServedModel
+from mlxlite.output.events import (
+    Arguments,
+    Broken,
+    Call,
+    CallPart,
+    Channel,
+    Closed,
+    Delta,
+    Done,
+    Opened,
+    Progress,
+)
+
+
+def prepare_response(
+    model: ServedModel,
+    body: bytes,
+    tenant: bytes,
+    config: Config,
+    recall: Callable[[str], tuple[Message, ...] | None],
+    *,
+    is_patient: bool = False,
+) -> "tuple[ResponsesRequest, Prompt]":
+    """The same for OpenAI's Responses; `recall` knows what was said up to an earlier one."""
+    from mlxlite.api.endpoints.responses import parse_responses
+
+    request = parse_responses(body)
+    if (id := request.previous_response_id) is not None:
+        if (history := recall(id)) is None:
+            message = f"there is no response {clip(id)!r} here (any more)"
+            raise APIError(Cause.NOT_FOUND, message, param="previous_response_id")
+        request = request.after(history)
+    prompt = render(model, request, config, is_patient=is_patient)
+    return request, cacheable(model, prompt, request, tenant, config)
+
+
+MAX_METADATA = 16  # pairs, OpenAI's bound
+
+
+# --- requests ---------------------------------------------------------------------------------
+
+
+def _arguments(value: Any, param: str) -> Any:
+    """The parsed object, or a model's own broken call as its text."""
+    try:
+        arguments = parse((text(value, param) or "{}").encode())
+    except ValueError:
+        return value
+    return arguments if isinstance(arguments, dict) else value
+
+
+def _input(value: Any, param: str) -> tuple[Message, ...]:
+    """A string is what the user says; items are turns, or parts of an assistant's one."""
+    if isinstance(value, str):
+        return (Message(Role.USER, value),)
+    if isinstance(value, list):  # the easy form of a message has no type
+        value = [{"type": "message"} | item if isinstance(item, dict) else item for item in value]
+    turns: list[Message] = []
+    for kind, item, name in parts(value, param):
+        reader = _ITEMS.get(kind)
+        if reader is None:
+            raise unsupported(kind, name)
+        _add(turns, reader(item, name))
+    if not turns:
+        raise bad(f"'{param}' must hold at least one message.", param)
+    return tuple(bounded(turns))
+
+
+def _add(turns: list[Message], new: Message | None) -> None:
+    """Reasoning, what is then said, and the calls after it are one turn, as in a chat."""
+    if new is None:
+        return
+    last = turns[-1] if turns else new
+    is_next = new.reasoning is None and (last.content is None or new.content is None)
+    is_next = is_next and not (last.tool_calls and new.content is not None)
+    if not turns or not last.role is new.role is Role.ASSISTANT or not is_next:
+        turns.append(new)
+        return
+    content = last.content if new.content is None else new.content
+    turns[-1] = replace(last, content=content, tool_calls=last.tool_calls + new.tool_calls)
+
+
+def _item_message(item: Mapping[str, Any], param: str) -> Message:
+    roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
+    role = role_of(item.get("role"), f"{param}.role", *roles)
+    pictures = _PICTURES if role in SHOWS else NO_PICTURES
+    return turn(role, said_of(item.get("content"), f"{param}.content", pictures))
+
+
+def _item_call(item: Mapping[str, Any], param: str) -> Message:
+    id, name = (text(item.get(key), f"{param}.{key}") for key in ("call_id", "name"))
+    arguments = _arguments(item.get("arguments"), f"{param}.arguments")
+    return Message(Role.ASSISTANT, None, tool_calls=(ToolCall(id, name, arguments),))
+
+
+def _item_output(item: Mapping[str, Any], param: str) -> Message:
+    output = said_of(item.get("output"), f"{param}.output", _PICTURES)
+    id = text(item.get("call_id"), f"{param}.call_id")
+    return turn(Role.TOOL, output, tool_call_id=id)
+
+
+def _item_reasoning(item: Mapping[str, Any], param: str) -> Message | None:
+    """The thoughts, else their summary; what is encrypted only OpenAI can read."""
+    for name in ("content", "summary"):
+        if item.get(name) is not None and (said := texts_of(item[name], f"{param}.{name}")):
+            return Message(Role.ASSISTANT, None, reasoning=said)
+    return None
+
+
+_PICTURES: Final[Mapping[str, Reader]] = {"input_image": input_image}
+_ITEMS: Final[Mapping[str, Callable[[Mapping[str, Any], str], Message | None]]] = {
+    "message": _item_message,
+    "function_call": _item_call,
+    "function_call_output": _item_output,
+    "reasoning": _item_reasoning,
+}
+_LOGPROBS: Final = "message.output_text.logprobs"
+
+
+def _include(value: Any, param: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise wrong(param, "an array of strings", value)
+    for i, name in enumerate(value):
+        if text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
+            message = f"{clip(name)!r} is not supported in '{param}'."
+            raise APIError(Cause.UNSUPPORTED, message, param=param)
+    return tuple(value)
+
+
+def _metadata(value: Any, param: str) -> dict[str, str]:
+    pairs = json_object(value, param)
+    if len(pairs) > MAX_METADATA:
+        raise bad(f"'{param}' may hold at most {MAX_METADATA} pairs.", param)
+    return {name: text(item, f"{param}.{clip(name)}") for name, item in pairs.items()}
+
+
+def _tool(value: Any, param: str) -> Tool:
+    """Flat; of OpenAI's own tools only OpenAI has what they do."""
+    return function_of(of_kind("function", value, param), param)
+
+
+def _tool_choice(value: Any, param: str) -> Any:
+    """In a chat's words: a word, or the name of a function."""
+    if isinstance(value, str):
+        return one_of("none", "auto", "required")(value, param)
+    return {"name": text(of_kind("function", value, param).get("name"), f"{param}.name")}
+
+
+_FORMAT: Final[Mapping[str, Reader]] = {
+    "type": one_of("text", "json_object", "json_schema"),
+    "name": text,
+    "description": text,
+    "schema": shallow,  # it is repeated even where the type has no use for it
+    "strict": flag,
+}
+
+
+def _format(value: Any, param: str) -> dict[str, Any]:
+    """What is echoed of it."""
+    wanted: dict[str, Any] = nested(_FORMAT, "type")(value, param)
+    need(wanted, param, *(("name", "schema") if wanted["type"] == "json_schema" else ()))
+    return wanted
+
+
+RESPONSES_FIELDS: Final[Mapping[str, Field]] = {
+    "model": FIELDS["model"],
+    "input": works(
+        _input, "a string or items: messages, pictures in them, calls and their outputs, reasoning"
+    ),
+    "instructions": works(text, "a system message before all others"),
+    "previous_response_id": works(text, "the conversation that goes on, if it is still stored"),
+    "store": works(flag, "default true; the oldest are dropped first"),
+    "max_output_tokens": FIELDS["max_output_tokens"],
+    "temperature": FIELDS["temperature"],
+    "top_p": FIELDS["top_p"],
+    "top_k": FIELDS["top_k"],
+    "stop": FIELDS["stop"],
+    "stop_sequences": FIELDS["stop_sequences"],
+    "stream": FIELDS["stream"],
+    "stream_options": accepted(FIELDS["stream_options"].read, "no padding"),
+    "include": works(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
+    "top_logprobs": works(FIELDS["top_logprobs"].read, f"needs `{_LOGPROBS}` in `include`"),
+    "reasoning": works(
+        nested(
+            {"effort": EFFORT, "mode": off("standard")}
+            | dict.fromkeys(("summary", "generate_summary", "context"), off("auto"))
+        ),
+        "`effort` is handed to the chat template",
+    ),
+    "text": works(
+        nested({"format": _format, "verbosity": off("medium")}),
+        "`format`: text, json_object, json_schema; needs the extra `grammar`; no `verbosity`",
+    ),
+    "metadata": works(_metadata, "given back"),
+    "truncation": refused("disabled", note="a prompt that is too long is refused"),
+    "background": refused(False),
+    "tools": works(array_of(_tool), "functions; OpenAI's own tools are refused"),
+    "tool_choice": works(
+        _tool_choice, "`required` and a name are enforced where the model's calls are JSON"
+    ),
+    "parallel_tool_calls": FIELDS["parallel_tool_calls"],
+    "max_tool_calls": accepted(integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"),
+    "context_management": refused([]),
+    **refused_each("conversation prompt moderation"),
+    "n": ONE_CHOICE,
+    "prompt_cache_options": accepted(json_object),
+    **{
+        name: FIELDS[name]
+        for name in (
+            *("user", "service_tier", "safety_identifier"),
+            *("prompt_cache_key", "prompt_cache_retention"),
+        )
+    },
+    **OWN,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponsesRequest(ChatRequest):
+    """A response as asked for; `echo` is what its answer repeats."""
+
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    is_stored: bool = True
+    echo: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """What a later response goes on from, but for the answer: instructions are not kept."""
+        return self.messages[1:] if self.instructions else self.messages
+
+    def after(self, history: Sequence[Message]) -> "ResponsesRequest":
+        """The same request in a conversation: instructions come first, then what was said."""
+        lead = self.messages[:1] if self.instructions else ()
+        return replace(self, messages=(*lead, *history, *self.conversation))
+
+
+def parse_responses(body: bytes) -> ResponsesRequest:
+    """Validate a Responses body. Raises APIError 400 naming the field at fault."""
+    value = parse_object(body)
+    read = read_fields(value, RESPONSES_FIELDS)
+    if "input" not in read:
+        raise bad("'input' is required.", "input")
+    check_together(read, "max_output_tokens")
+    has_logprobs = _LOGPROBS in read.get("include", ())
+    if read.get("top_logprobs") and not has_logprobs:
+        raise bad(f"'top_logprobs' needs {_LOGPROBS!r} in 'include'.", "top_logprobs")
+    instructions = read.get("instructions")
+    lead = (Message(Role.SYSTEM, instructions),) if instructions else ()
+    wanted = read.get("text", {}).get("format", {"type": "text"})
+    inner = response_format({**wanted, "json_schema": wanted}, "text.format")
+    return ResponsesRequest(
+        **chat_options(value, {**read, "response_format": inner}, RESPONSES_FIELDS, "text.format"),
+        top_logprobs=read.get("top_logprobs", 0) if has_logprobs else None,
+        messages=lead + read["input"],
+        template_kwargs=template_kwargs(read, read.get("reasoning", {}).get("effort")),
+        continue_final=False,  # a trailing assistant's message is history here
+        instructions=instructions,
+        previous_response_id=read.get("previous_response_id"),
+        is_stored=read.get("store", True),
+        echo=_echo(read, wanted) | {"tools": value.get("tools") or []},
+    )
+
+
+def _echo(read: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for; null where the request was silent and the model's default holds."""
+    names = (
+        *("instructions", "previous_response_id", "temperature", "top_p", "max_tool_calls"),
+        *("user", "safety_identifier", "prompt_cache_key"),
+    )
+    effort = read.get("reasoning", {}).get("effort")
+    choice = read.get("tool_choice", "auto")
+    return {name: read.get(name) for name in names} | {
+        "background": False,
+        "max_output_tokens": read.get("max_tokens"),
+        "metadata": read.get("metadata", {}),
+        "parallel_tool_calls": read.get("parallel_tool_calls", True),
+        "reasoning": {"effort": effort, "summary": None},
+        "service_tier": "default",
+        "store": read.get("store", True),
+        "text": {"format": wanted, "verbosity": "medium"},
+        "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
+        "top_logprobs": read.get("top_logprobs", 0),
+        "truncation": "disabled",
+    }
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+_STATUSES: Final = {
+    FinishReason.STOP: "completed",
+    FinishReason.LENGTH: "incomplete",
+    FinishReason.CANCELLED: "cancelled",
+}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.num_prompt,
+        "input_tokens_details": {"cached_tokens": usage.num_cached, "cache_write_tokens": 0},
+        "output_tokens": usage.num_output,
+        "output_tokens_details": {"reasoning_tokens": usage.num_reasoning},
+        "total_tokens": usage.num_prompt + usage.num_output,
+    }
+
+
+_TEXT_EVENTS: Final = {  # how an item's text is told
+    "message": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "function_call": "response.function_call_arguments",
+}
+
+
+@dataclass(slots=True)
+class _Item:
+    """A message, reasoning or a call of the answer, as far as it is written."""
+
+    kind: str
+    id: str
+    call: Call | None = None
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    status: str = "in_progress"
+    broken: str = ""  # what the model wrote, where it is no call after all
+
+    def said(self) -> dict[str, Any]:
+        text = "".join(self.texts)
+        if self.call is not None:
+            return {"name": self.call.name, "arguments": text}
+        logprobs = {"logprobs": self.logprobs} if self.kind == "message" else {}
+        return {"text": text, **logprobs}
+
+    def part(self) -> dict[str, Any]:
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", **self.said()}
+        return {"type": "output_text", "annotations": [], **self.said()}
+
+    def as_json(self) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
+        if self.call is not None:
+            return {**item, "call_id": self.call.id, **self.said()}
+        item["content"] = [] if self.status == "in_progress" else [self.part()]
+        if self.kind == "reasoning":
+            return {**item, "summary": []}
+        return {**item, "role": "assistant"}
+
+
+class ResponsesWriter:
+    """A response, streamed or whole.
+
+    Once it has ended, `body` is what a client gets that asks for it again, and `answer` what a
+    later response goes on from; there is none when it has failed.
+    """
+
+    def __init__(
+        self, envelope: Envelope, token_bytes: TokenBytes, request: ResponsesRequest
+    ) -> None:
+        self.body: bytes | None = None
+        self.answer: Message | None = None
+        self._envelope = envelope
+        self._token_bytes = token_bytes
+        self._echo = request.echo
+        self._items: list[_Item] = []
+        self._open_kind = ""  # of the last item, if it is open
+        self._logprobs: list[dict[str, Any]] = []  # drawn since the last text of a message
+        self._num_events = 0
+
+    def _event(self, kind: str, **rest: Any) -> bytes:
+        payload = {"type": kind, "sequence_number": self._num_events, **rest}
+        self._num_events += 1
+        return sse_event(kind, orjson.dumps(payload))
+
+    def _response(self, status: str, **rest: Any) -> dict[str, Any]:
+        return {
+            "id": self._envelope.id,
+            "object": "response",
+            "created_at": self._envelope.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self._envelope.model,
+            "output": [item.as_json() for item in self._items],
+            "usage": None,
+            **self._echo,
+            **rest,
+        }
+
+    def _item(self, kind: str) -> bytes:
+        """An event of the last item."""
+        kind, index = f"response.output_item.{kind}", len(self._items) - 1
+        return self._event(kind, output_index=index, item=self._items[-1].as_json())
+
+    def _about(self, kind: str, **rest: Any) -> bytes:
+        """An event of what is in the last item."""
+        item, index = self._items[-1], len(self._items) - 1
+        place = {} if item.call is not None else {"content_index": 0}
+        return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
+
+    def _add(self, kind: str, id: str, call: Call | None = None) -> bytes:
+        """A new item, once the one that is open is closed."""
+        head = self._close("completed")
+        self._items.append(_Item(kind, id, call))
+        self._open_kind = kind
+        return head + self._item("added")
+
+    def _open(self, kind: str, prefix: str) -> bytes:
+        """An item with a part for text, unless it is open."""
+        if self._open_kind == kind:
+            return b""
+        number = sum(item.kind == kind for item in self._items)
+        id = prefix + self._envelope.id.removeprefix("resp_") + (f"_{number}" if number else "")
+        head, part = self._add(kind, id), self._items[-1].part()
+        return head + self._about("response.content_part.added", part=part)
+
+    def _tell(self, text: str, **rest: Any) -> bytes:
+        """More text of what is open."""
+        self._items[-1].texts.append(text)
+        return self._about(f"{_TEXT_EVENTS[self._open_kind]}.delta", delta=text, **rest)
+
+    def _say(self, text: str) -> bytes:
+        head = self._open("message", "msg_")
+        logprobs, self._logprobs = self._logprobs, []
+        self._items[-1].logprobs += logprobs
+        return head + self._tell(text, logprobs=logprobs)
+
+    def _part(self, part: CallPart) -> bytes:
+        match part:
+            case Opened(id, name):
+                call = Call(id, name, "")
+                return self._add("function_call", "fc_" + id.removeprefix("call_"), call)
+            case Arguments(text):
+                return self._tell(text)
+            case Closed(call):
+                self._items[-1].call = call
+                return self._close("completed")
+            case Broken(text):
+                self._items[-1].broken = text
+                return self._close("incomplete")
+
+    def _close(self, status: str) -> bytes:
+        """The end of what is open, if anything is."""
+        if not self._open_kind:
+            return b""
+        item = self._items[-1]
+        frames = self._about(f"{_TEXT_EVENTS[self._open_kind]}.done", **item.said())
+        if item.call is None:
+            frames += self._about("response.content_part.done", part=item.part())
+        item.status, self._open_kind = status, ""
+        return frames + self._item("done")
+
+    def begin(self) -> bytes:
+        created = self._event("response.created", response=self._response("in_progress"))
+        return created + self._event("response.in_progress", response=self._response("in_progress"))
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        self._logprobs += logprobs_json(delta.logprobs, self._token_bytes)
+        frames = b""
+        if delta.text and delta.channel is Channel.REASONING:
+            frames = self._open("reasoning", "rs_") + self._tell(delta.text)
+        elif delta.text or (self._logprobs and self._open_kind == "message"):
+            frames = self._say(delta.text)
+        return frames + b"".join(map(self._part, parts_of(delta)))
+
+    def progress(self, index: int, progress: Progress) -> bytes:
+        """The dialect has no word for it."""
+        return b""
+
+    def _end(self, done: Done, usage: Usage) -> dict[str, Any]:
+        """The finished response, which is remembered, and all its items as one turn."""
+        status = _STATUSES[done.reason]
+        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response = self._response(status, incomplete_details=details, usage=_usage(usage))
+        self.body = orjson.dumps(response)
+        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[Call]()
+        for item in self._items:
+            if item.broken:  # for the model, what it has written is text
+                texts["message"] += item.broken
+            elif item.call is not None:
+                made.append(item.call)
+            else:
+                texts[item.kind] += "".join(item.texts)
+        calls = tuple(ToolCall(call.id, call.name, orjson.loads(call.arguments)) for call in made)
+        said, thought = texts["message"] or (None if calls else ""), texts["reasoning"] or None
+        self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
+        return response
+
+    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+        """An empty answer has its message too; one that was cancelled ends as incomplete."""
+        has_completed = done.reason is FinishReason.STOP
+        head = b"" if self._items else self._open("message", "msg_")
+        if self._logprobs and self._open_kind == "message":
+            head += self._say("")
+        head += self._close("completed" if has_completed else "incomplete")
+        response = self._end(done, total or done.usage)
+        kind = "response.completed" if has_completed else "response.incomplete"
+        return head + self._event(kind, response=response)
+
+    def fail(self, error: APIError) -> bytes:
+        """Told twice, as OpenAI does: some clients know the one event, some the other."""
+        if self._open_kind:
+            self._items[-1].status = "incomplete"
+        detail = {"code": error.code, "message": error.message, "param": error.param}
+        reason = {"code": "server_error", "message": error.message}
+        response = self._response("failed", error=reason)
+        self.body = orjson.dumps(response)
+        return self._event("error", **detail) + self._event("response.failed", response=response)
+
+    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
+        """What a stream would have ended with."""
+        (choice,) = choices
+        assert choice.done is not None
+        for delta in retold(choice):
+            self.delta(0, delta)
+        self.done(0, choice.done, total)
+        assert self.body is not None
+        return self.body
+
+
+def deleted(id: str) -> bytes:
+    """The answer to a deletion."""
+    return orjson.dumps({"id": id, "object": "response", "deleted": True})

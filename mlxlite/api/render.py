@@ -1,0 +1,159 @@
+"""Bodies to prompts: the part of a request that costs time and needs no loop, so it has a thread.
+
+Parses, renders through the model's template or tokenizer, and cuts into blocks for the prefix
+cache, which is where it is decided whose prefixes a request may find. Raises APIError for all that
+is the client's mistake; holds nothing. Pictures take longer, and one that is fetched as long as
+somebody else's server likes: they are for threads of their own, which is what `HasPictures` says.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+from mlxlite.api.fields import Text
+from mlxlite.api.request import ChatRequest, Options
+from mlxlite.config.options import Config
+from mlxlite.engine.sequence import Prompt
+from mlxlite.http.errors import APIError, Cause, bad
+from mlxlite.media import Limits, MediaError, Picture, Source, load
+from mlxlite.models.interface import PromptError, ServedModel
+from mlxlite.output.grammar import ConstraintError
+from mlxlite.output.harmony import AnyChannels, HarmonyChannels, with_thinking
+from mlxlite.output.markers import Channels
+from mlxlite.output.tool_arguments import repaired
+from mlxlite.prefix_cache.hashing import blocks_of
+
+
+class HasPictures(Exception):
+    """The same once more, please, with `is_patient`: in a thread that may take long."""
+
+
+def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
+    """A chat's prompt. Raises APIError and, unless `is_patient`, HasPictures."""
+    messages: list[Mapping[str, Any]] = [m.as_template() for m in request.messages]
+    if model.markers.is_harmony:
+        messages = [with_thinking(message) for message in messages]
+    arguments = _with_tools(model, request)
+    pictures = _pictures(model, request.sources, config, is_patient=is_patient)
+    more = {"pictures": pictures} if pictures else {}
+    try:
+        return model.render(messages, arguments, is_continuation=request.is_continuation, **more)
+    except PromptError as error:
+        raise bad(str(error), "messages") from error
+    except MediaError as error:  # one that is decoded only now
+        raise bad(str(error), error.param) from error
+
+
+def _pictures(
+    model: ServedModel, sources: tuple[Source, ...], config: Config, *, is_patient: bool
+) -> tuple[Picture, ...]:
+    if not sources:
+        return ()
+    if model.blind is not None:
+        raise APIError(Cause.UNSUPPORTED, model.blind, param=sources[0].param)
+    if not is_patient:
+        raise HasPictures
+    limits = Limits(
+        max_images=config.max_images,
+        max_pixels=config.max_image_pixels,
+        max_bytes=config.max_image_mb << 20,
+        allow_remote=config.allow_remote_images,
+    )
+    try:
+        return load(sources, limits, is_known=model.knows)
+    except MediaError as error:
+        raise bad(str(error), error.param) from error
+
+
+def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:
+    """What the template gets beside the messages. Raises APIError."""
+    if not request.tools:
+        return request.template_kwargs
+    if not model.markers.call_start and not model.markers.is_harmony:
+        message = "this model's template has no format for tools that this server knows"
+        raise APIError(Cause.UNSUPPORTED, message, param="tools")
+    return {**request.template_kwargs, "tools": [tool.as_template() for tool in request.tools]}
+
+
+def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callable[[], AnyChannels]:
+    """What tells a chat's answers apart."""
+    tools = [tool.as_template() for tool in request.tools]
+    schemas = {tool.name: tool.parameters for tool in request.tools}
+    if model.markers.is_harmony:
+
+        def finish(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+            return cast("Mapping[str, Any]", repaired(arguments, schemas.get(name)))
+
+        return partial(
+            HarmonyChannels,
+            splits_reasoning=request.splits_reasoning,
+            finish=finish if tools else None,
+            max_calls=request.max_calls,
+        )
+
+    def parse(text: str) -> list[tuple[str, Mapping[str, Any]]]:
+        calls = model.parse_calls(text, tools)
+        return [(name, repaired(given, schemas.get(name))) for name, given in calls]
+
+    return partial(
+        Channels,
+        model.markers,
+        is_thinking=prompt.is_thinking,
+        splits_reasoning=request.splits_reasoning,
+        parse=parse if tools else None,
+        max_calls=request.max_calls,
+        schemas=schemas,
+    )
+
+
+def cacheable(
+    model: ServedModel, prompt: Prompt, request: Options, tenant: bytes, config: Config
+) -> Prompt:
+    """A prompt with what its answer must match, in blocks unless it is to be computed anew.
+
+    Raises APIError for what cannot be matched.
+    """
+    if request.constraint is not None or request.thinking_budget is not None:
+        constraint, param = request.constraint or (None, "thinking_budget")
+        try:
+            found = model.compile(
+                constraint, is_thinking=prompt.is_thinking, budget=request.thinking_budget
+            )
+        except ConstraintError as error:
+            raise bad(f"'{param}': {error}", param) from error
+        prompt = replace(prompt, grammar=found)
+    if not config.enable_prefix_caching or not request.cache_prompt:
+        return prompt
+    scope = _cache_scope(model, tenant, request.cache_salt, config)
+    blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.heads)
+    return replace(prompt, blocks=blocks)
+
+
+def _encode(model: ServedModel, text: Text, param: str) -> tuple[int, ...]:
+    """Token ids of a text, with what the tokenizer puts around one. Raises APIError."""
+    if not isinstance(text, str):
+        for token in text:
+            if token >= model.num_vocab:
+                raise bad(f"the model has no token {token}", param)
+        return text
+    try:
+        tokens = model.encode(text, add_special=True)
+    except PromptError as error:
+        raise bad(str(error), param) from error
+    if not tokens:
+        raise bad(f"'{param}' has no tokens", param)
+    return tokens
+
+
+def _cache_scope(model: ServedModel, tenant: bytes, salt: str, config: Config) -> int:
+    """64 bits that only equal keys and values share: the model's, its cache's, the tenant's.
+
+    A cryptographic hash, so that no request can choose a salt that leads into another's scope.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    kept = f"{model.fingerprint} {config.kv_bits} {config.kv_group_size}"
+    for part in (kept.encode(), tenant, salt.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest(), "little")

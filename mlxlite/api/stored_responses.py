@@ -1,0 +1,67 @@
+"""Conversations: what was said up to each stored answer, for requests that go on from it. Pure.
+
+Bounded by number and by bytes; the oldest go first. Never: writes to a disk, or knows a dialect.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxlite.api.conversation import Message
+
+MAX_CONVERSATIONS = 1024
+MAX_CONVERSATION_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    messages: tuple[Message, ...]
+    body: bytes
+    num_bytes: int
+
+
+class Conversations:
+    """Answers by id, with all that was said up to them; the oldest go first when there are many.
+
+    What turns of one conversation share, pictures too, is counted for each of them.
+    """
+
+    def __init__(
+        self, max_entries: int = MAX_CONVERSATIONS, max_bytes: int = MAX_CONVERSATION_BYTES
+    ) -> None:
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, id: str) -> tuple[Message, ...] | None:
+        """What was said up to this answer, with it."""
+        kept = self._kept.get(id)
+        return None if kept is None else kept.messages
+
+    def body(self, id: str) -> bytes | None:
+        """The whole response as JSON."""
+        kept = self._kept.get(id)
+        return None if kept is None else kept.body
+
+    def put(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
+        """Keep one more; one that is larger than the bound is not kept, and costs no other."""
+        self.delete(id)
+        num_bytes = sum(message.num_bytes for message in messages) + len(body)
+        kept = _Kept(tuple(messages), body, num_bytes)
+        if kept.num_bytes > self._max_bytes:
+            return
+        self._kept[id] = kept
+        self.num_bytes += kept.num_bytes
+        while len(self._kept) > self._max_entries or self.num_bytes > self._max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.num_bytes -= oldest.num_bytes
+
+    def delete(self, id: str) -> bool:
+        """Whether there was one."""
+        kept = self._kept.pop(id, None)
+        self.num_bytes -= 0 if kept is None else kept.num_bytes
+        return kept is not None

@@ -1,0 +1,1 @@
+"""Configuration: every flag once, from the command line and the environment."""

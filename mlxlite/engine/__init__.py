@@ -1,0 +1,1 @@
+"""The engine: queue, admission, steps, memory. Pure but for the tick; never imports MLX."""

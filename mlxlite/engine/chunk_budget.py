@@ -1,0 +1,54 @@
+"""How many prompt tokens fit a step that also decodes, from measured prefill rates. Pure."""
+
+from mlxlite.engine.step import Step
+
+
+class ChunkTuner:
+    """Sizes the prefill of a step that also decodes, from what steps have taken.
+
+    A step takes what its rows take, a pass for each chunk (or for all first ones, which are
+    packed), and a time per token. The first is a moving average of steps that only decode, the
+    second the least of these, the third is fitted; and so it says how many tokens fit in
+    `budget_s`. Without the passes a small chunk would look dear and the next one be smaller still.
+
+    A step that was slower than the average counts at once: tokens cost more as the context grows,
+    and the next one more still. Says nothing while the answer would grow by less than an eighth, or
+    shrink by less than a sixteenth, so that the command log stays short.
+    """
+
+    _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
+    _LEAST_WEIGHT = 0.01  # of one that is more than the least
+    _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
+
+    def __init__(self, budget_s: float) -> None:
+        self._budget_s = budget_s
+        self._decode_s = 0.0
+        self._pass_s = 0.0
+        self._token_s = 0.0
+        self._said = 0
+
+    def measure(self, step: Step, device_s: float) -> int | None:
+        """Take one step's time; a new chunk budget in tokens, or None for no change."""
+        if device_s <= 0.0 or step.looks:  # a picture's time says nothing about tokens
+            return None
+        if not step.num_prefill_tokens:
+            if step.rows:
+                self._decode_s = self._average(self._decode_s, device_s)
+                self._pass_s = self._average(self._pass_s, device_s, self._LEAST_WEIGHT)
+            return None
+        prefill_s = device_s - (self._decode_s if step.rows else 0.0)
+        num_later = sum(chunk.start > 0 for chunk in step.chunks)
+        num_passes = num_later + (num_later < len(step.chunks))
+        token_s = max(prefill_s - num_passes * self._pass_s, device_s / 10)
+        token_s /= step.num_prefill_tokens
+        self._token_s = max(token_s, self._average(self._token_s, token_s))
+        budget_s = max(self._budget_s - self._pass_s, self._budget_s / 2)
+        num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
+        if self._said * 15 < num_tokens * 16 and num_tokens * 8 < self._said * 9:
+            return None
+        self._said = num_tokens
+        return num_tokens
+
+    def _average(self, old: float, new: float, more_weight: float = _WEIGHT) -> float:
+        weight = more_weight if new > old else self._WEIGHT
+        return new if old == 0.0 else old + weight * (new - old)

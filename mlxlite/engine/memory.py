@@ -1,0 +1,69 @@
+"""The ledger's arithmetic: bytes that rows, windows and states hold, by their length. Pure."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mlxlite.config.options import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What sequences hold, by length: the ledger's arithmetic. Sizes in bytes.
+
+    A row of n tokens holds `row_bytes` and, for each of `layers`, (bytes per token, most tokens
+    kept or None) what its tokens take and, as mlx-lm's caches grow by blocks, up to `block` tokens
+    more. `budget_bytes` is what there is for all of them, beside weights and reserve; None is no
+    limit.
+    """
+
+    budget_bytes: int | None = None
+    row_bytes: int = 0
+    layers: tuple[tuple[int, int | None], ...] = ()
+    block: int = 256
+
+    @property
+    def has_state(self) -> bool:
+        """Whether some layer keeps a window or a state, from which nothing can be cut off."""
+        return self.row_bytes > 0 or any(most is not None for _, most in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes in the layers that keep all tokens."""
+        return sum(token_bytes for token_bytes, most in self.layers if most is None)
+
+    def state_bytes(self, num_tokens: int) -> int:
+        """What the windows and states hold after so many tokens."""
+        windows = [(size, most) for size, most in self.layers if most is not None]
+        return self.row_bytes + sum(size * min(num_tokens, most) for size, most in windows)
+
+    def row(self, num_tokens: int) -> int:
+        """The most that one row of so many tokens holds."""
+        size = num_tokens + self.block
+        held = (token_bytes * min(size, most or size) for token_bytes, most in self.layers)
+        return self.row_bytes + sum(held)
+
+    def batch(self, lengths: Iterable[int]) -> int:
+        """Rows that decode together are all padded to the longest."""
+        sizes = list(lengths)
+        return len(sizes) * self.row(max(sizes)) if sizes else 0
+
+    def max_tokens(self, wanted: int) -> int:
+        """The longest sequence that fits alone: at most `wanted`, 0 if none does."""
+        if self.budget_bytes is None:
+            return wanted
+        return max(0, bisect_right(range(wanted + 1), self.budget_bytes, key=self.row) - 1)
+
+
+PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache unless it is told otherwise
+_DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
+
+
+def _prefix_bytes(config: Config, memory: Memory) -> int:
+    """What the prefix cache may hold, while what runs leaves it."""
+    if not config.enable_prefix_caching:
+        return 0
+    wanted, budget = config.prefix_bytes(), memory.budget_bytes
+    if wanted is None:
+        return _DEFAULT_PREFIX_BYTES if budget is None else int(budget * PREFIX_SHARE)
+    return wanted if budget is None else min(wanted, budget)

@@ -1,0 +1,90 @@
+"""Errors of the API: every way in which a request can have no answer, with its HTTP status.
+
+Each is a `Cause`, with its status, `type` and `code` in one place. An `APIError` becomes the body
+of an HTTP answer, or the last frame of a stream; it is never a traceback.
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import orjson
+
+_MAX_ECHO = 200  # characters of the client's own input that an error repeats (vLLM's bound)
+
+
+class Cause(Enum):
+    """Why a request has no answer: HTTP status, OpenAI's `type`, and our `code`."""
+
+    BAD_REQUEST = (400, "invalid_request_error", None)
+    UNSUPPORTED = (400, "invalid_request_error", "unsupported_parameter")
+    MALFORMED = (400, "invalid_request_error", "malformed_request")
+    CONTEXT_EXCEEDED = (400, "exceed_context_size_error", "context_length_exceeded")
+    UNAUTHORIZED = (401, "authentication_error", "unauthorized")
+    HOST = (403, "permission_error", "host_not_allowed")
+    NOT_FOUND = (404, "not_found_error", "not_found")
+    NO_MODEL = (404, "not_found_error", "model_not_found")
+    METHOD = (405, "invalid_request_error", "method_not_allowed")
+    SLOW_BODY = (408, "invalid_request_error", "request_timeout")
+    MEDIA_TYPE = (415, "invalid_request_error", "unsupported_media_type")
+    QUEUE_FULL = (429, "rate_limit_error", "queue_full")
+    MODEL_FAILED = (500, "server_error", "model_error")
+    INTERNAL = (500, "server_error", "internal_error")
+    NOT_OFFERED = (501, "not_supported_error", "not_supported")
+    UNAVAILABLE = (503, "unavailable_error", "unavailable")
+
+
+class APIError(Exception):
+    """The client's mistake, or a state it must know of: an HTTP answer, never a traceback."""
+
+    def __init__(
+        self,
+        cause: Cause,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        own, self.type, self.code = cause.value
+        self.status: int = status or own
+        self.message = message
+        self.param = param
+        self.headers = headers
+        self.extra = dict(extra or {})
+
+    def body(self) -> bytes:
+        """OpenAI's error envelope: all four keys, always."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return orjson.dumps({"error": error | self.extra})
+
+    def line(self) -> bytes:
+        """The launching app's form of an error in mid-stream."""
+        return orjson.dumps({"message": self.message})
+
+
+def error_body(error: APIError, request_id: str) -> bytes:
+    """OpenAI's envelope; dialects have their own."""
+    return error.body()
+
+
+def bad(message: str, param: str | None = None) -> APIError:
+    """A 400 that names its field."""
+    return APIError(Cause.BAD_REQUEST, message, param=param)
+
+
+def our_fault() -> APIError:
+    """Something of ours has raised: all that the client needs to know."""
+    return APIError(Cause.INTERNAL, "internal error")
+
+
+def later(cause: Cause, message: str, retry_after_s: int) -> APIError:
+    """An error that passes: the client is told when to come back."""
+    return APIError(cause, message, headers=(("retry-after", str(retry_after_s)),))
+
+
+def clip(text: str) -> str:
+    """What an error may repeat of the client's own input."""
+    return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…"

@@ -1,0 +1,1 @@
+"""Models: find and load a checkpoint; its tokenizer and its chat template."""

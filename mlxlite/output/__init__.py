@@ -1,0 +1,1 @@
+"""Output: tokens to text, reasoning and tool calls; grammars that constrain them."""

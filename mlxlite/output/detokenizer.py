@@ -1,0 +1,168 @@
+"""Tokens to text for one sequence: whole characters only, each given out once.
+
+The text of all pushes and the flush together is the text of all tokens decoded at once, cut before
+the stop string. The detokenizer never gets more than `2 * MAX_UNREAD + 2` tokens. Tested.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from mlxlite.output.events import Detokenizer
+from mlxlite.output.stop_strings import _StopSearch
+
+REPLACEMENT = "\ufffd"  # what every detokenizer writes for bytes that are no character (yet)
+# A character is at most four bytes, so at most three of them are an unfinished one. Byte-level
+# tokenizers write one replacement for them, byte-fallback ones (Llama 2, Gemma) one for each.
+MAX_HALF = 3
+# Unread tokens after which the window is cut though its text is not whole. A whole character comes
+# within four tokens, so this is met only by invalid bytes, tokens that begin and end inside a
+# character, and long runs of spaces.
+MAX_UNREAD = 32
+# Tokens that survive the cut. MAX_HALF replacements stand for at most nine bytes, so for at most
+# nine tokens; the prompt's tail is read as far back as this too (vLLM: 5, +1 for the space).
+NUM_KEPT = 16
+
+
+class TextStream:
+    """One sequence's tokens in, its text out.
+
+    `detokenize` must only ever add at the end when tokens are added at the end, replacement
+    characters excepted: a transformers tokenizer wants `clean_up_tokenization_spaces=False`.
+    `stop` strings are not empty. `prompt_tail` is the end of the prompt, any length: with it the
+    first word keeps the space that a sentencepiece tokenizer strips at the start of a text.
+
+    `stopped` is the stop string that was met. It may be met in `flush` too: the one that begins
+    first wins, so a complete one waits while another, begun before it, may still be completed. Of
+    those that begin at the same place the shortest wins, being complete first.
+    """
+
+    def __init__(
+        self, detokenize: Detokenizer, stop: tuple[str, ...] = (), prompt_tail: SequenceOf[int] = ()
+    ) -> None:
+        assert all(stop), "an empty stop string is a client's error, refused before"
+        self.stopped: str | None = None
+        self._window = _Window(detokenize, prompt_tail)
+        self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(stop))
+        self._held = ""  # text that has been searched and may be the beginning of a stop string
+        self._num_given = 0  # characters before `_held`, given out
+
+    def push(self, token: int) -> str:
+        """One more token; gives the text that may be shown now, "" once stopped."""
+        if self.stopped is not None:
+            return ""
+        text = self._window.push(token)
+        if not text or not self._searches:
+            return text
+        self._search(text)
+        first = min(self._searches, key=_StopSearch.rank)
+        return self._cut(first) if first.is_met else self._give(first.start)
+
+    def flush(self) -> str:
+        """No more tokens; gives what was held back, up to a stop string."""
+        if self.stopped is not None:
+            return ""
+        self._search(self._window.flush())
+        met = [search for search in self._searches if search.is_met]
+        if met:
+            return self._cut(min(met, key=_StopSearch.rank))
+        return self._give(self._num_given + len(self._held))
+
+    def _search(self, text: str) -> None:
+        for search in self._searches:
+            search.push(text)
+        self._held += text
+
+    def _give(self, stop: int) -> str:
+        """The text from where we are up to the position `stop`."""
+        num = stop - self._num_given
+        given, self._held = self._held[:num], self._held[num:]
+        self._num_given = stop
+        return given
+
+    def _cut(self, search: "_StopSearch") -> str:
+        text = self._give(search.start)
+        self._held, self.stopped = "", search.string
+        return text
+
+
+class _Window:
+    """The last few tokens, decoded again at each push: the offsets of vLLM and TGI.
+
+    The window is *context* tokens, whose text has been given out and which are there so that a
+    following word keeps its space, and then *unread* ones. It begins anew at the points where its
+    text is whole, and only there: bytes of a byte-fallback tokenizer are decoded by the run, so a
+    window that began inside a character would spoil the whole run.
+    """
+
+    def __init__(self, detokenize: Detokenizer, prompt_tail: SequenceOf[int]) -> None:
+        self._detokenize = detokenize
+        self._tokens: list[int] = []
+        self._num_context = 0  # tokens
+        self._context_text = ""
+        self._text = ""  # of the whole window
+        self._num_given = 0  # characters of it
+        tail = list(prompt_tail[-NUM_KEPT:])
+        for skip in range(min(MAX_HALF, len(tail) - 1) + 1):  # begin at a whole character
+            text = detokenize(tail[skip:])
+            if text.strip(" ") and not text.startswith(REPLACEMENT):
+                self._restart(tail[skip:], text)
+                return
+        self._restart(tail, detokenize(tail))
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._decode()
+        if text == self._text and not self._detokenize((token, token)):
+            # A special token. (Twice, because a lone "▁" at the start of a text has none either,
+            # yet it counts: the next "▁" then stays.)
+            self._tokens.pop()
+            return ""
+        num_half = len(text) - len(text.rstrip(REPLACEMENT))
+        num_ready = max(self._num_given, len(text) - min(num_half, MAX_HALF))
+        given = text[self._num_given : num_ready]
+        self._text, self._num_given = text, num_ready
+        if not num_half and self._advance():
+            return given
+        if len(self._tokens) - self._num_context > MAX_UNREAD:
+            given += self._shorten()
+        return given
+
+    def flush(self) -> str:
+        given = self._text[self._num_given :]
+        self._num_given = len(self._text)
+        return given
+
+    def _decode(self) -> str:
+        text = self._detokenize(self._tokens)
+        if text.startswith(self._context_text):
+            return text
+        # An invalid byte has turned the run of bytes before it, given out long ago, into
+        # replacements (byte fallback): read what is unread without the run.
+        return self._context_text + self._detokenize(self._tokens[self._num_context :])
+
+    def _restart(self, context: list[int], text: str) -> None:
+        self._tokens, self._num_context = context, len(context)
+        self._text = self._context_text = text
+        self._num_given = len(text)
+
+    def _advance(self) -> bool:
+        """Make the unread tokens the context, unless they would not keep a word's space."""
+        unread = self._tokens[self._num_context :]
+        text = self._detokenize(unread)
+        if not text.strip(" "):
+            return False
+        self._restart(unread, text)
+        return True
+
+    def _shorten(self) -> str:
+        """Forget all but the context and the last unread tokens; gives what cannot be kept."""
+        held = self._text[self._num_given :]
+        del self._tokens[self._num_context : -NUM_KEPT]
+        self._text = self._decode()
+        if self._text.endswith(held):
+            self._num_given = len(self._text) - len(held)
+            return ""
+        # A run of bytes (byte fallback) that is valid now that its beginning is forgotten: what was
+        # held belongs to the invalid run, and the text goes on from here.
+        unread = self._tokens[self._num_context :]
+        self._restart(unread, self._detokenize(unread))
+        return held

@@ -1,0 +1,309 @@
+"""What an answer must look like: schema, regex, choice, grammar or tool call to token masks.
+
+llguidance (the extra `grammar`) does the matching; here is what it is fed, what is kept, and where
+it stops. A grammar is compiled once, off the event loop and within llguidance's limits, and each
+sequence matches with a copy. A matcher is driven by the runner: it takes every drawn token, and
+fills the mask of what may come next, while the device computes.
+
+White space in JSON is bounded, or a model could write it for ever; the answer may end only where
+the grammar accepts. Where the prompt has opened a block of reasoning, matching begins after it.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from mlxlite.engine.sequence import Matcher
+
+
+class Kind(Enum):
+    """How a constraint is written."""
+
+    JSON = "json"  # a JSON Schema
+    REGEX = "regex"
+    CHOICE = "choice"  # a JSON array of strings
+    GRAMMAR = "grammar"  # GBNF or Lark
+    TOOLS = "tools"  # {"tools": [{"name", "parameters"}], "is_single"}
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must match."""
+
+    kind: Kind
+    text: str
+
+
+class ConstraintError(ValueError):
+    """A constraint cannot be enforced; the message is for the client."""
+
+
+MAX_GRAMMAR_CHARS = 256 << 10
+MAX_COMPILED = 64  # grammars; each takes from a few KB to some MB
+# Any JSON text's white space, but bounded: enough to indent.
+_JSON_OPTIONS: Mapping[str, Any] = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,24})?",
+}
+# A mask may cost this much work, in llguidance's units.
+_FUEL = 150_000
+_TRIAL_TOKENS = 4
+MISSING = "structured output needs llguidance: pip install 'mlxlite[grammar]'"
+
+
+class Grammars:
+    """Compiles constraints for one tokenizer. Made and used off the event loop; has a lock.
+
+    `tokenizer` is transformers' fast one. `think` and `call_markers` are the tokens around a block
+    of reasoning and a tool call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        num_vocab: int,
+        eos_tokens: frozenset[int],
+        think: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        call_markers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._num_vocab = num_vocab
+        self._eos_tokens = eos_tokens
+        self._think = think
+        self._call_markers = call_markers
+        self._lock = threading.Lock()
+        self._words: Any = None  # llguidance's tokenizer: takes up to a second, made when needed
+        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
+
+    def compile(
+        self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
+    ) -> "Grammar":
+        """What an answer must match; a `budget` is of tokens of reasoning.
+
+        Raises ConstraintError: what is wrong with it, for the client.
+        """
+        found = None
+        if constraint is not None:
+            with self._lock:
+                if (found := self._compiled.pop(constraint, None)) is None:
+                    found = self._compile(constraint)
+                self._compiled[constraint] = found
+                if len(self._compiled) > MAX_COMPILED:
+                    self._compiled.popitem(last=False)
+        thought = None
+        if is_thinking or budget is not None:
+            if not all(self._think):
+                raise ConstraintError("this model has no marks around its reasoning")
+            thought = Thought(*self._think, is_thinking, budget)
+        return Grammar(found, self._num_vocab, self._eos_tokens, thought)
+
+    def _compile(self, constraint: Constraint) -> Any:
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError:
+            raise ConstraintError(MISSING) from None
+        if len(constraint.text) > MAX_GRAMMAR_CHARS:
+            raise ConstraintError(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+        if self._words is None:
+            try:
+                self._words = llguidance.hf.from_tokenizer(
+                    self._tokenizer, self._num_vocab, sorted(self._eos_tokens) or None
+                )
+            except ValueError as error:
+                raise ConstraintError(f"this model's tokenizer cannot be used: {error}") from None
+        limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
+        matcher = llguidance.LLMatcher(
+            self._words, self._source(constraint), log_level=0, limits=limits
+        )
+        if (reason := _error_in_use(matcher)) is not None:
+            raise ConstraintError(reason)
+        return matcher
+
+    def _source(self, constraint: Constraint) -> str:
+        """The grammar as llguidance reads it. Raises ConstraintError."""
+        from llguidance import LLMatcher, grammar_from
+
+        try:
+            match constraint.kind:
+                case Kind.JSON:
+                    return str(
+                        LLMatcher.grammar_from_json_schema(
+                            constraint.text, overrides=cast("Any", dict(_JSON_OPTIONS))
+                        )
+                    )
+                case Kind.REGEX:
+                    return str(LLMatcher.grammar_from_regex(constraint.text))
+                case Kind.CHOICE:
+                    return str(grammar_from("choice", constraint.text))
+                case Kind.GRAMMAR:
+                    return str(grammar_from("gbnf", constraint.text))
+                case Kind.TOOLS:
+                    return str(LLMatcher.grammar_from_lark(self._calls(constraint.text)))
+        except (ValueError, RecursionError) as error:
+            raise ConstraintError(" ".join(str(error).split())[:300]) from None
+
+    def _calls(self, text: str) -> str:
+        """A Lark grammar of one or more calls, of what `tools.constraint_of` has put into `text`.
+
+        Raises ConstraintError for a model whose calls are no JSON between two markers.
+        """
+        begin, end = self._call_markers
+        if not begin or not end:
+            raise ConstraintError("the format of this model's tool calls cannot be enforced")
+        given = json.loads(text)
+        schemas = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["name"]},
+                    "arguments": tool["parameters"],
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+                "x-guidance": dict(_JSON_OPTIONS),
+            }
+            for tool in given["tools"]
+        ]
+        bodies = " | ".join(f"c{i}" for i in range(len(schemas)))
+        rules = [f"c{i}: %json {json.dumps(schema)}" for i, schema in enumerate(schemas)]
+        first, last = ("".join(f" <[{id}]>" for id in ids) for ids in (begin, end))
+        call = f"call:{first} gap ({bodies}) gap{last}"
+        calls = "call" if given["is_single"] else "call (gap call)*"
+        start = f"start: gap {calls}"
+        if given["is_auto"]:  # text first, and a call only where its marker comes
+            mark = json.dumps(self._tokenizer.decode(list(begin)))  # not spelt out either
+            words = f"WORDS: /(.|\\n)*/ & ~(/(.|\\n)*/ {mark} /(.|\\n)*/)"
+            start = f"start: WORDS ({calls})?\n{words}"
+        return "\n".join([start, call, r"gap: /[ \n]{0,4}/", *rules])
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The tokens around a block of reasoning, and how long one may be."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    is_open: bool  # in the prompt
+    budget: int | None
+
+
+class Grammar:
+    """A compiled constraint, of which each sequence has a matcher of its own."""
+
+    def __init__(
+        self, compiled: Any, num_vocab: int, eos_tokens: frozenset[int], thought: Thought | None
+    ) -> None:
+        self._compiled = compiled
+        self._num_words = (num_vocab + 31) // 32
+        self._ends = _bits(self._num_words, eos_tokens)
+        self._thought = thought
+
+    def matcher(self) -> Matcher:
+        own = self._compiled.deep_copy() if self._compiled is not None else None
+        return _Matcher(own, self._num_words, self._ends, self._thought)
+
+
+class _Matcher:
+    """A `sequence.Matcher`: reasoning, free but for its length, then the grammar, if any."""
+
+    def __init__(
+        self,
+        matcher: Any,
+        num_words: int,
+        ends: npt.NDArray[np.uint32],
+        thought: Thought | None,
+    ) -> None:
+        self._matcher = matcher
+        self._num_words = num_words
+        self._ends = ends
+        self._thought = thought
+        self._is_thinking = thought is not None and thought.is_open
+        self._num_thought = 0
+        self._seen: tuple[int, ...] = ()
+        self._forced: list[int] = []  # what closes a block that has grown too long
+
+    @property
+    def error(self) -> str | None:
+        if self._matcher is None or not self._matcher.is_error():
+            return None
+        return _first_line(self._matcher.get_error())
+
+    def accept(self, tokens: SequenceOf[int]) -> None:
+        for token in tokens:
+            if self._thought is not None and self._think(token, self._thought):
+                continue
+            if self._matcher is not None and not self._matcher.is_stopped():
+                self._matcher.consume_token(token)
+
+    def _think(self, token: int, thought: Thought) -> bool:
+        """Whether a token belongs to reasoning, which may begin only first."""
+        mark = thought.end if self._is_thinking else thought.start
+        self._seen = (*self._seen, token)[-len(mark) :]
+        if self._is_thinking:
+            self._num_thought += 1
+            self._forced = self._forced[1:]
+            if self._seen == mark:
+                self._is_thinking, self._thought, self._forced = False, None, []
+            elif self._num_thought == thought.budget:
+                self._forced = list(mark)
+            return True
+        if self._seen == mark and self._matcher is None:
+            self._is_thinking, self._seen = True, ()
+        return self._matcher is None
+
+    def fill(self, mask: npt.NDArray[np.uint32]) -> None:
+        """Bits of the tokens that may come next."""
+        thought = self._thought
+        if self._is_thinking and thought is not None and thought.budget == 0:
+            self._forced = self._forced or list(thought.end)[len(self._seen) :]
+        if self._forced:
+            mask[:] = _bits(self._num_words, self._forced[:1])
+        elif self._is_thinking or self._matcher is None:
+            mask.fill(0xFFFFFFFF)
+            if self._matcher is not None:  # nor may it end before it has matched
+                mask &= ~self._ends
+        elif self._matcher.is_stopped():  # nothing may follow but the end
+            mask[:] = self._ends
+        else:
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+
+def _bits(num_words: int, tokens: Iterable[int]) -> npt.NDArray[np.uint32]:
+    """A mask of these tokens alone."""
+    words = np.zeros(num_words, np.uint32)
+    for token in tokens:
+        if token // 32 < num_words:
+            words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+def _error_in_use(matcher: Any) -> str | None:
+    """What is wrong with a grammar: some are only found out when they are used."""
+    trial = matcher.deep_copy()
+    for _ in range(_TRIAL_TOKENS):
+        if trial.is_error():
+            return _first_line(trial.get_error())
+        if trial.is_stopped():
+            break
+        bits = np.frombuffer(trial.compute_bitmask(), np.uint8)
+        tokens = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        if not trial.is_error() and len(tokens):
+            trial.consume_token(int(tokens[0]))
+    return None
+
+
+def _first_line(error: str) -> str:
+    """Of llguidance's report, what is for a client."""
+    if error.startswith("NoExtension"):  # the name of a state, and no sentence
+        return "nothing can match it"
+    return " ".join(error.partition("<state>")[0].split())[:300]

@@ -1,0 +1,1 @@
+"""The runner: one step on the device; KV caches, forward passes, sampling."""

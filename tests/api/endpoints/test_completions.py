@@ -1,0 +1,637 @@
+"""Completions, embeddings, tokenize, detokenize: what may be asked, and what is told. Pure.
+
+The fields that a completion shares with a chat have their cases in `test_request`.
+"""
+
+import base64
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from openai.types import Completion, CreateEmbeddingResponse
+
+from mlxlite.api.conversation import Message, Role
+from mlxlite.api.endpoints.completions import (
+    COMPLETION_FIELDS,
+    CompletionRequest,
+    CompletionWriter,
+    parse_completion,
+)
+from mlxlite.api.endpoints.embeddings import (
+    EMBEDDING_FIELDS,
+    EmbeddingRequest,
+    embeddings,
+    parse_embedding,
+)
+from mlxlite.api.endpoints.tokenize import (
+    DETOKENIZE_FIELDS,
+    TOKENIZE_FIELDS,
+    detokenized,
+    parse_detokenize,
+    parse_tokenize,
+    tokenized,
+)
+from mlxlite.api.fields import MAX_PROMPTS, Field, Use, markdown
+from mlxlite.api.generate import failure, total_usage
+from mlxlite.api.request import FIELDS
+from mlxlite.api.writers import (
+    MIN_LOGPROB,
+    Choice,
+    Envelope,
+    StreamOptions,
+    Writer,
+    stream_failure,
+    timings_json,
+    usage_json,
+)
+from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
+from mlxlite.http.errors import APIError
+from mlxlite.output.events import Delta, Done, Progress
+from tests.api.test_request import (
+    CASES,
+    Accepted,
+    Refused,
+    Works,
+)
+
+ENVELOPE = Envelope("cmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
+USAGE = Usage(num_prompt=10, num_cached=4, num_output=5, queue_s=1.0, prefill_s=0.5, decode_s=2.0)
+DONE = Done(FinishReason.STOP, USAGE)
+SILENT = CompletionRequest(prompts=("hello",))
+OWN = ("prompt", "logprobs", "echo", "best_of", "suffix")  # a completion's, unlike a chat's
+NOT_ITS = (
+    *("messages", "chat_template_kwargs", "reasoning_effort", "continue_final_message"),
+    *("add_generation_prompt", "top_logprobs", "reasoning_format", "tool_choice", "tools"),
+    *("function_call", "functions", "modalities", "verbosity", "chat_template"),
+    "parallel_tool_calls",
+)
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def parse(**fields: Any) -> CompletionRequest:
+    return parse_completion(body(**{"prompt": "hello", **fields}))
+
+
+def refused(parser: Callable[[bytes], Any], raw: bytes) -> APIError:
+    with pytest.raises(APIError) as caught:
+        parser(raw)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def refusal(**fields: Any) -> APIError:
+    return refused(parse_completion, body(**{"prompt": "hello", **fields}))
+
+
+# --- prompts and inputs -------------------------------------------------------------------------
+
+TEXTS: list[tuple[Any, Any]] = [
+    ("hello", ("hello",)),
+    (" ", (" ",)),
+    (["hello"], ("hello",)),
+    (["a", "b", "a"], ("a", "b", "a")),
+    ([0, 5, 2**31 - 1], ((0, 5, 2**31 - 1),)),
+    ([5.0], ((5,),)),
+    ([[1, 2], [3]], ((1, 2), (3,))),
+    ([[1, 2], "b"], ((1, 2), "b")),
+    (["a"] * MAX_PROMPTS, ("a",) * MAX_PROMPTS),
+    ([7] * 1000, ((7,) * 1000,)),
+]
+NO_TEXTS: list[tuple[Any, str]] = [
+    ("", ""),
+    ([], ""),
+    (["a"] * (MAX_PROMPTS + 1), ""),
+    ([[1]] * (MAX_PROMPTS + 1), ""),
+    (5, ""),
+    (True, ""),
+    ({}, ""),
+    ([""], "[0]"),
+    (["a", ""], "[1]"),
+    ([[]], "[0]"),
+    (["a", []], "[1]"),
+    (["a", 5], "[1]"),
+    (["a", None], "[1]"),
+    ([5, "a"], "[1]"),
+    ([5, [5]], "[1]"),
+    ([[5], [-1]], "[1][0]"),
+    ([[5, "a"]], "[0][1]"),
+    ([[[5]]], "[0][0]"),
+    ([-1], "[0]"),
+    ([2**31], "[0]"),
+    ([1.5], "[0]"),
+    ([True], "[0]"),
+    ([None], "[0]"),
+    ([{}], "[0]"),
+]
+
+
+@pytest.mark.parametrize(("value", "texts"), TEXTS)
+def test_texts_are_strings_and_token_ids_one_or_many(value: Any, texts: Any) -> None:
+    assert parse(prompt=value).prompts == texts
+    assert parse_embedding(body(input=value)).inputs == texts
+
+
+@pytest.mark.parametrize(("value", "where"), NO_TEXTS, ids=lambda value: repr(value)[:30])
+def test_what_is_no_text_is_a_400_that_names_its_place(value: Any, where: str) -> None:
+    for name, error in (
+        ("prompt", refusal(prompt=value)),
+        ("input", refused(parse_embedding, body(input=value))),
+    ):
+        assert error.param == f"{name}{where}"
+        assert name in error.message
+        assert len(error.message) < 300
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt": None}, {"messages": [], "input": "x"}])
+def test_a_completion_needs_its_prompt(fields: dict[str, Any]) -> None:
+    error = refused(parse_completion, body(**fields))
+    assert error.param == "prompt"
+    assert "required" in error.message
+
+
+PARSERS = (parse_completion, parse_embedding, parse_tokenize, parse_detokenize)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b" \n", b"[]", b"null", b"5", b"{", b"{'a': 1}", b"\xff"),
+        rb'{"prompt":"\ud800","input":"\ud800"}',
+        rb'{"content":"\udc00x","tokens":[]}',
+        b'{"prompt":[NaN],"input":[NaN]}',
+        b'{"prompt":' + b"[" * 10_000,
+    ],
+    ids=lambda raw: repr(raw)[:30] if isinstance(raw, bytes) else None,
+)
+def test_a_body_that_is_no_json_object_is_a_400(parser: Callable[[bytes], Any], raw: bytes) -> None:
+    error = refused(parser, raw)
+    assert error.type == "invalid_request_error"
+    assert len(error.message) < 300
+
+
+# --- the table of completions -------------------------------------------------------------------
+
+_FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
+OWN_CASES: dict[str, Works | Accepted | Refused] = {
+    "prompt": Works("prompts", TEXTS, [value for value, where in NO_TEXTS if not where]),
+    "logprobs": Works(
+        "top_logprobs", [(0, 0), (5, 5), (20, 20), (5.0, 5)], [-1, 21, 1.5, "5", True, [], {}]
+    ),
+    "echo": Works("is_echo", [(True, True), (False, False)], _FLAG_WRONG),
+    "best_of": Refused([1, 1.0], [2, 0, True, "1", []]),
+    "suffix": Refused([""], ["x", False, 0, []]),
+}
+COMPLETION_CASES = {
+    name: case for name, case in CASES.items() if name not in (*NOT_ITS, *OWN)
+} | OWN_CASES
+
+
+def _cases(kind: type[Any], values: str) -> list[tuple[str, Any, Any]]:
+    return [
+        (name, case, value)
+        for name, case in COMPLETION_CASES.items()
+        if isinstance(case, kind)
+        for value in getattr(case, values)
+    ]
+
+
+def _also(case: Works) -> dict[str, Any]:
+    return {name: value for name, value in case.also.items() if name in COMPLETION_FIELDS}
+
+
+@pytest.mark.parametrize("name", COMPLETION_FIELDS)
+def test_every_field_of_a_completion_has_a_case_of_its_use(name: str) -> None:
+    kinds = {Use.WORKS: Works, Use.ACCEPTED: Accepted, Use.REFUSED: Refused}
+    assert name in COMPLETION_CASES, f"a new field: give {name} its values here"
+    assert isinstance(COMPLETION_CASES[name], kinds[COMPLETION_FIELDS[name].use])
+
+
+def test_there_is_no_case_without_a_field_of_a_completion() -> None:
+    assert COMPLETION_CASES.keys() == COMPLETION_FIELDS.keys()
+    assert FIELDS.keys() - COMPLETION_FIELDS.keys() == set(NOT_ITS)
+
+
+@pytest.mark.parametrize(("name", "case", "pair"), _cases(Works, "right"))
+def test_a_field_that_works_arrives(name: str, case: Works, pair: tuple[Any, Any]) -> None:
+    value, expected = pair
+    request = parse(**_also(case), **{name: value})
+    assert getattr(request, case.attribute) == expected
+    assert type(getattr(request, case.attribute)) is type(expected)
+    without = parse(**_also(case))
+    assert request == replace(without, **{case.attribute: expected}), "and nothing else does"
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "value"), _cases(Works, "wrong") + _cases(Accepted, "wrong")
+)
+def test_a_wrong_value_is_a_400_that_names_the_field(
+    name: str, case: Works | Accepted, value: Any
+) -> None:
+    error = refusal(**(_also(case) if isinstance(case, Works) else {}), **{name: value})
+    assert error.param == name
+    assert f"'{name}'" in error.message
+    assert error.code is None
+
+
+@pytest.mark.parametrize(
+    ("name", "_case", "value"), _cases(Accepted, "right") + _cases(Refused, "neutral")
+)
+def test_a_value_that_asks_for_nothing_changes_nothing(name: str, _case: Any, value: Any) -> None:
+    assert parse(**{name: value}) == SILENT
+
+
+@pytest.mark.parametrize(("name", "_case", "value"), _cases(Refused, "asking"))
+def test_a_value_that_asks_for_what_is_missing_is_a_400_that_names_it(
+    name: str, _case: Any, value: Any
+) -> None:
+    error = refusal(**{name: value})
+    assert error.code == "unsupported_parameter"
+    assert error.param == name
+
+
+@pytest.mark.parametrize("name", [name for name in COMPLETION_FIELDS if name != "prompt"])
+def test_null_means_not_given(name: str) -> None:
+    assert parse(**{name: None}) == SILENT
+
+
+@pytest.mark.parametrize("name", NOT_ITS)
+def test_a_chats_own_fields_are_unknown_to_a_completion(name: str) -> None:
+    assert parse(**{name: "x"}) == replace(SILENT, ignored=(name,))
+
+
+def test_an_echo_has_no_logprobs() -> None:
+    for num in (0, 1):
+        assert refusal(echo=True, logprobs=num).param == "echo"
+        assert parse(echo=False, logprobs=num).top_logprobs == num
+    assert parse(echo=True, logprobs=None).is_echo
+
+
+def test_stream_options_need_a_stream() -> None:
+    for stream in ({}, {"stream": False}, {"stream": None}):
+        assert refusal(**stream, stream_options={"include_usage": True}).param == "stream_options"
+
+
+def test_min_tokens_are_at_most_max_tokens() -> None:
+    assert refusal(min_tokens=6, max_tokens=5).param == "min_tokens"
+    assert parse(min_tokens=5, max_tokens=5).min_tokens == 5
+
+
+TABLES: dict[str, Mapping[str, Field]] = {
+    "completions": COMPLETION_FIELDS,
+    "embeddings": EMBEDDING_FIELDS,
+    "tokenize": TOKENIZE_FIELDS,
+    "detokenize": DETOKENIZE_FIELDS,
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_a_table_in_the_readme_has_a_row_for_every_field(table: Mapping[str, Field]) -> None:
+    rows = markdown(table).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(table)
+    assert all(row.count("|") == 4 for row in rows), "a pipe in a note would break the table"
+
+
+# --- what a completion is told ------------------------------------------------------------------
+
+
+def token_bytes(token: int) -> bytes:
+    """A byte-level vocabulary: a token is a byte."""
+    return bytes([token])
+
+
+def writer(*echoes: str, num_choices: int = 1, **options: bool) -> Writer:
+    echoes = echoes or ("",) * num_choices
+    return CompletionWriter(ENVELOPE, token_bytes, StreamOptions(**options), echoes=echoes)
+
+
+def payloads_of(frames: bytes) -> list[Any]:
+    """What a stream's frames say, the one at the end left out."""
+    blocks = [block.removeprefix(b"data: ") for block in frames.split(b"\n\n")]
+    assert blocks.pop() == b""
+    assert not any(b"\n" in block for block in blocks)
+    return [json.loads(block) for block in blocks if block != b"[DONE]"]
+
+
+def whole(*choices: Choice, echoes: tuple[str, ...] = ()) -> Any:
+    total = total_usage([choice.done for choice in choices if choice.done is not None])
+    raw = writer(*echoes, num_choices=len(choices)).whole(choices, total)
+    Completion.model_validate_json(raw, strict=True)
+    return json.loads(raw)
+
+
+def test_a_whole_completion_has_every_key_that_openais_document_requires() -> None:
+    assert whole(Choice(["hel", "lo"], done=DONE)) == {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1_700_000_000,
+        "model": "org/model",
+        "system_fingerprint": "fp_0123456789abcdef",
+        "choices": [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}],
+        "usage": usage_json(USAGE),
+        "timings": timings_json(USAGE),
+    }
+
+
+@pytest.mark.parametrize("text", ["", "\0", '"\n', "🙂", "\u2028", "data: [DONE]\n\n"])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_is_text_and_a_finish_with_usage_and_timings(
+    text: str, include_usage: bool
+) -> None:
+    completion = writer("echo " + text, include_usage=include_usage)
+    frames = completion.begin() + completion.delta(0, Delta(text, 1))
+    frames += completion.done(0, DONE, USAGE)
+    assert frames.endswith(b"data: [DONE]\n\n")
+    chunks = payloads_of(frames)
+    for chunk in chunks:
+        assert chunk["object"] == "text_completion"
+        assert chunk["id"] == "cmpl-1"
+    echo, said, finish, *rest = chunks
+    assert [c["choices"][0]["text"] for c in (echo, said, finish)] == ["echo " + text, text, ""]
+    assert finish["choices"][0]["finish_reason"] == "stop"
+    assert finish["timings"] == timings_json(USAGE)
+    Completion.model_validate(finish, strict=True)
+    if include_usage:
+        assert [chunk["usage"] for chunk in (echo, said, finish)] == [None] * 3
+        assert [(chunk["choices"], chunk["usage"]) for chunk in rest] == [([], usage_json(USAGE))]
+    else:
+        assert finish["usage"] == usage_json(USAGE)
+        assert rest == []
+
+
+def test_only_an_echo_is_said_before_the_first_token() -> None:
+    assert writer(num_choices=3).begin() == b""
+    chunks = payloads_of(writer("a", "", "b").begin())
+    said = [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
+    assert said == [(0, "a"), (2, "b")]
+
+
+def test_usage_and_timings_come_with_every_text_where_they_were_asked_for() -> None:
+    delta = Delta("x", 2, (), replace(USAGE, num_output=2))
+    (chunk,) = payloads_of(writer().delta(0, delta))
+    assert chunk.keys().isdisjoint({"usage", "timings"})
+    options = {"include_usage": True, "continuous_usage": True, "timings_per_token": True}
+    (chunk,) = payloads_of(writer(**options).delta(0, delta))
+    assert delta.usage is not None
+    assert chunk["usage"] == usage_json(delta.usage)
+    assert chunk["timings"] == timings_json(delta.usage)
+
+
+def test_progress_is_llama_servers_object_in_a_chunk_without_text() -> None:
+    (chunk,) = payloads_of(writer(num_choices=2).progress(1, Progress(7, USAGE)))
+    assert chunk["prompt_progress"] == {"total": 10, "cache": 4, "processed": 7, "time_ms": 500.0}
+    assert chunk["choices"][0] == {
+        "index": 1,
+        "text": "",
+        "logprobs": None,
+        "finish_reason": None,
+    }
+
+
+def drawn(text: str) -> list[tuple[int, Logprobs]]:
+    """A token for each byte, with itself and an X as its rivals."""
+    return [(byte, Logprobs(-0.5, ((byte, -0.5), (88, -1.5)))) for byte in text.encode()]
+
+
+def test_logprobs_have_the_legacy_form() -> None:
+    (choice,) = whole(Choice(["abc"], drawn=drawn("abc"), done=DONE))["choices"]
+    assert choice["logprobs"] == {
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [-0.5] * 3,
+        "top_logprobs": [{"a": -0.5, "X": -1.5}, {"b": -0.5, "X": -1.5}, {"c": -0.5, "X": -1.5}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_the_logprobs_of_a_stream_add_up_to_those_of_the_whole_answer() -> None:
+    completion = writer(num_choices=2)
+    deltas = [("a", drawn("a")), ("", drawn("b")), ("bcd", drawn("cd"))]
+    folded: dict[str, list[Any]] = {}
+    for text, tokens in deltas:
+        completion.delta(0, Delta("xyz", 1, tuple(drawn("xyz"))))  # the other choice's are its own
+        (chunk,) = payloads_of(completion.delta(1, Delta(text, 1, tuple(tokens))))
+        for name, values in chunk["choices"][0]["logprobs"].items():
+            folded.setdefault(name, []).extend(values)
+    (choice,) = whole(Choice(["abcd"], drawn=drawn("abcd"), done=DONE))["choices"]
+    assert folded == choice["logprobs"]
+
+
+def test_an_offset_is_where_a_tokens_text_begins_even_if_it_is_half_a_character() -> None:
+    text = "a🙂b"
+    (choice,) = whole(Choice([text], drawn=drawn(text), done=DONE))["choices"]
+    assert choice["text"] == text
+    offsets = choice["logprobs"]["text_offset"]
+    assert text[offsets[-1] :] == "b"
+    assert offsets[:2] == [0, 1]
+    assert offsets == sorted(offsets)
+
+
+def test_what_is_impossible_has_a_logprob_that_json_can_say() -> None:
+    item = Logprobs(-math.inf, ((97, -math.inf), (98, -20_000.0)))
+    (choice,) = whole(Choice(["a"], drawn=[(97, item)], done=DONE))["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [MIN_LOGPROB]
+    assert choice["logprobs"]["top_logprobs"] == [{"a": MIN_LOGPROB, "b": MIN_LOGPROB}]
+
+
+def test_a_completion_that_fails_in_mid_stream_says_so_in_both_forms() -> None:
+    error = failure(Done(FinishReason.ERROR, USAGE, "out of memory"))
+    assert writer().fail(error) == stream_failure(error)
+
+
+def test_usage_counts_each_prompt_once_and_every_output() -> None:
+    first = Done(FinishReason.STOP, Usage(num_prompt=10, num_cached=4, num_output=5, decode_s=1.0))
+    other = Done(FinishReason.STOP, Usage(num_prompt=3, num_cached=0, num_output=7, decode_s=2.0))
+    total = total_usage([first, first, other, other], 2)
+    assert (total.num_prompt, total.num_cached, total.num_output) == (13, 4, 24)
+    assert total.decode_s == 2.0
+
+
+# --- embeddings ---------------------------------------------------------------------------------
+
+
+def test_an_embedding_asks_for_floats_of_the_last_token_unless_it_says_otherwise() -> None:
+    silent = EmbeddingRequest(("hello",), False, None, False, ())
+    assert parse_embedding(body(input="hello")) == silent
+    neutral = {"encoding_format": "float", "pooling": "last", "user": "me", "dimensions": None}
+    assert parse_embedding(body(input="hello", model="any", **neutral)) == silent
+    asking = {"encoding_format": "base64", "pooling": "mean", "dimensions": 5.0, "zeta": 1}
+    assert parse_embedding(body(input="hello", **asking)) == EmbeddingRequest(
+        ("hello",), True, 5, True, ("zeta",)
+    )
+
+
+WRONG_IN_EMBEDDINGS: dict[str, list[Any]] = {
+    "encoding_format": ["", "int8", "Float", 5, True, ["float"], {}],
+    "pooling": ["", "max", 5, True, ["last"], {}],
+    "dimensions": [0, -1, 1.5, "5", True, [], {}, 2**21],
+    "user": [5, True, [], {}],
+    "model": [5, True, [], {}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in WRONG_IN_EMBEDDINGS.items() for value in values],
+)
+def test_a_wrong_value_of_an_embedding_is_a_400_that_names_the_field(name: str, value: Any) -> None:
+    error = refused(parse_embedding, body(**{"input": "x", name: value}))
+    assert error.param == name
+    assert f"'{name}'" in error.message
+
+
+@pytest.mark.parametrize("fields", [{}, {"input": None}, {"content": "x"}])
+def test_an_embedding_needs_its_input(fields: dict[str, Any]) -> None:
+    error = refused(parse_embedding, body(**fields))
+    assert error.param == "input"
+    assert "required" in error.message
+
+
+VECTORS = [[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]
+
+
+def embedded(**fields: Any) -> list[Any]:
+    request = parse_embedding(body(input=["a", "b"], **fields))
+    raw = embeddings(request, VECTORS, "org/model", 7)
+    said = json.loads(raw)
+    assert said["object"] == "list"
+    assert said["model"] == "org/model"
+    assert said["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [(item["object"], item["index"]) for item in said["data"]] == [
+        ("embedding", 0),
+        ("embedding", 1),
+    ]
+    if not request.is_base64:
+        CreateEmbeddingResponse.model_validate_json(raw, strict=True)
+    return [item["embedding"] for item in said["data"]]
+
+
+def decoded(text: str) -> list[float]:
+    raw = base64.b64decode(text, validate=True)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def test_base64_is_the_same_floats() -> None:
+    assert embedded() == VECTORS
+    for text, vector in zip(embedded(encoding_format="base64"), VECTORS, strict=True):
+        assert decoded(text) == pytest.approx(vector, abs=1e-7)
+
+
+def test_fewer_dimensions_are_the_first_ones_normalised_again() -> None:
+    assert embedded(dimensions=3) == VECTORS
+    first, other = embedded(dimensions=2)
+    assert first == pytest.approx([0.6, 0.8])
+    assert other == [0.0, 0.0], "there is no direction in what is left"
+    assert embedded(dimensions=1)[0] == [1.0]
+    (short, _) = embedded(dimensions=1, encoding_format="base64")
+    assert decoded(short) == [1.0]
+
+
+def test_more_dimensions_than_there_are_is_a_400() -> None:
+    request = parse_embedding(body(input=["a", "b"], dimensions=4))
+    with pytest.raises(APIError) as caught:
+        embeddings(request, VECTORS, "org/model", 7)
+    assert caught.value.status == 400
+    assert caught.value.param == "dimensions"
+    assert "3" in caught.value.message
+
+
+# --- tokenize and detokenize --------------------------------------------------------------------
+
+
+def test_a_text_has_a_name_in_both_dialects() -> None:
+    request = parse_tokenize(body(content="hello"))
+    assert request == parse_tokenize(body(prompt="hello"))
+    assert request == parse_tokenize(body(prompt="hello", content="hello", parse_special=True))
+    assert (request.content, request.messages, request.add_special) == ("hello", (), False)
+    for name in ("add_special", "add_special_tokens"):
+        assert parse_tokenize(body(content="x", **{name: True})).add_special
+    assert parse_tokenize(body(content="")).content == ""
+    assert parse_tokenize(body(content="x", with_pieces=True)).with_pieces
+    assert parse_tokenize(body(content="x", return_token_strs=True)).with_strings
+    assert parse_tokenize(body(content="x", zeta=1)).ignored == ("zeta",)
+
+
+def test_a_chat_may_be_counted_as_well() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    request = parse_tokenize(body(messages=messages, chat_template_kwargs={"a": 1}))
+    assert request.messages == (Message(Role.USER, "hello"),)
+    assert request.template_kwargs == {"a": 1}
+    assert not request.is_open
+    assert not parse_tokenize(body(messages=messages, add_generation_prompt=True)).is_open
+    assert parse_tokenize(body(messages=messages, add_generation_prompt=False)).is_open
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "content"),
+        ({"content": None}, "content"),
+        ({"content": "x", "messages": [{"role": "user", "content": "x"}]}, "content"),
+        ({"content": "x", "prompt": "y"}, "prompt"),
+        ({"content": 5}, "content"),
+        ({"prompt": ["x"]}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"content": "x", "with_pieces": 1}, "with_pieces"),
+        ({"content": "x", "return_token_strs": "true"}, "return_token_strs"),
+        ({"content": "x", "add_special": 1}, "add_special"),
+        ({"content": "x", "add_special": True, "add_special_tokens": False}, "add_special_tokens"),
+        ({"content": "x", "parse_special": False}, "parse_special"),
+        ({"content": "x", "add_generation_prompt": 0}, "add_generation_prompt"),
+        (
+            {"content": "x", "chat_template_kwargs": {"messages": 1}},
+            "chat_template_kwargs.messages",
+        ),
+    ],
+)
+def test_what_cannot_be_tokenized_is_a_400_that_names_it(
+    fields: dict[str, Any], param: str
+) -> None:
+    assert refused(parse_tokenize, body(**fields)).param == param
+
+
+def test_tokens_are_told_in_both_dialects_with_texts_where_they_were_asked_for() -> None:
+    tokens = list("a🙂".encode())
+
+    def said(**fields: Any) -> Any:
+        request = parse_tokenize(body(content="a🙂", **fields))
+        return json.loads(tokenized(request, tokens, 4096, token_bytes))
+
+    assert said() == {"tokens": tokens, "count": 5, "max_model_len": 4096}
+    assert said(return_token_strs=True)["token_strs"] == ["a", *"\ufffd" * 4]
+    assert said(with_pieces=True)["tokens"] == [
+        {"id": 97, "piece": "a"},
+        *({"id": byte, "piece": [byte]} for byte in "🙂".encode()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "tokens"),
+        ({"tokens": None}, "tokens"),
+        ({"tokens": "abc"}, "tokens"),
+        ({"tokens": 5}, "tokens"),
+        ({"tokens": [5, -1]}, "tokens[1]"),
+        ({"tokens": ["5"]}, "tokens[0]"),
+        ({"tokens": [True]}, "tokens[0]"),
+        ({"tokens": [[5]]}, "tokens[0]"),
+        ({"tokens": [2**31]}, "tokens[0]"),
+    ],
+)
+def test_what_is_no_token_is_a_400_that_names_it(fields: dict[str, Any], param: str) -> None:
+    assert refused(parse_detokenize, body(**fields)).param == param
+
+
+def test_text_is_told_in_both_dialects() -> None:
+    request = parse_detokenize(body(tokens=[1, 2.0], model="m", zeta=1))
+    assert (request.tokens, request.ignored) == ((1, 2), ("zeta",))
+    assert parse_detokenize(body(tokens=[])).tokens == ()
+    assert json.loads(detokenized("a\n🙂")) == {"content": "a\n🙂", "prompt": "a\n🙂"}

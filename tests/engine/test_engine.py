@@ -1,0 +1,1263 @@
+"""The engine: every sink gets its text, exactly one `Done`, and nothing after it.
+
+`RecordingSink` asserts the last part in every test here, and `FakeRunner` that the steps make
+sense. Nothing sleeps: tests wait for events, and times that must not pass are an hour.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import pytest
+from fakes import (
+    FakeRunner,
+    RecordingSink,
+    SilentObserver,
+    answer,
+    fake_logprobs,
+    make_forks,
+    make_sequence,
+    spell,
+)
+
+from mlxlite.engine.chunk_budget import ChunkTuner
+from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueFull
+from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence
+from mlxlite.engine.step import Chunk, Step
+from mlxlite.output.events import Channel, Delta, Done, Output
+from mlxlite.output.markers import Channels, Markers
+
+HOUR_S = 3600.0
+TIMEOUT_S = 30.0  # far above what any wait here needs
+
+
+@dataclass
+class Served:
+    """An engine that runs, and what the tests look at."""
+
+    engine: Engine
+    lane: Lane
+    runner: FakeRunner
+    observer: SilentObserver
+    task: asyncio.Task[None]
+
+    def add(
+        self,
+        sequence: Sequence,
+        stop: tuple[str, ...] = (),
+        react: Callable[[Output], None] | None = None,
+        listen: Callable[[], Channels] | None = None,
+    ) -> RecordingSink:
+        sink = RecordingSink(react)
+        self.engine.add([sequence], stop, [sink], listen=listen)
+        return sink
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    runner: FakeRunner | None = None,
+    policy: Policy | None = None,
+    options: EngineOptions | None = None,
+) -> AsyncIterator[Served]:
+    runner = runner or FakeRunner()
+    lane, observer = Lane(), SilentObserver()
+    scheduler = Scheduler(policy or Policy())
+    engine = Engine(scheduler, runner, spell, lane=lane, observer=observer, options=options)
+    task = asyncio.create_task(engine.run())
+    try:
+        yield Served(engine, lane, runner, observer, task)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, RuntimeError):
+            await task
+        assert await lane.close(TIMEOUT_S)
+    scheduler.check()
+
+
+def play(scenario: Coroutine[Any, Any, None], **options: Any) -> None:
+    asyncio.run(asyncio.wait_for(scenario, TIMEOUT_S), **options)
+
+
+class Gate:
+    """Blocks the lane in one step until it is opened; `reached` tells the loop that it does."""
+
+    def __init__(self, number: int) -> None:
+        self.reached = asyncio.Event()
+        self._number = number
+        self._open = threading.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, step: Step | None) -> None:
+        if step is not None and step.number == self._number:
+            self._loop.call_soon_threadsafe(self.reached.set)
+            assert self._open.wait(TIMEOUT_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+async def turns(num: int = 20) -> None:
+    """Give the loop a number of turns: whatever was ready has run, and time has not passed."""
+    for _ in range(num):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the lane's thread brings about."""
+    async with asyncio.timeout(30):  # far above what any test needs
+        while not condition():  # noqa: ASYNC110  # a thread changes it, and no event says so
+            await asyncio.sleep(0)
+
+
+# --- text and ends ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_every_sink_gets_its_own_text_and_one_done(max_rows: int):
+    sequences = [make_sequence(id, 1 + 7 * id, 3 + id) for id in range(6)]
+
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows, chunk_size=8)) as served:
+            sinks = [served.add(sequence) for sequence in sequences]
+            for sequence, sink in zip(sequences, sinks, strict=True):
+                done = await sink.wait()
+                assert done.reason is FinishReason.LENGTH
+                assert done.error is None
+                assert done.stop is None
+                assert sink.text == spell(answer(sequence))
+                assert done.usage.num_prompt == len(sequence.prompt.tokens)
+                assert done.usage.num_output == sequence.max_tokens
+            assert served.engine.num_live == 0
+            assert served.observer.reasons == ["length"] * 6
+            assert served.observer.num_tokens == sum(s.max_tokens for s in sequences)
+
+    play(scenario())
+
+
+def test_deltas_count_the_tokens_so_far():
+    async def scenario() -> None:
+        async with serve() as served:
+            sink = served.add(make_sequence(1, max_tokens=5))
+            await sink.wait()
+            assert [o.num_output for o in sink.outputs if isinstance(o, Delta)] == [1, 2, 3, 4, 5]
+
+    play(scenario())
+
+
+def calls_of(runner: FakeRunner) -> list[int | None]:
+    """The steps that a runner is given for a prompt of two chunks; None: only to wait."""
+    calls: list[int | None] = []
+    runner._before = lambda step: calls.append(step.number if step else None)
+
+    async def scenario() -> None:
+        async with serve(runner, Policy(chunk_size=8)) as served:
+            sink = served.add(make_sequence(1, num_prompt=12, max_tokens=4))
+            await sink.wait()
+            assert sink.text == spell(answer(make_sequence(1, num_prompt=12, max_tokens=4)))
+
+    play(scenario())
+    return calls
+
+
+def test_where_a_launch_is_slow_the_step_with_first_tokens_is_told_before_the_next_one_begins():
+    assert calls_of(FakeRunner())[:4] == [1, 2, 3, 4]
+    slow = FakeRunner()
+    slow.is_slow_to_launch = True
+    assert calls_of(slow)[:5] == [1, 2, None, 3, 4], "the second chunk brings the first row"
+
+
+def test_it_says_when_there_is_nothing_left_to_do():
+    async def scenario() -> None:
+        async with serve(FakeRunner()) as served:
+            await asyncio.wait_for(served.engine.rests.wait(), 5)
+            served.engine.rests.clear()
+            sink = served.add(make_sequence(1, max_tokens=4))
+            await sink.wait()
+            await asyncio.wait_for(served.engine.rests.wait(), 5)
+            assert not served.engine.num_live
+            assert served.engine.load.num_steps
+
+    play(scenario())
+
+
+def test_an_end_token_has_no_text_and_is_counted():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 25, 2]})) as served:
+            sink = served.add(make_sequence(1, max_tokens=9, eos_tokens=frozenset({25})))
+            done = await sink.wait()
+            assert sink.text == "ab"
+            assert done.reason is FinishReason.STOP
+            assert done.stop is None
+            assert done.usage.num_output == 3
+
+    play(scenario())
+
+
+def test_an_answer_that_is_only_an_end_token_is_a_done_alone():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [25]})) as served:
+            sink = served.add(make_sequence(1, eos_tokens=frozenset({25})))
+            await sink.wait()
+            assert len(sink.outputs) == 1
+
+    play(scenario())
+
+
+def test_a_stop_string_across_tokens_cuts_the_text_and_frees_the_row():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 2, 3, 4, 5, 6]})) as served:
+            sink = served.add(make_sequence(1, max_tokens=1000), stop=("xyz", "cde"))
+            done = await sink.wait()
+            assert sink.text == "ab"
+            assert done.reason is FinishReason.STOP
+            assert done.stop == "cde"
+            assert done.usage.num_output == 5
+        assert sum(1 in step.rows for step in served.runner.steps) == 7  # two are overshoot
+
+    play(scenario())
+
+
+def test_a_stop_string_completed_by_the_last_allowed_token_is_a_stop():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 2, 3]})) as served:
+            sink = served.add(make_sequence(1, max_tokens=4), stop=("cd",))
+            done = await sink.wait()
+            assert (sink.text, done.reason, done.stop) == ("ab", FinishReason.STOP, "cd")
+            assert done.usage.num_output == 4
+            assert served.observer.reasons == ["stop"]
+
+    play(scenario())
+
+
+def test_a_stop_string_that_waits_for_a_longer_one_is_met_at_the_end():
+    """ "bc" is complete, but "abcd" began before it and might still have come."""
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [9, 0, 1, 2]})) as served:
+            sink = served.add(make_sequence(1, max_tokens=4), stop=("abcd", "bc"))
+            done = await sink.wait()
+            assert (sink.text, done.reason, done.stop) == ("ja", FinishReason.STOP, "bc")
+
+    play(scenario())
+
+
+def test_half_a_stop_string_is_given_out_at_the_end():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 2, 3], 2: [0, 1, 2, 25]})) as served:
+            cut = served.add(make_sequence(1, max_tokens=4), stop=("cdx",))
+            ended = served.add(make_sequence(2, eos_tokens=frozenset({25})), stop=("bcd",))
+            assert (await cut.wait()).reason is FinishReason.LENGTH
+            assert (await ended.wait()).reason is FinishReason.STOP
+            assert (cut.text, ended.text) == ("abcd", "abc")
+
+    play(scenario())
+
+
+# --- repetition and channels ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [[0], [0, 1], [0, 1, 2, 3, 4, 5, 6]])
+def test_an_answer_that_goes_in_circles_ends_and_says_why(piece: list[int]):
+    options = EngineOptions(guard=32)
+    answers = {1: [7, 8, 9, *piece * 100], 2: [7, 8, 9, *piece * 100]}
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers=answers), options=options) as served:
+            sink = served.add(make_sequence(1, max_tokens=100))
+            done = await sink.wait()
+            assert (done.reason, done.stop, done.error) == (FinishReason.LENGTH, "repetition", None)
+            assert 3 + 32 <= done.usage.num_output <= 3 + 32 + 16
+            assert sink.text == spell(answers[1])[: done.usage.num_output]
+            assert served.observer.reasons == ["length"]
+            assert served.engine.num_live == 0
+        async with serve(FakeRunner(answers=answers)) as served:
+            done = await served.add(make_sequence(2, max_tokens=100)).wait()
+            assert (done.usage.num_output, done.stop) == (100, None), "nobody has asked for it"
+
+    play(scenario())
+
+
+def test_a_stop_string_that_is_met_as_the_guard_strikes_is_what_is_told():
+    async def scenario() -> None:
+        options = EngineOptions(guard=32)
+        async with serve(FakeRunner(answers={1: [0, 1] * 100}), options=options) as served:
+            sink = served.add(make_sequence(1, max_tokens=100), stop=("ab" * 16,))
+            done = await sink.wait()
+            assert (sink.text, done.stop, done.reason) == ("", "ab" * 16, FinishReason.STOP)
+
+    play(scenario())
+
+
+def test_an_answer_that_varies_is_left_alone_by_the_guard():
+    varied = [n % 11 for n in range(200)]  # eleven tokens are more than a quarter of 32
+
+    async def scenario() -> None:
+        options = EngineOptions(guard=32)
+        async with serve(FakeRunner(answers={1: varied}), options=options) as served:
+            done = await served.add(make_sequence(1, max_tokens=200)).wait()
+            assert (done.usage.num_output, done.stop) == (200, None)
+
+    play(scenario())
+
+
+MARKERS = Markers("x", "y", "v", "w")  # of one letter each, which is one token here
+X, Y, V, W = 23, 24, 21, 22
+
+
+def channels(max_calls: int | None = None) -> Callable[[], Channels]:
+    return lambda: Channels(MARKERS, parse=lambda text: [(text, {})], max_calls=max_calls)
+
+
+def test_text_comes_by_channels_and_calls_come_whole():
+    said = [X, 0, 1, Y, 2, V, 3, 4, W, 5, 25]
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: said})) as served:
+            sequence = make_sequence(1, max_tokens=50, eos_tokens=frozenset({25}))
+            sink = served.add(sequence, listen=channels())
+            done = await sink.wait()
+            deltas = [output for output in sink.outputs if isinstance(output, Delta)]
+            told = [(d.channel, d.text) for d in deltas if not d.calls]
+            thoughts = "".join(text for channel, text in told if channel is Channel.REASONING)
+            assert (thoughts, sink.text) == ("ab", "abcf")
+            (calling,) = [d for d in deltas if d.calls]
+            assert [(call.name, call.arguments) for call in calling.calls] == [("de", "{}")]
+            assert calling.num_output == 9
+            assert (done.reason, done.num_calls) == (FinishReason.STOP, 1)
+            assert 2 <= done.usage.num_reasoning <= 4
+            assert done.usage.num_output == len(said)
+
+    play(scenario())
+
+
+def test_after_as_many_calls_as_are_wanted_the_row_is_free():
+    said = [0, V, 1, W, V, 2, W] + [3] * 100
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: said})) as served:
+            sink = served.add(make_sequence(1, max_tokens=1000), listen=channels(max_calls=1))
+            done = await sink.wait()
+            calls = [c.name for o in sink.outputs if isinstance(o, Delta) for c in o.calls]
+            assert (sink.text, calls) == ("a", ["b"])
+            assert (done.reason, done.num_calls) == (FinishReason.STOP, 1)
+            assert done.usage.num_output == 4
+        assert sum(1 in step.rows for step in served.runner.steps) == 6  # two are overshoot
+
+    play(scenario())
+
+
+def test_a_call_that_the_limit_cuts_is_not_lost():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, V, 1, 2, 3, 4]})) as served:
+
+            def listen() -> Channels:
+                return Channels(MARKERS, parse=fail)
+
+            sink = served.add(make_sequence(1, max_tokens=4), listen=listen)
+            done = await sink.wait()
+            assert (sink.text, done.reason, done.num_calls) == ("avbc", FinishReason.LENGTH, 0)
+
+    def fail(_text: str) -> Any:
+        raise ValueError("no call")
+
+    play(scenario())
+
+
+def test_logprobs_are_complete_where_markers_and_calls_are_held_back():
+    said = [X, 0, Y, 1, V, 2, W, 25]
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: said})) as served:
+            sampling = SamplingParams(top_logprobs=1)
+            sequence = make_sequence(1, max_tokens=50, eos_tokens=frozenset({25}))
+            sequence = replace(sequence, sampling=sampling)
+            sink = served.add(sequence, listen=channels())
+            await sink.wait()
+            assert reported(sink) == expected_logprobs(sequence, said[:-1])
+
+    play(scenario())
+
+
+def test_the_times_of_a_sequence_are_not_negative_and_in_order():
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows=1)) as served:
+            for sink in [served.add(make_sequence(id, 20)) for id in (1, 2)]:
+                usage = (await sink.wait()).usage
+                assert usage.queue_s > 0
+                assert usage.prefill_s > 0
+                assert usage.decode_s > 0
+                assert usage.num_cached == 0
+
+    play(scenario())
+
+
+# --- cancel -----------------------------------------------------------------------------------
+
+
+def test_a_cancel_before_the_first_step_still_gives_a_done():
+    async def scenario() -> None:
+        async with serve() as served:
+            sink = served.add(make_sequence(1))
+            served.engine.cancel(1)
+            done = await sink.wait()
+            assert sink.outputs == [done]
+            assert done.reason is FinishReason.CANCELLED
+            assert done.usage == replace(done.usage, num_prompt=3, num_output=0, decode_s=0.0)
+            assert served.runner.steps == []
+
+    play(scenario())
+
+
+def test_a_cancel_in_the_queue_ends_the_waiting_one_alone():
+    async def scenario() -> None:
+        gate = Gate(2)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1)) as served:
+            running, waiting = served.add(make_sequence(1)), served.add(make_sequence(2))
+            await gate.reached.wait()
+            served.engine.cancel(2)
+            gate.open()
+            assert (await waiting.wait()).reason is FinishReason.CANCELLED
+            assert (await running.wait()).reason is FinishReason.LENGTH
+            assert running.text == spell(answer(make_sequence(1)))
+
+    play(scenario())
+
+
+def test_a_cancel_in_prefill_stops_the_prefill():
+    async def scenario() -> None:
+        gate = Gate(3)
+        async with serve(FakeRunner(before=gate), Policy(chunk_size=16)) as served:
+            sink = served.add(make_sequence(1, 100_000))
+            await gate.reached.wait()
+            served.engine.cancel(1)
+            gate.open()
+            assert (await sink.wait()).reason is FinishReason.CANCELLED
+            after = served.add(make_sequence(2))
+            await after.wait()
+        assert sum(len(step.chunks) for step in served.runner.steps) == 4
+        assert served.runner.num_held <= 1  # the last one's release had no step to ride in
+
+    play(scenario())
+
+
+def test_a_sink_that_cancels_in_the_middle_gets_no_more_text():
+    async def scenario() -> None:
+        async with serve() as served:
+
+            def cancel(output: Output) -> None:
+                if isinstance(output, Delta) and output.num_output == 3:
+                    served.engine.cancel(1)
+
+            sink = served.add(make_sequence(1, max_tokens=1000), react=cancel)
+            other = served.add(make_sequence(2, max_tokens=20))
+            done = await sink.wait()
+            assert done.reason is FinishReason.CANCELLED
+            assert done.usage.num_output == 3
+            assert sink.text == spell(answer(make_sequence(1), 3))
+            await other.wait()
+            assert other.text == spell(answer(make_sequence(2), 20))
+
+    play(scenario())
+
+
+def test_a_cancel_after_the_end_and_of_an_unknown_id_are_void():
+    async def scenario() -> None:
+        async with serve() as served:
+            sink = served.add(make_sequence(1))
+            await sink.wait()
+            served.engine.cancel(1)
+            served.engine.cancel(404)
+            await (served.add(make_sequence(2))).wait()
+            assert served.observer.reasons == ["length", "length"]
+
+    play(scenario())
+
+
+def test_a_cancel_twice_is_one_done():
+    async def scenario() -> None:
+        async with serve() as served:
+            sink = served.add(make_sequence(1, max_tokens=1000))
+            served.engine.cancel(1)
+            served.engine.cancel(1)
+            await sink.wait()
+            await turns()
+            assert len(sink.outputs) == 1
+
+    play(scenario())
+
+
+def test_a_sink_may_add_the_next_sequence():
+    async def scenario() -> None:
+        async with serve() as served:
+            sinks: list[RecordingSink] = []
+
+            def follow(output: Output) -> None:
+                if isinstance(output, Done):
+                    sinks.append(served.add(make_sequence(2)))
+
+            await served.add(make_sequence(1), react=follow).wait()
+            assert (await sinks[0].wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+# --- logprobs ---------------------------------------------------------------------------------
+
+REPORTING = SamplingParams(0.0, top_logprobs=2)
+
+
+def reported(sink: RecordingSink) -> list[tuple[int, Logprobs]]:
+    return [pair for o in sink.outputs if isinstance(o, Delta) for pair in o.logprobs]
+
+
+def expected_logprobs(sequence: Sequence, tokens: list[int]) -> list[tuple[int, Logprobs]]:
+    return [(token, fake_logprobs(sequence, i, token)) for i, token in enumerate(tokens)]
+
+
+def test_logprobs_come_with_their_tokens_to_those_who_asked():
+    async def scenario() -> None:
+        async with serve() as served:
+            asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
+            sink, silent = served.add(asking), served.add(make_sequence(2))
+            await sink.wait()
+            await silent.wait()
+            assert reported(sink) == expected_logprobs(asking, answer(asking))
+            assert [len(o.logprobs) for o in sink.outputs if isinstance(o, Delta)] == [1] * 5
+            assert reported(silent) == []
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "num_shown"),
+    [
+        (("cdx",), [0, 1, 2, 3, 4], 5),  # held back, then given out
+        (("xyz",), [0, 23, 24, 3, 23], 5),  # held back to the end
+        (("bcd",), [0, 1, 2, 3, 4], 4),  # met: the token that completes it is the last
+        ((), [30, 31, 0, 30, 31], 5),  # tokens without text, at the end too
+    ],
+)
+def test_logprobs_are_in_order_and_complete_where_text_is_held_back(
+    stop: tuple[str, ...], tokens: list[int], num_shown: int
+):
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: tokens})) as served:
+            asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
+            sink = served.add(asking, stop)
+            await sink.wait()
+            assert reported(sink) == expected_logprobs(asking, tokens[:num_shown])
+
+    play(scenario())
+
+
+def test_the_logprobs_of_a_cancelled_sequence_are_those_of_its_tokens():
+    async def scenario() -> None:
+        async with serve(FakeRunner(answers={1: [0, 1, 1, 1]})) as served:
+            asking = make_sequence(1, max_tokens=100, sampling=REPORTING)
+
+            def cancel(output: Output) -> None:
+                served.engine.cancel(1)
+
+            sink = served.add(asking, ("bbbbx",), cancel)  # its only delta is the first
+            done = await sink.wait()
+            assert done.reason is FinishReason.CANCELLED
+            shown = reported(sink)
+            assert shown == expected_logprobs(asking, [0, 1, 1, 1][: len(shown)])
+            assert len(shown) == done.usage.num_output
+
+    play(scenario())
+
+
+# --- forks ------------------------------------------------------------------------------------
+
+
+def test_one_request_with_many_answers_is_one_prefill_and_a_done_for_each():
+    forks = make_forks(16, 50, 5)
+
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows=3, chunk_size=16)) as served:
+            sinks = [RecordingSink() for _ in forks]
+            served.engine.add(forks, (), sinks)
+            for sequence, sink in zip(forks, sinks, strict=True):
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+                assert sink.text == spell(answer(sequence))
+            assert sum(step.num_prefill_tokens for step in served.runner.steps) == 49
+
+    play(scenario())
+
+
+def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole():
+    async def scenario() -> None:
+        async with serve(options=EngineOptions(max_queue=3)) as served:
+            sinks = [RecordingSink() for _ in range(4)]
+            with pytest.raises(QueueFull):
+                served.engine.add(make_forks(4), (), sinks)
+            assert served.engine.num_live == 0
+            served.engine.add(make_forks(3), (), sinks[:3])
+            for sink in sinks[:3]:
+                await sink.wait()
+            assert sinks[3].outputs == []
+
+    play(scenario())
+
+
+def test_forks_that_wait_when_their_leaders_step_is_lost_are_served():
+    """ "End what ran, keep what waits": the runner's stems are lost with its reset."""
+    forks = make_forks(4, 9, 4)
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(lost_in_launch={2}), Policy(max_rows=1)) as served:
+            sinks = [RecordingSink() for _ in forks]
+            served.engine.add(forks, (), sinks)
+            assert (await sinks[0].wait()).reason is FinishReason.ERROR
+            for sequence, sink in zip(forks[1:], sinks[1:], strict=True):
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+                assert sink.text == spell(answer(sequence))
+            assert served.runner.num_resets == 1
+
+    play(scenario())
+
+
+# --- giving way -------------------------------------------------------------------------------
+
+
+def test_a_preempted_sequence_has_one_text_one_done_and_the_times_of_its_first_stay():
+    async def scenario() -> None:
+        async with serve(policy=Policy(max_rows=1)) as served:
+            late: list[RecordingSink] = []
+
+            def hurry(output: Output) -> None:
+                if not late:
+                    late.append(served.add(make_sequence(2, priority=-1)))
+
+            sink = served.add(make_sequence(1, max_tokens=9), react=hurry)
+            done = await sink.wait()
+            assert late[0].is_done  # it went first
+            assert sink.text == spell(answer(make_sequence(1), 9))
+            counts = [o.num_output for o in sink.outputs if isinstance(o, Delta)]
+            assert counts == list(range(1, 10))
+            assert done.usage.num_output == 9
+            resumed = [a for step in served.runner.steps for a in step.admitted if a.outputs]
+            assert [a.sequence.id for a in resumed] == [1]
+            assert done.usage.queue_s < done.usage.decode_s
+
+    play(scenario())
+
+
+def test_who_was_preempted_with_a_row_in_the_step_that_is_lost_ends_with_it():
+    async def scenario() -> None:
+        gate = Gate(3)
+        runner = FakeRunner(before=gate, lost_in_wait={3})
+        async with serve(runner, Policy(max_rows=1)) as served:
+            leaving = served.add(make_sequence(1, max_tokens=50))
+            await gate.reached.wait()
+            urgent = served.add(make_sequence(2, priority=-1))
+            gate.open()
+            for sink in (leaving, urgent):
+                assert (await sink.wait()).reason is FinishReason.ERROR
+            assert served.runner.steps[3].released == (1,)
+            assert (await served.add(make_sequence(3)).wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+# --- time -------------------------------------------------------------------------------------
+
+
+def test_who_has_been_here_too_long_ends_with_an_error_once():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(timeout_s=5.0)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1), options) as served:
+            running = served.add(make_sequence(1, max_tokens=1000))
+            waiting = served.add(make_sequence(2, max_tokens=1000))
+            await gate.reached.wait()
+            now = perf_counter()
+            served.engine.expire(now + 4.0)
+            served.engine.expire(now + 6.0)
+            served.engine.expire(now + 7.0)
+            young = served.add(make_sequence(3))
+            gate.open()
+            for sink in (running, waiting):
+                done = await sink.wait()
+                assert done.reason is FinishReason.ERROR
+                assert done.error == "the request took longer than 5 s"
+            assert (await young.wait()).reason is FinishReason.LENGTH
+            assert served.observer.reasons == ["error", "error", "length"]
+
+    play(scenario())
+
+
+def test_nobody_expires_before_the_time_or_without_one():
+    async def scenario() -> None:
+        for timeout_s, after_s in ((None, HOUR_S), (HOUR_S, 0.0)):
+            async with serve(options=EngineOptions(timeout_s=timeout_s)) as served:
+                sink = served.add(make_sequence(1, max_tokens=20))
+                served.engine.expire(perf_counter() + after_s)
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+def test_a_lane_that_does_not_come_back_is_trouble_until_it_does():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(stuck_s=60.0)
+        async with serve(FakeRunner(before=gate), options=options) as served:
+            assert served.engine.trouble(perf_counter() + HOUR_S) is None  # idle is not stuck
+            sink = served.add(make_sequence(1))
+            await gate.reached.wait()
+            now = perf_counter()
+            assert served.engine.trouble(now + 30.0) is None
+            assert served.engine.trouble(now + 100.0) == "the model has not answered for 100 s"
+            gate.open()
+            await sink.wait()
+            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+
+    play(scenario())
+
+
+def test_a_lost_step_is_no_trouble_and_a_failed_engine_is():
+    async def scenario() -> None:
+        async with serve(FakeRunner(lost_in_launch={2})) as served:
+            await served.add(make_sequence(1)).wait()
+            await served.add(make_sequence(2)).wait()
+            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+        async with serve(FakeRunner(lost_in_launch={1}, can_reset=False)) as served:
+            await served.add(make_sequence(1)).wait()
+            assert served.engine.trouble(perf_counter()) == served.engine.failure is not None
+
+    play(scenario())
+
+
+# --- sinks that raise -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_", [Delta, Done])
+def test_a_sink_that_raises_costs_its_own_sequence_alone(
+    type_: type[Output], caplog: pytest.LogCaptureFixture
+):
+    async def scenario() -> None:
+        def fail(output: Output) -> None:
+            if isinstance(output, type_):
+                raise RuntimeError("a broken pipe")
+
+        async with serve() as served:
+            bad = served.add(make_sequence(1, max_tokens=50), react=fail)
+            good = served.add(make_sequence(2, max_tokens=60))
+            await good.wait()
+            assert good.text == spell(answer(make_sequence(2), 60))
+            assert served.engine.num_live == 0
+            assert len(served.observer.reasons) == 2
+            if type_ is Delta:
+                assert [type(output) for output in bad.outputs] == [Delta, Done]
+                assert bad.done.reason is FinishReason.ERROR  # whoever reads it need not wait
+                assert served.observer.reasons == ["cancelled", "length"]
+            await served.add(make_sequence(3)).wait()
+
+    play(scenario())
+    assert caplog.text.count("the sink of sequence 1 raised") == 1
+
+
+# --- the queue --------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(max_queue=2)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1), options) as served:
+            sinks = [served.add(make_sequence(1))]
+            await gate.reached.wait()
+            sinks += [served.add(make_sequence(id)) for id in (2, 3)]
+            refused = RecordingSink()
+            with pytest.raises(QueueFull):
+                served.engine.add([make_sequence(4)], (), [refused])
+            assert served.engine.num_live == 3
+            gate.open()
+            for sink in sinks:
+                await sink.wait()
+            assert refused.outputs == []
+            await served.add(make_sequence(5)).wait()  # there is room again
+
+    play(scenario())
+
+
+def test_too_many_pictures_at_once_are_refused_and_text_is_not():
+    def with_picture(id: int, num_bytes: int = MAX_IMAGE_BYTES // 2) -> Sequence:
+        sequence = make_sequence(id, images=[(0, 1)])
+        (image,) = sequence.prompt.images
+        images = (replace(image, num_bytes=num_bytes),)
+        return replace(sequence, prompt=replace(sequence.prompt, images=images))
+
+    async def scenario() -> None:
+        gate = Gate(2)
+        async with serve(FakeRunner(before=gate)) as served:
+            sinks = [served.add(with_picture(1)), served.add(with_picture(2))]
+            await gate.reached.wait()
+            refused = RecordingSink()
+            with pytest.raises(QueueFull):
+                served.engine.add([with_picture(3, 1)], (), [refused])
+            sinks.append(served.add(make_sequence(4)))
+            gate.open()
+            for sink in sinks:
+                await sink.wait()
+            assert refused.outputs == []
+            await served.add(with_picture(5, 2 * MAX_IMAGE_BYTES)).wait()  # alone, any number
+
+    play(scenario())
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def test_a_sequence_that_fails_alone_ends_with_its_error_and_the_others_go_on():
+    async def scenario() -> None:
+        runner = FakeRunner(failing={2: ((1, "image too large"),)})
+        async with serve(runner) as served:
+            bad, good = served.add(make_sequence(1)), served.add(make_sequence(2))
+            done = await bad.wait()
+            assert (done.reason, done.error) == (FinishReason.ERROR, "image too large")
+            await good.wait()
+            assert good.text == spell(answer(make_sequence(2)))
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("place", ["lost_in_launch", "lost_in_wait"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_lost_step_ends_those_who_ran_and_the_waiting_go_on(
+    place: str, number: int, caplog: pytest.LogCaptureFixture
+):
+    async def scenario() -> None:
+        runner = FakeRunner(**{place: {number}})
+        async with serve(runner, Policy(max_rows=2)) as served:
+            sinks = [served.add(make_sequence(id, max_tokens=6)) for id in (1, 2, 3, 4)]
+            for sink in sinks[:2]:
+                done = await sink.wait()
+                assert done.reason is FinishReason.ERROR
+                assert done.error is not None
+                assert done.error.startswith(f"the model failed: RuntimeError: step {number}")
+                assert "\n" not in done.error
+            for id, sink in enumerate(sinks[2:], 3):
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+                assert sink.text == spell(answer(make_sequence(id), 6))
+            assert served.runner.num_resets == 1
+            assert served.engine.failure is None
+
+    play(scenario())
+    assert "a step failed" in caplog.text
+
+
+def test_what_a_lost_step_held_is_gone_when_the_runner_is_reset():
+    """Or the reset that follows an allocation failure could free nothing of what failed.
+
+    The error's traceback keeps the frames, and these the arrays, which belong to the lane.
+    """
+    held: list[weakref.ref[threading.Event]] = []
+    is_alive: list[bool] = []
+
+    def before(step: Step | None) -> None:
+        if step is not None and step.number == 2:
+            array = threading.Event()  # anything that can be watched
+            held.append(weakref.ref(array))
+            raise RuntimeError("out of memory")
+
+    class Watched(FakeRunner):
+        def reset(self) -> None:
+            is_alive.append(held[0]() is not None)
+            super().reset()
+
+    async def scenario() -> None:
+        async with serve(Watched(before=before)) as served:
+            assert (await served.add(make_sequence(1)).wait()).reason is FinishReason.ERROR
+            assert (await served.add(make_sequence(2)).wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+    assert is_alive == [False]
+
+
+def test_a_step_lost_while_a_cancel_waits_ends_once():
+    async def scenario() -> None:
+        gate = Gate(3)
+        async with serve(FakeRunner(before=gate, lost_in_launch={3})) as served:
+            sink = served.add(make_sequence(1, max_tokens=50))
+            await gate.reached.wait()
+            served.engine.cancel(1)
+            gate.open()
+            assert (await sink.wait()).reason is FinishReason.CANCELLED
+            await served.add(make_sequence(2)).wait()
+
+    play(scenario())
+
+
+def test_a_reset_that_fails_ends_everybody_and_says_why():
+    async def scenario() -> None:
+        runner = FakeRunner(lost_in_launch={2}, can_reset=False)
+        async with serve(runner, Policy(max_rows=1)) as served:
+            sinks = [served.add(make_sequence(id)) for id in (1, 2, 3)]
+            for sink in sinks:
+                done = await sink.wait()
+                assert done.reason is FinishReason.ERROR
+                assert done.error == served.engine.failure
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                await served.task
+            assert "could not be reset: RuntimeError: the device is gone" in done.error
+            assert served.engine.num_live == 0
+
+    play(scenario())
+
+
+def test_what_is_added_after_the_engine_has_failed_is_not_left_without_an_end():
+    """The promise is «whatever happens, every sink gets exactly one Done»: or it is refused."""
+
+    async def scenario() -> None:
+        async with serve(FakeRunner(lost_in_launch={1}, can_reset=False)) as served:
+            await served.add(make_sequence(1)).wait()
+            with contextlib.suppress(RuntimeError):
+                await served.task
+            late = RecordingSink()
+            try:
+                served.engine.add([make_sequence(2)], (), [late])
+            except Exception:
+                return
+            await turns()
+            assert late.is_done
+
+    play(scenario())
+
+
+# --- abort ------------------------------------------------------------------------------------
+
+
+def test_an_abort_ends_everybody_at_once_even_while_the_lane_is_blocked():
+    async def scenario() -> None:
+        gate = Gate(3)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=2)) as served:
+            sinks = [served.add(make_sequence(id, max_tokens=50)) for id in (1, 2, 3)]
+            await gate.reached.wait()
+            sinks.append(served.add(make_sequence(4)))  # a command that nobody has taken yet
+            served.engine.abort("shutting down")
+            for sink in sinks:  # no turn of the loop was needed
+                assert sink.done.reason is FinishReason.ERROR
+                assert sink.done.error == "shutting down"
+            assert served.engine.num_live == 0
+            assert sinks[0].done.usage.num_output == len(sinks[0].text) == 1
+            gate.open()
+            after = served.add(make_sequence(5))
+            assert (await after.wait()).reason is FinishReason.LENGTH
+        after_abort = [id for step in served.runner.steps[3:] for id in step.rows]
+        assert set(after_abort) == {5}  # the places of the others are free
+
+    play(scenario())
+
+
+def test_an_abort_of_nobody_is_void():
+    async def scenario() -> None:
+        async with serve() as served:
+            served.engine.abort("nothing")
+            await served.add(make_sequence(1)).wait()
+
+    play(scenario())
+
+
+# --- static batching --------------------------------------------------------------------------
+
+
+def test_static_batching_waits_for_a_full_batch_while_its_time_is_not_over():
+    async def scenario() -> None:
+        policy = Policy(max_rows=3, continuous=False)
+        async with serve(policy=policy, options=EngineOptions(gather_s=HOUR_S)) as served:
+            sinks = [served.add(make_sequence(id)) for id in (1, 2)]
+            await turns()
+            assert served.runner.steps == []
+            sinks.append(served.add(make_sequence(3)))
+            for sink in sinks:
+                await sink.wait()
+            assert served.runner.steps[0].rows == (1, 2, 3)
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("gather_s", [0.0, 0.01])
+def test_static_batching_runs_what_is_there_when_its_time_is_over(gather_s: float):
+    async def scenario() -> None:
+        policy = Policy(max_rows=3, continuous=False)
+        async with serve(policy=policy, options=EngineOptions(gather_s=gather_s)) as served:
+            for id in (1, 2, 3):  # each batch has its own time
+                await served.add(make_sequence(id)).wait()
+            assert [len(step.rows) for step in served.runner.steps if step.admitted] == [1, 1, 1]
+
+    play(scenario())
+
+
+def test_static_batching_lets_go_of_its_timer_when_the_waiting_one_leaves():
+    async def scenario() -> None:
+        policy = Policy(max_rows=3, continuous=False)
+        async with serve(policy=policy, options=EngineOptions(gather_s=HOUR_S)) as served:
+            sink = served.add(make_sequence(1))
+            await turns()
+            served.engine.cancel(1)
+            assert (await sink.wait()).reason is FinishReason.CANCELLED
+            sinks = [served.add(make_sequence(id)) for id in (2, 3, 4)]
+            for sink in sinks:
+                await sink.wait()
+
+    play(scenario())
+
+
+# --- the tick ---------------------------------------------------------------------------------
+
+
+def test_the_engine_measures_steps_and_sizes_the_prefill_beside_rows():
+    """1/1024 s a prompt token and a budget of 40/1024 s: chunks of 40 while somebody decodes."""
+
+    def device_s(step: Step) -> float:
+        return step.num_prefill_tokens / 1024
+
+    async def scenario() -> None:
+        policy = Policy(chunk_size=256, first_chunk_budget=8)
+        options = EngineOptions(prefill_budget_s=40 / 1024)
+        async with serve(FakeRunner(device_s=device_s), policy, options) as served:
+            sinks = [served.add(make_sequence(1, 1, 30)), served.add(make_sequence(2, 1000))]
+            for sink in sinks:
+                await sink.wait()
+            sizes = [s.num_prefill_tokens for s in served.runner.steps if 1 in s.rows]
+            # Nobody decodes before the first step; its time is known after the second.
+            assert sizes[:5] == [256, 8, 40, 40, 40]
+
+    play(scenario())
+
+
+def test_a_run_under_debug_makes_no_complaint(caplog: pytest.LogCaptureFixture):
+    async def scenario() -> None:
+        asyncio.get_running_loop().slow_callback_duration = HOUR_S  # a slow machine is no bug
+        runner = FakeRunner(lost_in_launch={6})
+        async with serve(runner, Policy(max_rows=2)) as served:
+            sinks = [served.add(make_sequence(id)) for id in range(6)]
+            served.engine.cancel(5)
+            for sink in sinks:
+                await sink.wait()
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        play(scenario(), debug=True)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_an_engine_that_is_cancelled_with_a_step_in_flight_leaves_a_lane_that_closes():
+    async def scenario() -> None:
+        gate = Gate(2)
+        async with serve(FakeRunner(before=gate)) as served:
+            served.add(make_sequence(1))
+            await gate.reached.wait()
+            served.task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await served.task
+            gate.open()
+
+    play(scenario())
+
+
+# --- the lane ---------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_lane() -> AsyncIterator[Lane]:
+    lane = Lane()
+    try:
+        yield lane
+    finally:
+        assert await lane.close(TIMEOUT_S)
+
+
+def test_the_lane_gives_back_results_from_one_thread_that_is_not_the_loops():
+    async def scenario() -> None:
+        async with open_lane() as lane:
+            assert await lane.run(lambda a, b: a + b, 2, 3) == 5
+            threads = {await lane.run(threading.get_ident) for _ in range(3)}
+            assert len(threads) == 1
+            assert threading.get_ident() not in threads
+
+    play(scenario())
+
+
+class Odd(BaseException):
+    """Not an Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), Odd(), StopIteration(3)], ids=repr)
+def test_the_lane_gives_back_whatever_is_raised_and_goes_on(error: BaseException):
+    """StopIteration too, which mlx-lm's caches can raise (`next(iter(…))`) and no future takes.
+
+    It may come as another error, but it must come, and as one that a loop outlives.
+    """
+
+    def fail() -> None:
+        raise error
+
+    async def scenario() -> None:
+        async with open_lane() as lane:
+            expected = ValueError if isinstance(error, ValueError) else RuntimeError
+            with pytest.raises(expected):
+                await asyncio.wait_for(lane.run(fail), 1)
+            assert await lane.run(lambda: 7) == 7
+
+    play(scenario())
+
+
+def test_the_lanes_results_are_not_for_the_log(caplog: pytest.LogCaptureFixture):
+    class Result:
+        def __repr__(self) -> str:
+            raise AssertionError("an array would be evaluated here")
+
+    async def scenario() -> None:
+        lane = Lane()
+        asyncio.get_running_loop().slow_callback_duration = 0  # so that each callback is logged
+        assert isinstance(await lane.run(Result), Result)
+        await lane.close(timeout_s=5)
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        play(scenario(), debug=True)
+    assert any("_Success" in message for message in caplog.messages)
+
+
+def test_the_lane_takes_calls_in_order_one_at_a_time():
+    async def scenario() -> None:
+        seen: list[int] = []
+        inside = threading.Lock()
+
+        def note(number: int) -> int:
+            assert inside.acquire(blocking=False)
+            seen.append(number)
+            inside.release()
+            return number
+
+        async with open_lane() as lane:
+            calls = [lane.run(note, number) for number in range(50)]
+            assert await asyncio.gather(*calls) == list(range(50))
+            assert seen == list(range(50))
+
+    play(scenario())
+
+
+def test_a_lane_that_is_stuck_says_so_and_closes_when_it_is_free():
+    async def scenario() -> None:
+        lane, free = Lane(), threading.Event()
+        stuck = asyncio.ensure_future(lane.run(free.wait, TIMEOUT_S))
+        await turns()
+        assert not await lane.close(0.0)
+        free.set()
+        assert await stuck
+        assert await lane.close(TIMEOUT_S)
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("is_raising", [False, True])
+def test_a_result_that_nobody_waits_for_any_more_is_dropped(
+    is_raising: bool, caplog: pytest.LogCaptureFixture
+):
+    async def scenario() -> None:
+        free = threading.Event()
+
+        def work() -> None:
+            assert free.wait(TIMEOUT_S)
+            if is_raising:
+                raise ValueError("nobody is there to see it")
+
+        async with open_lane() as lane:
+            waiting = asyncio.ensure_future(lane.run(work))
+            await turns()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            free.set()
+            assert await lane.run(lambda: 1) == 1
+
+    play(scenario(), debug=True)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_lane_outlives_the_loop_that_called_it():
+    lane, free = Lane(), threading.Event()
+
+    async def leave() -> None:
+        call = asyncio.ensure_future(lane.run(free.wait, TIMEOUT_S))
+        await turns()
+        call.cancel()
+
+    async def come_back() -> None:
+        assert await lane.run(lambda: 7) == 7
+        assert await lane.close(TIMEOUT_S)
+
+    asyncio.run(leave())
+    free.set()  # its result goes to a loop that is closed
+    asyncio.run(come_back())
+
+
+# --- the chunk tuner --------------------------------------------------------------------------
+
+
+def step_of(num_prefill: int, num_rows: int) -> Step:
+    chunks = (Chunk(99, 0, num_prefill),) if num_prefill else ()
+    return Step(1, chunks=chunks, rows=tuple(range(num_rows)))
+
+
+def test_the_tuner_fits_the_measured_rate_into_the_budget():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(1000, 0), 1.0) == 100
+
+
+def test_the_tuner_takes_off_the_time_of_a_step_that_only_decodes():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(0, 3), 0.030) is None
+    # 20 ms for 50 tokens, beside the rows and a pass as long as theirs; 70 of 100 ms are left.
+    assert tuner.measure(step_of(50, 3), 0.080) == pytest.approx(175, abs=1)
+
+
+def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
+    """A pass of 20 ms and 1 ms a token, whatever the chunk: 80 tokens fit."""
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 1), 0.020)
+    num_tokens = 16
+    for _ in range(4):
+        device_s = 0.020 + 0.020 + num_tokens * 0.001
+        num_tokens = tuner.measure(step_of(num_tokens, 1), device_s) or num_tokens
+    assert num_tokens == pytest.approx(80, abs=1)
+
+
+def test_the_tuner_never_takes_off_more_than_nine_tenths():
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 3), 1.0)
+    assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
+
+
+def test_the_tuner_averages_with_three_tenths_for_a_quicker_step_and_takes_a_slower_at_once():
+    tuner = ChunkTuner(1.0)
+    assert tuner.measure(step_of(100, 0), 1.0) == 100  # 10 ms a token
+    assert tuner.measure(step_of(100, 0), 0.5) == 117  # 10 - 0.3 * 5 = 8.5 ms
+    assert tuner.measure(step_of(100, 0), 2.5) == 40  # 25 ms
+
+
+def test_the_tuner_says_nothing_for_little_or_an_unknown_time():
+    tuner = ChunkTuner(1.0)
+    assert tuner.measure(step_of(100, 0), 0.0) is None
+    assert tuner.measure(step_of(100, 0), 1.0) == 100
+    assert tuner.measure(step_of(100, 0), 1.05) is None  # 95
+    assert tuner.measure(step_of(100, 0), 1.1) == 90
+    assert tuner.measure(step_of(100, 0), 0.9) is None  # 96: less than an eighth more
+    assert tuner.measure(step_of(100, 0), 0.6) == 110
+
+
+def test_the_tuner_never_asks_for_less_than_sixteen_tokens():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(10, 0), 100.0) == 16

@@ -1,0 +1,99 @@
+"""Tests of who prefills and who looks in a step; the fake checks that steps keep their promises."""
+
+from fakes import FakeRunner, drive, make_sequence
+
+from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.sequence import FinishReason
+from mlxlite.engine.step import Add, Chunk, Command, Finish, Look
+
+CANCELLED = FinishReason.CANCELLED
+
+
+def steps_of(log: dict[int, list[Command]], **policy: int):
+    return drive(Scheduler(Policy(**policy)), FakeRunner(), log).steps
+
+
+def test_what_stands_before_a_picture_is_prefilled_before_it_is_looked_at():
+    steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(5, 9)]))]})
+    assert [(step.looks, step.chunks) for step in steps if step.chunks] == [
+        ((), (Chunk(1, 0, 5),)),
+        ((Look(1, 0),), (Chunk(1, 5, 19),)),
+    ]
+
+
+def test_a_picture_at_the_beginning_is_looked_at_in_the_first_step():
+    steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(0, 9)]))]})
+    assert steps[0].looks == (Look(1, 0),)
+    assert steps[0].chunks == (Chunk(1, 0, 19),)
+
+
+def test_while_others_decode_a_step_has_one_look_or_chunks():
+    log = {
+        0: [Add(make_sequence(1, 3, 60))],
+        5: [Add(make_sequence(id, 30, 1, images=[(1, 4), (4, 9), (20, 22)])) for id in (2, 3)],
+    }
+    steps = [step for step in steps_of(log) if 1 in step.rows and step.number > 5]
+    assert sum(len(step.looks) for step in steps) == 6
+    for step in steps:
+        assert len(step.looks) + bool(step.chunks) <= 1
+
+
+def test_no_decoding_row_misses_a_step_for_a_picture():
+    log = {
+        0: [Add(make_sequence(1, 3, 40))],
+        5: [Add(make_sequence(2, 30, 1, images=[(1, 4), (4, 9), (20, 22)]))],
+    }
+    steps = steps_of(log)
+    assert all(1 in step.rows for step in steps[1:40])
+
+
+def test_where_attention_looks_ahead_all_pictures_are_seen_and_then_computed_at_once():
+    images = [(3, 40), (50, 90)]
+    log: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 3, 60))],
+        5: [Add(make_sequence(2, 120, 1, images=images, is_unbroken=True))],
+    }
+    steps = steps_of(log, chunk_size=32, first_chunk_budget=8)
+    work = [(s.looks, s.chunks) for s in steps if s.number > 5 and (s.looks or s.chunks)]
+    assert work[:4] == [
+        ((Look(2, 0),), ()),
+        ((Look(2, 1),), ()),
+        ((), (Chunk(2, 0, 90),)),
+        ((), (Chunk(2, 90, 98),)),
+    ]
+
+
+def test_a_short_prompt_is_not_held_up_by_anothers_pictures():
+    images = [(i, i + 2) for i in range(0, 40, 2)]
+    log: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 3, 80))],
+        5: [Add(make_sequence(2, 60, 1, images=images))],
+        7: [Add(make_sequence(3, 4, 1))],
+    }
+    steps = steps_of(log)
+    assert next(step.number for step in steps if 3 in step.rows) <= 9
+
+
+def test_who_is_cancelled_before_its_picture_is_never_looked_at():
+    log: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 40, 1, images=[(20, 30)]))],
+        1: [Finish(1, CANCELLED)],
+    }
+    assert not any(step.looks for step in steps_of(log, chunk_size=4))
+
+
+def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join():
+    def chunks_of(num_prompt: int, *others: Add) -> list[int]:
+        log: dict[int, list[Command]] = {
+            0: list(others),
+            5: [Add(make_sequence(2, num_prompt, 1))],
+        }
+        steps = steps_of(log, chunk_size=40, first_chunk_budget=40)
+        return [c.stop - c.start for step in steps for c in step.chunks if c.id == 2]
+
+    neighbour = Add(make_sequence(1, 3, 60))
+    assert chunks_of(110, neighbour) == [40, 40, 19, 10]
+    assert chunks_of(100, neighbour) == [40, 40, 9, 10]
+    assert chunks_of(90, neighbour) == [40, 40, 9]
+    assert chunks_of(41, neighbour) == [40], "a short one is not held up"
+    assert chunks_of(110) == [40, 40, 29], "and nobody waits for this one"

@@ -1,0 +1,721 @@
+"""The scheduler: who runs next, as a function of commands and tokens alone.
+
+Every run goes through `drive`, which calls `check()` after each operation, and through a
+`FakeRunner`, which asserts that the steps are ones a runner can take.
+"""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+from fakes import (
+    FakeRunner,
+    Run,
+    admit,
+    answer,
+    draw,
+    drive,
+    fake_logprobs,
+    make_forks,
+    make_sequence,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxlite.engine.prefill import MAX_DEFERRALS
+from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.scheduler import STEPS_PER_LEVEL, Policy, Scheduler
+from mlxlite.engine.sequence import FinishReason
+from mlxlite.engine.step import (
+    Add,
+    Chunk,
+    CloseBatch,
+    Command,
+    Finish,
+    Finished,
+    Outcome,
+    SetChunkBudget,
+    Step,
+    Token,
+)
+
+bounded = settings(derandomize=True, max_examples=150, deadline=None, database=None)
+CANCELLED = FinishReason.CANCELLED
+
+
+def run_all(policy: Policy, *sequences, runner: FakeRunner | None = None) -> Run:
+    """Everything arrives before the first step."""
+    commands: list[Command] = [Add(sequence) for sequence in sequences]
+    return drive(Scheduler(policy), runner or FakeRunner(), {0: commands})
+
+
+def admissions(run: Run) -> list[int]:
+    return [admission.sequence.id for step in run.steps for admission in step.admitted]
+
+
+def releases(run: Run) -> list[int]:
+    return [id for step in run.steps for id in step.released]
+
+
+# --- the queue --------------------------------------------------------------------------------
+
+
+def test_who_came_first_goes_first():
+    run = run_all(Policy(max_rows=2), *(make_sequence(id) for id in (5, 3, 9, 1, 7)))
+    assert admissions(run) == [5, 3, 9, 1, 7]
+
+
+def test_the_lower_priority_number_goes_first_and_then_who_came_first():
+    priorities = {1: 2, 2: 0, 3: -1, 4: 2, 5: 0}
+    sequences = [make_sequence(id, priority=priority) for id, priority in priorities.items()]
+    assert admissions(run_all(Policy(max_rows=1), *sequences)) == [3, 2, 5, 1, 4]
+
+
+def test_a_late_arrival_of_a_better_priority_takes_the_place_of_the_running():
+    commands = {
+        0: [Add(make_sequence(1, max_tokens=6)), Add(make_sequence(2))],
+        2: [Add(make_sequence(3, priority=-1))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == [1, 3, 1, 2]
+    assert run.tokens(1) == answer(make_sequence(1, max_tokens=6))
+
+
+def test_a_late_arrival_of_the_same_priority_takes_nobodys_place():
+    commands = {0: [Add(make_sequence(1, max_tokens=9))], 2: [Add(make_sequence(2))]}
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == [1, 2]
+
+
+def test_no_more_than_max_rows_are_ever_outside_the_queue():
+    scheduler = Scheduler(Policy(max_rows=3))
+    highest = 0
+
+    def check() -> None:
+        nonlocal highest
+        scheduler.check()
+        highest = max(highest, scheduler.num_running)
+        assert len(scheduler.running()) == scheduler.num_running <= 3
+
+    sequences = [make_sequence(id, 1 + id, 1 + id % 5) for id in range(12)]
+    run = drive(scheduler, FakeRunner(), {0: [Add(s) for s in sequences]}, check)
+    assert highest == 3
+    assert max(len(step.rows) for step in run.steps) == 3
+    assert scheduler.num_waiting == scheduler.num_running == 0
+
+
+def test_max_rows_of_one_serves_one_after_another():
+    sequences = [make_sequence(id, 40, 5) for id in range(4)]
+    run = run_all(Policy(max_rows=1, chunk_size=16), *sequences)
+    served = [
+        id for step in run.steps for id in dict.fromkeys((*(c.id for c in step.chunks), *step.rows))
+    ]
+    assert served == sorted(served)
+    assert all(len(step.rows) <= 1 for step in run.steps)
+    assert [run.tokens(s.id) for s in sequences] == [answer(s) for s in sequences]
+
+
+@pytest.mark.parametrize("tick", range(9))
+def test_a_newcomer_joins_at_any_step(tick: int):
+    old, new = make_sequence(1, max_tokens=8), make_sequence(2, max_tokens=3)
+    commands: dict[int, list[Command]] = {0: [Add(old)]}
+    commands.setdefault(tick, []).append(Add(new))
+    run = drive(Scheduler(Policy()), FakeRunner(), commands)
+    assert run.tokens(1) == answer(old)
+    assert run.tokens(2) == answer(new)
+    first = next(step for step in run.steps if 2 in step.rows)
+    assert first.number == tick + 1
+    assert first.rows == ((1, 2) if tick < 8 else (2,))
+
+
+def test_a_free_place_is_taken_in_the_step_after_the_release():
+    run = run_all(Policy(max_rows=1), make_sequence(1, max_tokens=2), make_sequence(2))
+    (step,) = (step for step in run.steps if step.admitted and step.admitted[0].sequence.id == 2)
+    assert step.released == (1,)
+
+
+# --- prefill ----------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_one_token_decodes_at_once():
+    run = run_all(Policy(), make_sequence(1, 1, 1))
+    sequence = make_sequence(1, 1, 1)
+    assert run.steps[0] == Step(1, admitted=admit(sequence), rows=(1,))
+    assert run.tokens(1) == answer(sequence)
+
+
+def test_the_last_chunk_and_the_first_row_are_in_one_step():
+    run = run_all(Policy(chunk_size=4), make_sequence(1, 10, 2))
+    assert [(step.chunks, step.rows) for step in run.steps[:4]] == [
+        ((Chunk(1, 0, 4),), ()),
+        ((Chunk(1, 4, 8),), ()),
+        ((Chunk(1, 8, 9),), (1,)),
+        ((), (1,)),
+    ]
+
+
+def test_several_prompts_share_one_step_the_shortest_first():
+    sequences = [make_sequence(1, 5), make_sequence(2, 9), make_sequence(3, 1)]
+    run = run_all(Policy(chunk_size=10), *sequences)
+    assert run.steps[0].chunks == (Chunk(1, 0, 4),), "the next one is whole in the next step"
+    assert run.steps[0].rows == (3, 1)
+    assert run.steps[1].chunks == (Chunk(2, 0, 8),)
+    assert run.steps[1].rows == (3, 1, 2)
+
+
+def test_a_prompt_that_no_step_can_hold_takes_what_others_leave():
+    sequences = [make_sequence(1, 5), make_sequence(2, 30)]
+    run = run_all(Policy(chunk_size=10), *sequences)
+    assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
+
+
+def test_prompts_of_one_length_go_in_the_order_of_the_queue():
+    sequences = [make_sequence(id, 6) for id in (5, 3, 4)]
+    run = run_all(Policy(chunk_size=5), *sequences)
+    assert [chunk for step in run.steps for chunk in step.chunks] == [
+        Chunk(id, 0, 5) for id in (5, 3, 4)
+    ]
+
+
+def test_what_is_left_of_a_prompt_counts_and_not_what_it_was():
+    commands = {0: [Add(make_sequence(1, 31))], 2: [Add(make_sequence(2, 16))]}
+    run = drive(Scheduler(Policy(chunk_size=10)), FakeRunner(), commands)
+    assert [chunk.id for step in run.steps for chunk in step.chunks] == [1, 1, 1, 2, 2, 2]
+
+
+def flood(last_tick: int, num_prompt: int, first: int = 100) -> dict[int, list[Command]]:
+    """A short prompt in each tick, with one token to draw."""
+    return {
+        tick: [Add(make_sequence(first + tick, num_prompt, 1))] for tick in range(1, last_tick + 1)
+    }
+
+
+def test_a_long_prompt_among_short_ones_is_passed_over_in_no_more_than_eight_steps():
+    commands = flood(120, 11) | {0: [Add(make_sequence(1, 60, 1))]}
+    run = drive(Scheduler(Policy(max_rows=4, chunk_size=10)), FakeRunner(), commands)
+    own = [step.number for step in run.steps if any(chunk.id == 1 for chunk in step.chunks)]
+    gaps = [two - one for one, two in itertools.pairwise(own)]
+    assert len(own) == 6
+    assert gaps == [MAX_DEFERRALS + 1] * 4 + [1]  # the rest is shorter than the others
+    assert run.tokens(1) == answer(make_sequence(1, 60, 1))
+
+
+# --- priority ---------------------------------------------------------------------------------
+
+
+def test_an_urgent_latecomer_starts_in_the_next_step():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(id, 4, 30)) for id in range(1, 7)],
+        5: [Add(make_sequence(7, 4, 3, priority=-10))],
+    }
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    step = run.steps[5]
+    assert [admission.sequence.id for admission in step.admitted] == [7]
+    assert step.released == (2,)  # the last in order of those who ran
+    assert step.rows == (1, 7)
+    for id in range(1, 7):
+        assert run.tokens(id) == answer(make_sequence(id, 4, 30))
+
+
+def test_the_lowest_in_priority_gives_way_and_not_the_last_to_come():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 3, 30, priority=2)), Add(make_sequence(2, 3, 30, priority=1))],
+        3: [Add(make_sequence(3, 3, 5, priority=0))],
+        5: [Add(make_sequence(4, 3, 5, priority=0))],
+    }
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    assert [step.released for step in run.steps[:6] if step.released] == [(1,), (2,)]
+    assert admissions(run) == [2, 1, 3, 4, 2, 1]
+
+
+def test_who_has_aged_past_a_higher_level_keeps_the_place():
+    """Level 1 gains on level 0 in STEPS_PER_LEVEL steps: then both must agree on who is first."""
+    late = STEPS_PER_LEVEL + 1
+    for tick, is_preempted in ((late - 2, True), (late, False)):
+        commands: dict[int, list[Command]] = {
+            0: [Add(make_sequence(1, 1, 2 * STEPS_PER_LEVEL, priority=1))],
+            tick: [Add(make_sequence(2, 1, 1, priority=0))],
+        }
+        run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+        assert (admissions(run) == [1, 2, 1]) is is_preempted, tick
+        assert run.tokens(1) == answer(make_sequence(1, 1, 2 * STEPS_PER_LEVEL))
+
+
+def test_a_low_level_is_served_in_the_end_under_a_flood_of_a_higher_one():
+    commands: dict[int, list[Command]] = {
+        tick: [Add(make_sequence(100 + tick, 1, 1))]
+        for tick in range(0, 2 * STEPS_PER_LEVEL + 200, 2)  # a step with a row takes two ticks
+    }
+    commands[0].append(Add(make_sequence(2, 1, 1)))  # always one waits
+    commands[4].append(Add(make_sequence(1, 1, 1, priority=1)))
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    (served,) = (step.number for step in run.steps if 1 in step.rows)
+    assert STEPS_PER_LEVEL < served < STEPS_PER_LEVEL + 20
+    of_flood = [id for id in admissions(run) if id >= 100]
+    assert of_flood == sorted(of_flood)  # first in, first out within a level
+
+
+@pytest.mark.parametrize("tick", range(1, 14))
+def test_who_was_preempted_at_any_step_resumes_and_gives_each_token_once(tick: int):
+    sequence = make_sequence(1, 20, 8, sampling=SamplingParams(seed=3, top_logprobs=1))
+    commands: dict[int, list[Command]] = {0: [Add(sequence)]}
+    commands[tick] = [Add(make_sequence(2, 5, 3, priority=-1))]
+    policy = Policy(max_rows=1, chunk_size=5)
+    run = drive(Scheduler(policy), FakeRunner(), commands)
+    assert run.tokens(1) == answer(sequence)
+    reported = [
+        event.logprobs for event in run.events if isinstance(event, Token) and event.id == 1
+    ]
+    assert reported == [fake_logprobs(sequence, i, t) for i, t in enumerate(answer(sequence))]
+    assert run.ends(1) == [Finished(1, FinishReason.LENGTH)]
+    assert admissions(run) in ([1, 2, 1], [1, 2])
+    assert admissions(run) == releases(run)
+
+
+def test_who_is_preempted_with_the_last_token_in_flight_ends_and_never_resumes():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, 2))],
+        2: [Add(make_sequence(2, 1, 1, priority=-1))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == releases(run) == [1, 2]
+    assert run.tokens(1) == answer(make_sequence(1, 1, 2))
+
+
+@pytest.mark.parametrize("tick", [3, 4, 5])
+def test_a_preempted_one_that_is_cancelled_ends_once(tick: int):
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, 20))],
+        3: [Add(make_sequence(2, 1, 9, priority=-1))],
+    }
+    commands.setdefault(tick, []).append(Finish(1, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=1)), runner, commands)
+    assert run.ends(1) == [Finished(1, CANCELLED)]
+    assert sorted(admissions(run)) == sorted(releases(run)) == [1, 2]
+    assert runner.num_held == 0
+
+
+def test_an_end_token_that_comes_after_the_preemption_ends_the_sequence():
+    sequence = make_sequence(1, 1, 20, eos_tokens=frozenset({25}))
+    commands: dict[int, list[Command]] = {
+        0: [Add(sequence)],
+        3: [Add(make_sequence(2, 1, 3, priority=-1))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(answers={1: [3, 4, 25, 6]}), commands)
+    assert run.tokens(1) == [3, 4, 25]
+    assert run.ends(1) == [Finished(1, FinishReason.STOP)]
+    assert admissions(run) == [1, 2]
+
+
+def test_static_batching_is_never_interrupted():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, max_tokens=9))],
+        2: [Add(make_sequence(2, priority=-9))],
+    }
+    policy = Policy(max_rows=1, continuous=False)
+    assert admissions(drive(Scheduler(policy), FakeRunner(), commands)) == [1, 2]
+
+
+# --- forks ------------------------------------------------------------------------------------
+
+
+def stems(run: Run) -> tuple[list[int], list[int]]:
+    """The leaders whose prompt cache was kept, and those whose was dropped, in order."""
+    return (
+        [id for step in run.steps for id in step.kept_stems],
+        [id for step in run.steps for id in step.dropped_stems],
+    )
+
+
+def test_many_answers_to_one_prompt_cost_one_prefill():
+    forks = make_forks(16, 50, 5)
+    runner = FakeRunner()
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    run = drive(Scheduler(Policy(max_rows=3, chunk_size=16)), runner, commands)
+    assert sum(step.num_prefill_tokens for step in run.steps) == 49
+    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
+    assert len({tuple(run.tokens(s.id)) for s in forks}) == 16
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_others_are_served_while_forks_wait_for_their_leader():
+    forks = make_forks(3, 100, 2)
+    others = [make_sequence(10 + i, 2, 2) for i in range(3)]
+    run = run_all(Policy(max_rows=2, chunk_size=10), *forks, *others)
+    assert admissions(run) == [1, 10, 11, 12, 2, 3]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 99 + 3
+
+
+@pytest.mark.parametrize("tick", range(12))
+def test_a_leader_that_is_cancelled_at_any_step_costs_its_forks_no_token(tick: int):
+    forks = make_forks(4, 21, 4)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    commands.setdefault(tick, []).append(Finish(1, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
+    assert [run.tokens(s.id) for s in forks[1:]] == [answer(s) for s in forks[1:]]
+    kept, dropped = stems(run)
+    assert kept == dropped == ([] if tick < 4 else [1])  # its first row is in the fourth step
+    if kept:
+        assert sum(step.num_prefill_tokens for step in run.steps) == 20
+    assert runner.num_held == 0
+
+
+@pytest.mark.parametrize("tick", range(14))
+@pytest.mark.parametrize("id", [2, 3, 4])
+def test_a_fork_that_is_cancelled_at_any_step_costs_the_others_nothing(tick: int, id: int):
+    forks = make_forks(4, 21, 4)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    commands.setdefault(tick, []).append(Finish(id, CANCELLED))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
+    others = [s for s in forks if s.id != id]
+    assert [run.tokens(s.id) for s in others] == [answer(s) for s in others]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 20
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_no_stem_is_kept_for_forks_that_have_all_left():
+    forks = make_forks(3, 21, 4)
+    leave: list[Command] = [Finish(id, CANCELLED) for id in (2, 3)]
+    commands = {0: [Add(sequence) for sequence in forks], 2: leave}
+    run = drive(Scheduler(Policy(chunk_size=5)), FakeRunner(), commands)
+    assert stems(run) == ([], [])
+
+
+@pytest.mark.parametrize("tick", range(1, 14))
+def test_a_leader_or_fork_that_is_preempted_at_any_step_loses_no_token(tick: int):
+    forks = make_forks(4, 21, 6)
+    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
+    urgent = make_sequence(50, 9, 3, priority=-1)
+    commands.setdefault(tick, []).append(Add(urgent))
+    runner = FakeRunner()
+    run = drive(Scheduler(Policy(max_rows=1, chunk_size=5)), runner, commands)
+    for sequence in (*forks, urgent):
+        assert run.tokens(sequence.id) == answer(sequence)
+        assert len(run.ends(sequence.id)) == 1
+    assert stems(run) == ([1], [1])
+    assert runner.num_held == 0
+
+
+def test_a_fork_of_a_prompt_of_one_token_needs_no_prefill():
+    forks = make_forks(3, 1, 4)
+    run = run_all(Policy(max_rows=3), *forks)
+    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
+    assert sum(step.num_prefill_tokens for step in run.steps) == 0
+
+
+def test_a_fork_whose_leader_has_ended_before_it_came_does_its_own_prefill():
+    one, two = make_forks(2, 9, 2)
+    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
+    assert run.tokens(2) == answer(two)
+    assert sum(step.num_prefill_tokens for step in run.steps) == 16
+
+
+def test_a_fork_that_comes_when_its_leader_decodes_does_not_wait_for_its_end():
+    one, two = make_forks(2, 9, 300)
+    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
+    assert min(step.number for step in run.steps if 2 in step.rows) < 300
+
+
+# --- ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_an_end_by_count_leaves_without_overshoot(max_tokens: int):
+    sequence = make_sequence(1, max_tokens=max_tokens)
+    run = run_all(Policy(), sequence)
+    assert run.num_rows(1) == max_tokens
+    assert run.tokens(1) == answer(sequence)
+    assert run.ends(1) == [Finished(1, FinishReason.LENGTH)]
+    assert releases(run) == [1]
+
+
+def test_an_end_of_sequence_overshoots_by_one_row_whose_token_is_dropped():
+    sequence = make_sequence(1, max_tokens=20)
+    sequence = replace(sequence, eos_tokens=frozenset({25}))
+    run = run_all(Policy(), sequence, runner=FakeRunner(answers={1: [3, 4, 25, 6, 7]}))
+    assert run.events == [
+        Token(1, 3),
+        Token(1, 4),
+        Token(1, 25, is_eos=True),
+        Finished(1, FinishReason.STOP),
+    ]
+    assert run.num_rows(1) == 4
+    assert releases(run) == [1]
+
+
+def test_an_end_of_sequence_in_the_last_token_is_a_stop_without_overshoot():
+    sequence = make_sequence(1, max_tokens=2, eos_tokens=frozenset({25}))
+    run = run_all(Policy(), sequence, runner=FakeRunner(answers={1: [3, 25]}))
+    assert run.ends(1) == [Finished(1, FinishReason.STOP)]
+    assert run.num_rows(1) == 2
+
+
+def test_a_second_end_token_in_the_overshoot_row_ends_nothing_twice():
+    sequence = make_sequence(1, max_tokens=9, eos_tokens=frozenset({25}))
+    run = run_all(Policy(), sequence, runner=FakeRunner(answers={1: [25, 25, 25]}))
+    assert run.tokens(1) == [25]
+    assert len(run.ends(1)) == 1
+
+
+def test_a_cancel_in_the_queue_ends_at_once_and_the_runner_never_hears_of_it():
+    commands = {
+        0: [Add(make_sequence(1)), Add(make_sequence(2)), Add(make_sequence(3))],
+        1: [Finish(2, CANCELLED)],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert run.ends(2) == [Finished(2, CANCELLED)]
+    assert admissions(run) == [1, 3]
+    assert releases(run) == [1, 3]
+
+
+def test_a_cancel_in_prefill_frees_the_place_at_the_next_step():
+    commands = {0: [Add(make_sequence(1, 1000)), Add(make_sequence(2))], 3: [Finish(1, CANCELLED)]}
+    run = drive(Scheduler(Policy(max_rows=1, chunk_size=16)), FakeRunner(), commands)
+    assert run.steps[3].released == (1,)
+    assert [admission.sequence.id for admission in run.steps[3].admitted] == [2]
+    assert run.num_rows(1) == 0
+    assert run.tokens(2) == answer(make_sequence(2))
+
+
+def test_a_cancel_in_decode_drops_the_token_in_flight():
+    commands = {
+        0: [Add(make_sequence(1, max_tokens=50)), Add(make_sequence(2, max_tokens=6))],
+        3: [Finish(1, CANCELLED)],
+    }
+    run = drive(Scheduler(Policy()), FakeRunner(), commands)
+    assert run.ends(1) == [Finished(1, CANCELLED)]
+    assert run.num_rows(1) == 3
+    assert run.tokens(1) == answer(make_sequence(1), 2)
+    assert run.steps[3].released == (1,)
+    assert run.tokens(2) == answer(make_sequence(2, max_tokens=6))
+
+
+def test_a_cancel_between_the_last_launch_and_its_token_still_ends_once():
+    commands = {0: [Add(make_sequence(1, max_tokens=2))], 2: [Finish(1, CANCELLED)]}
+    run = drive(Scheduler(Policy()), FakeRunner(), commands)
+    assert run.ends(1) == [Finished(1, CANCELLED)]
+    assert len(run.tokens(1)) == 1
+    assert releases(run) == [1]
+
+
+def test_a_cancel_after_the_end_or_of_an_unknown_id_is_void():
+    commands = {
+        0: [Finish(77, CANCELLED), Add(make_sequence(1))],
+        20: [Finish(1, CANCELLED), Finish(1, FinishReason.ERROR, "late")],
+    }
+    run = drive(Scheduler(Policy()), FakeRunner(), commands)
+    assert run.ends(1) == [Finished(1, FinishReason.LENGTH)]
+    assert releases(run) == [1]
+    assert not run.ends(77)
+
+
+def test_a_sequence_that_is_added_and_cancelled_in_one_tick_is_never_launched():
+    commands = {0: [Add(make_sequence(1)), Finish(1, CANCELLED)]}
+    run = drive(Scheduler(Policy()), FakeRunner(), commands)
+    assert run.steps == []
+    assert run.events == [Finished(1, CANCELLED)]
+
+
+def test_a_sequence_that_fails_alone_costs_nobody_else_a_token():
+    sequences = [make_sequence(id, max_tokens=6) for id in (1, 2, 3)]
+    runner = FakeRunner(failing={3: ((2, "out of memory"),)})
+    run = run_all(Policy(), *sequences, runner=runner)
+    assert run.ends(2) == [Finished(2, FinishReason.ERROR, "out of memory")]
+    assert run.tokens(2) == answer(sequences[1], 2)
+    for sequence in (sequences[0], sequences[2]):
+        assert run.tokens(sequence.id) == answer(sequence)
+    assert sorted(releases(run)) == [1, 2, 3]
+    assert runner.num_held == 0
+
+
+def test_a_sequence_that_fails_in_prefill_never_gets_a_row():
+    runner = FakeRunner(failing={2: ((1, "no memory"),)})
+    run = run_all(Policy(chunk_size=4), make_sequence(1, 100), runner=runner)
+    assert run.ends(1) == [Finished(1, FinishReason.ERROR, "no memory")]
+    assert run.num_rows(1) == 0
+
+
+def test_an_outcome_of_the_wrong_length_is_our_bug():
+    scheduler = Scheduler(Policy())
+    scheduler.apply(Add(make_sequence(1)))
+    step = scheduler.schedule()
+    assert step is not None
+    with pytest.raises(AssertionError):
+        scheduler.complete(step, Outcome(()))
+
+
+# --- static batching --------------------------------------------------------------------------
+
+
+def test_static_batching_gathers_until_the_batch_is_full():
+    scheduler = Scheduler(Policy(max_rows=3, continuous=False))
+    for id in (1, 2):
+        scheduler.apply(Add(make_sequence(id)))
+        assert scheduler.is_gathering
+        assert scheduler.schedule() is None
+    scheduler.apply(Add(make_sequence(3)))
+    assert not scheduler.is_gathering
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.rows == (1, 2, 3)
+
+
+def test_static_batching_runs_what_is_there_when_the_time_is_over():
+    scheduler = Scheduler(Policy(max_rows=3, continuous=False))
+    scheduler.apply(CloseBatch())  # nothing gathered: it must not close the next batch
+    scheduler.apply(Add(make_sequence(1)))
+    assert scheduler.schedule() is None
+    scheduler.apply(CloseBatch())
+    assert not scheduler.is_gathering
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.rows == (1,)
+
+
+def test_static_batching_runs_a_batch_to_its_end_before_the_next():
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, max_tokens=2)), Add(make_sequence(2, max_tokens=7))],
+        1: [Add(make_sequence(id, max_tokens=3)) for id in (3, 4, 5)],
+        30: [CloseBatch()],
+    }
+    run = drive(Scheduler(Policy(max_rows=2, continuous=False)), FakeRunner(), commands)
+    batches = [tuple(a.sequence.id for a in step.admitted) for step in run.steps if step.admitted]
+    assert batches == [(1, 2), (3, 4), (5,)]
+    last_row_of_2 = max(step.number for step in run.steps if 2 in step.rows)
+    assert min(step.number for step in run.steps if 3 in step.rows) > last_row_of_2
+    assert run.tokens(5) == answer(make_sequence(5, max_tokens=3))
+
+
+def test_a_close_of_a_batch_that_runs_does_not_close_the_next_one():
+    scheduler = Scheduler(Policy(max_rows=2, continuous=False))
+    commands = {
+        0: [Add(make_sequence(1)), Add(make_sequence(2))],
+        1: [CloseBatch(), Add(make_sequence(3))],
+    }
+    run = drive(scheduler, FakeRunner(), commands)
+    assert not run.tokens(3)
+    assert scheduler.is_gathering
+
+
+def test_a_gathered_batch_that_is_all_cancelled_leaves_nothing_closed():
+    scheduler = Scheduler(Policy(max_rows=2, continuous=False))
+    scheduler.apply(Add(make_sequence(1)))
+    scheduler.apply(CloseBatch())
+    scheduler.apply(Finish(1, CANCELLED))
+    assert scheduler.schedule() is None
+    scheduler.apply(Add(make_sequence(2)))
+    assert scheduler.is_gathering
+
+
+# --- determinism ------------------------------------------------------------------------------
+
+
+def random_log(seed: int) -> dict[int, list[Command]]:
+    chance = random.Random(seed)
+    log: dict[int, list[Command]] = {}
+    for id in range(20):
+        tick = chance.randrange(60)
+        sequence = make_sequence(
+            id,
+            chance.choice((1, 2, 9, 70)),
+            chance.randrange(1, 12),
+            eos_tokens=frozenset({0, 1}),
+            priority=chance.randrange(3),
+        )
+        if id % 4 == 0:
+            images = [(2, 9), (9, 30), (40, 41)]
+            sequence = make_sequence(id, 70, 5, images=images, is_unbroken=id % 8 == 0)
+        log.setdefault(tick, []).append(Add(sequence))
+        if chance.random() < 0.3:
+            log.setdefault(tick + chance.randrange(9), []).append(Finish(id, CANCELLED))
+    for _ in range(4):
+        budget = SetChunkBudget(chance.randrange(1, 50))
+        log.setdefault(chance.randrange(60), []).append(budget)
+    return log
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_same_commands_and_tokens_give_the_same_steps(seed: int):
+    policy = Policy(max_rows=4, chunk_size=32, first_chunk_budget=8)
+    one, two = (drive(Scheduler(policy), FakeRunner(), random_log(seed)) for _ in range(2))
+    assert one.steps == two.steps
+    assert one.events == two.events
+
+
+@st.composite
+def policies(pick: st.DrawFn) -> Policy:
+    return Policy(
+        max_rows=pick(st.integers(1, 4)),
+        continuous=pick(st.booleans()),
+        chunk_size=pick(st.integers(1, 20)),
+        first_chunk_budget=pick(st.integers(1, 20)),
+    )
+
+
+@st.composite
+def images(pick: st.DrawFn, num_prompt: int) -> list[tuple[int, int]]:
+    """Places of pictures in a prompt, none of which is its last token."""
+    edges = sorted(pick(st.sets(st.integers(0, num_prompt - 1), max_size=6)))
+    return list(zip(edges[::2], edges[1::2], strict=False))
+
+
+@st.composite
+def logs(pick: st.DrawFn) -> dict[int, list[Command]]:
+    """Adds, cancels at any time (before the add too), budgets and closings, over 30 ticks."""
+    ticks = st.integers(0, 30)
+    log: dict[int, list[Command]] = {}
+    for id in range(pick(st.integers(1, 8))):
+        num_prompt = pick(st.integers(1, 30))
+        places = pick(images(num_prompt))
+        sequence = make_sequence(
+            id,
+            num_prompt,
+            pick(st.integers(1, 8)),
+            eos_tokens=frozenset(pick(st.sets(st.integers(0, 25), max_size=4))),
+            priority=pick(st.integers(-1, 1)),
+            images=places,
+            is_unbroken=bool(places) and pick(st.booleans()),
+        )
+        log.setdefault(pick(ticks), []).append(Add(sequence))
+        for tick in pick(st.lists(ticks, max_size=2)):
+            log.setdefault(tick, []).append(Finish(id, CANCELLED))
+    for tick, num_tokens in pick(st.lists(st.tuples(ticks, st.integers(0, 30)), max_size=3)):
+        log.setdefault(tick, []).append(SetChunkBudget(num_tokens))
+    for tick in (*pick(st.lists(ticks, max_size=3)), *range(31, 400)):
+        log.setdefault(tick, []).append(CloseBatch())  # in the end every batch is closed
+    return log
+
+
+@bounded
+@given(policies(), logs())
+def test_whatever_happens_every_sequence_gets_its_tokens_and_one_end(policy, log):
+    runner = FakeRunner()
+    run = drive(Scheduler(policy), runner, log)
+    for command in (command for tick in sorted(log) for command in log[tick]):
+        if not isinstance(command, Add):
+            continue
+        sequence = command.sequence
+        (end,) = run.ends(sequence.id)
+        tokens = run.tokens(sequence.id)
+        assert tokens == [draw(sequence, i) for i in range(len(tokens))]
+        assert sequence.eos_tokens.isdisjoint(tokens[:-1])
+        match end.reason:
+            case FinishReason.LENGTH:
+                assert len(tokens) == sequence.max_tokens
+                assert run.num_rows(sequence.id) == sequence.max_tokens
+            case FinishReason.STOP:
+                assert tokens[-1] in sequence.eos_tokens
+                assert run.num_rows(sequence.id) - len(tokens) in (0, 1)
+            case _:
+                assert end.reason is CANCELLED
+                assert len(tokens) < sequence.max_tokens
+        of_it = [e for e in run.events if isinstance(e, Token | Finished) and e.id == sequence.id]
+        assert of_it[-1] is end
+    assert sorted(admissions(run)) == sorted(releases(run))
+    assert runner.num_held == 0
