@@ -1,7 +1,7 @@
 """Bytes that nobody would send, over http1 and over whatever reads a request's body.
 
-Every target takes any bytes and may answer with what it documents: an APIError of a 4xx, a
-picture's MediaError, http1 nothing but values. Everything else is a finding. The tests run the same
+Every target takes any bytes and may answer with what it documents: an APIError of a 4xx, an
+image's ImageError, http1 nothing but values. Everything else is a finding. The tests run the same
 targets for a few seconds (`tests/test_hostile_http.py`); here it is millions of inputs, by hand:
 
     python -m bench.fuzz --inputs 1000000 --seed 1
@@ -36,9 +36,9 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed, Signal
-from mlxlite.media import Limits as MediaLimits
-from mlxlite.media import MediaError, load, source_of
 from mlxlite.output.events import Delta, Done
+from mlxlite.vision.fetch import Limits as ImageLimits
+from mlxlite.vision.images import ImageError, load, source_of
 
 Target = Callable[[bytes], None]
 
@@ -151,10 +151,8 @@ def media(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     try:
         source = source_of(text, "url")
-        load([source], MediaLimits(max_source_pixels=1 << 20))
-    except APIError as error:
-        _check(error)
-    except MediaError as error:
+        load([source], ImageLimits(max_source_pixels=1 << 20))
+    except ImageError as error:
         _check(bad(str(error), error.param))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 from mlxlite.api.fields import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
 from mlxlite.http.errors import bad
-from mlxlite.media import MAX_PICTURES, Source
+from mlxlite.vision.images import MAX_IMAGES, Source
 
 MAX_TOOLS = 128  # OpenAI's
 _MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
@@ -193,8 +193,8 @@ def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
     """The same parts, as long as there are no more pictures than a request may have."""
     for part in parts:
         num_before += isinstance(part, Source)
-        if isinstance(part, Source) and num_before > MAX_PICTURES:
-            raise bad(f"a request may hold at most {MAX_PICTURES} pictures.", part.param)
+        if isinstance(part, Source) and num_before > MAX_IMAGES:
+            raise bad(f"a request may hold at most {MAX_IMAGES} pictures.", part.param)
         yield part
 
 

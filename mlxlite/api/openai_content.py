@@ -1,14 +1,24 @@
 """Messages and content parts in OpenAI's forms: JSON to `Message`. Pure."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
 from mlxlite.api.conversation import _ROLES, SHOWS, Message, Part, Role, ToolCall, bounded, turn
 from mlxlite.api.fields import Reader, json_object, one_of, parse, parts, text, unsupported, wrong
 from mlxlite.http.errors import APIError, Cause, bad, clip
-from mlxlite.media import DETAILS, Source, source_of
+from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
+
+
+@contextmanager
+def image_errors() -> Iterator[None]:
+    """An image that cannot be used is the client's mistake: APIError 400."""
+    try:
+        yield
+    except ImageError as error:
+        raise bad(str(error), error.param) from error
+
 
 # --- readers ----------------------------------------------------------------------------------
 
@@ -84,11 +94,14 @@ def _part(value: Any, param: str, *, may_show: bool) -> Part:
 def _image_url(value: Any, param: str) -> Source:
     """A chat's: an object, or the URL alone."""
     if isinstance(value, str):
-        return source_of(value, param)
+        with image_errors():
+            return source_of(value, param)
     if not isinstance(value, dict):
         raise wrong(param, "a string or an object", value)
     detail = _detail(value.get("detail"), f"{param}.detail")
-    return source_of(text(value.get("url"), f"{param}.url"), param, detail)
+    url = text(value.get("url"), f"{param}.url")
+    with image_errors():
+        return source_of(url, param, detail)
 
 
 def input_image(part: Mapping[str, Any], param: str) -> Source:
@@ -97,7 +110,10 @@ def input_image(part: Mapping[str, Any], param: str) -> Source:
         message = f"'{param}.file_id' is not supported: no files are kept here."
         raise APIError(Cause.UNSUPPORTED, message, param=f"{param}.file_id")
     detail = _detail(part.get("detail"), f"{param}.detail")
-    return source_of(part.get("image_url"), f"{param}.image_url", detail)
+    param = f"{param}.image_url"
+    url = text(part.get("image_url"), param)
+    with image_errors():
+        return source_of(url, param, detail)
 
 
 def _detail(value: Any, param: str) -> str:

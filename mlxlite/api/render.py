@@ -13,17 +13,19 @@ from functools import partial
 from typing import Any, cast
 
 from mlxlite.api.fields import Text
+from mlxlite.api.openai_content import image_errors
 from mlxlite.api.request import ChatRequest, Options
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, Cause, bad
-from mlxlite.media import Limits, MediaError, Picture, Source, load
 from mlxlite.models.interface import PromptError, ServedModel
 from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.harmony import AnyChannels, HarmonyChannels, with_thinking
 from mlxlite.output.markers import Channels
 from mlxlite.output.tool_arguments import repaired
 from mlxlite.prefix_cache.hashing import blocks_of
+from mlxlite.vision.fetch import Limits
+from mlxlite.vision.images import ImageError, LoadedImage, Source, load
 
 
 class HasPictures(Exception):
@@ -42,13 +44,13 @@ def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patie
         return model.render(messages, arguments, is_continuation=request.is_continuation, **more)
     except PromptError as error:
         raise bad(str(error), "messages") from error
-    except MediaError as error:  # one that is decoded only now
-        raise bad(str(error), error.param) from error
+    except ImageError as error:  # also of one that is decoded only now
+        raise bad(str(error), error.param or "messages") from error
 
 
 def _pictures(
     model: ServedModel, sources: tuple[Source, ...], config: Config, *, is_patient: bool
-) -> tuple[Picture, ...]:
+) -> tuple[LoadedImage, ...]:
     if not sources:
         return ()
     if model.blind is not None:
@@ -61,10 +63,8 @@ def _pictures(
         max_bytes=config.max_image_mb << 20,
         allow_remote=config.allow_remote_images,
     )
-    try:
+    with image_errors():
         return load(sources, limits, is_known=model.knows)
-    except MediaError as error:
-        raise bad(str(error), error.param) from error
 
 
 def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:

@@ -46,8 +46,8 @@ from mlxlite.api.openai_content import messages_of
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.http.errors import APIError, bad, clip
-from mlxlite.media import Source
 from mlxlite.output.grammar import Constraint
+from mlxlite.vision.images import Source
 
 
 def template_kwargs(

@@ -94,6 +94,7 @@ class ServedModel(Protocol):
     ) -> Prompt:
         """Chat messages through the template and the tokenizer. Raises PromptError.
 
-        `pictures` are those of the messages' parts of type image, in their order.
+        `pictures` are those of the messages' parts of type image, in their order; for one of these
+        it raises `vision.images.ImageError`.
         """
         ...

@@ -47,7 +47,7 @@ from mlxlite.output.markers import Markers
 from mlxlite.runner.cpu import has_compiler, is_cpu
 
 if TYPE_CHECKING:
-    from mlxlite.vision import Reader
+    from mlxlite.vision.processor import Reader
 
 log = logging.getLogger("mlxlite.model")
 LONE_PICTURE: list[Any] = [{"role": "user", "content": [{"type": "image"}]}]
@@ -348,10 +348,10 @@ def _load_vision(path: Path, settings: Mapping[str, Any]) -> tuple[nn.Module | N
         return None, BLIND
     if not _has_mlx_vlm():
         return None, f"{BLIND} here: pip install 'mlxlite[vision]'"
-    from mlxlite import vision
+    from mlxlite.vision.network import load
 
     try:
-        return vision.load(path)
+        return load(path)
     except Exception as error:  # as above; what mlx-lm makes of it is still to be seen
         log.warning("pictures are off: mlx-vlm cannot load it: %s", reason_of(error))
         return None, f"{BLIND}: mlx-vlm cannot load it"
@@ -359,13 +359,13 @@ def _load_vision(path: Path, settings: Mapping[str, Any]) -> tuple[nn.Module | N
 
 def _sight(model: Model, processor: Any) -> "Reader | str":
     """What reads pictures for this model, tried out; or why nothing does."""
-    from mlxlite import vision
+    from mlxlite.vision.network import make_reader
 
     try:
         if not model.has_chat_template:
             raise PromptError("it has no chat template")
         lone = model._apply(LONE_PICTURE, {}, False)
-        return vision.reader(model.network, processor, lone)
+        return make_reader(model.network, processor, lone)
     except Exception as error:  # a foreign network, on the first picture it gets
         log.warning("pictures are off: %s", reason_of(error))
         return f"{BLIND}: {reason_of(error)}"

@@ -47,7 +47,7 @@ from mlxlite.runner.sampler import Draw, LogprobArrays, Sampler
 from mlxlite.runner.snapshots import Payloads, Write
 
 if TYPE_CHECKING:
-    from mlxlite.vision import Sight
+    from mlxlite.vision.network import Sight
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
 _ANEW_TOKENS = 512  # at a time, of a prefix that was kept and is lost

@@ -29,8 +29,8 @@ from mlxlite.api.request import (
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.http.errors import APIError
-from mlxlite.media import Source
 from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.vision.images import Source
 
 CAT = "data:image/png;base64,Y2F0"  # whether it is a picture is not the parser's to see
 DOG = "https://example.com/dog.png"

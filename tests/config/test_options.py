@@ -18,7 +18,8 @@ from tables import flag_table
 import mlxlite
 from mlxlite.config.flags import ConfigError
 from mlxlite.config.options import Config, parse_args
-from mlxlite.media import MAX_BYTES, MAX_PICTURES, Limits
+from mlxlite.vision.fetch import Limits
+from mlxlite.vision.images import MAX_BYTES, MAX_IMAGES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "h11", "orjson", "huggingface_hub", "asyncio"}
@@ -113,8 +114,8 @@ def test_pictures_are_bounded_as_their_loader_bounds_them_and_none_is_fetched() 
     assert (config.max_images, config.max_image_pixels) == (limits.max_images, limits.max_pixels)
     assert (config.max_image_mb << 20, config.allow_remote_images) == (limits.max_bytes, False)
     assert not limits.allow_remote
-    most = from_args("--max-images", str(MAX_PICTURES), "--max-image-mb", str(MAX_BYTES >> 20))
-    assert (most.max_images, most.max_image_mb << 20) == (MAX_PICTURES, MAX_BYTES)
+    most = from_args("--max-images", str(MAX_IMAGES), "--max-image-mb", str(MAX_BYTES >> 20))
+    assert (most.max_images, most.max_image_mb << 20) == (MAX_IMAGES, MAX_BYTES)
 
 
 def test_a_flag_beats_the_environment_which_beats_the_default() -> None:

@@ -25,10 +25,10 @@ from anthropic import Anthropic
 from live import serving
 from openai import OpenAI
 from pictures import COLOURS, SHAPES, draw
+from pictures import chequered as picture
 
 import mlxlite
 import mlxlite.api.render
-from tests.vision.test_network import picture
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_mlx_vlm_cannot_load_still_serves_its_text(
     def fail(path: Path) -> Any:
         raise KeyError("vision_tower.patch_embed")
 
-    monkeypatch.setattr("mlxlite.vision.load", fail)
+    monkeypatch.setattr("mlxlite.vision.network.load", fail)
     with serving(site(checkpoint)) as server:
         assert Site(server).is_serving()
         status, answer = Site(server).chat(shown(uri(png())))
@@ -365,7 +365,7 @@ def test_a_network_whose_first_picture_fails_still_serves_its_text(
     def fail(self: Any, inputs: Any) -> Any:
         raise ValueError("shapes (1, 2) and (3, 4)")
 
-    monkeypatch.setattr("mlxlite.vision.VisionNetwork.fields", fail)
+    monkeypatch.setattr("mlxlite.vision.network.VisionNetwork.fields", fail)
     with serving(site(checkpoint)) as server:
         assert Site(server).is_serving()
         status, answer = Site(server).chat(shown(uri(png())))

@@ -24,6 +24,7 @@ import tiny_vlms
 from mlx_lm.generate import generate_step as generate_text_step
 from mlx_vlm.generate import generate_step
 from pictures import COLOURS, SHAPES, draw
+from pictures import chequered as picture
 from PIL import Image
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
@@ -70,12 +71,6 @@ class Loaded:
             ids, self.model, pixels, mask, max_tokens=NUM_TOKENS, temperature=0.0, **inputs
         )
         return [int(token) for token, _ in steps]
-
-
-def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
-    """A chequered picture of random colours."""
-    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
 
 
 @pytest.fixture(scope="module")

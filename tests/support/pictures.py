@@ -1,8 +1,9 @@
-"""Pictures for the tests: one filled shape of a plain colour, as the tiny trained model knows them.
+"""Images for the tests: one filled shape of a plain colour, as the tiny trained model knows them.
 
 They are drawn here and not with what the model was trained on, so that the two can disagree.
 """
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS = ("red", "green", "blue", "yellow")
@@ -28,3 +29,9 @@ def draw(
         assert shape == "triangle"
         pen.polygon([((left + right) // 2, top), (left, bottom), (right, bottom)], fill=colour)
     return picture
+
+
+def chequered(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """An image of 16 fields in random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)

@@ -26,6 +26,7 @@ import mlx_vlm
 import tiny_vlms
 from fakes import Run, drive
 from mlx_vlm.generate import generate_step
+from pictures import chequered as picture
 from PIL import Image
 
 from mlxlite.config.options import Config
@@ -33,12 +34,13 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Prompt, Sequence
 from mlxlite.engine.step import Add, Command, Finish
-from mlxlite.models.interface import LoadError, PromptError
+from mlxlite.models.interface import LoadError
 from mlxlite.models.load import Model, load
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
-from mlxlite.vision import SEEN_BYTES, Reader, VisionNetwork
+from mlxlite.vision.images import ImageError
+from mlxlite.vision.network import SEEN_BYTES, VisionNetwork
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -60,12 +62,6 @@ class Picture:
     @property
     def digest(self) -> bytes:
         return hashlib.sha256(self.pixels.tobytes() + repr(self.pixels.size).encode()).digest()
-
-
-def picture(seed: int, width: int = 96, height: int = 80) -> Image.Image:
-    """A chequered picture of random colours."""
-    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
 
 
 def messages_of(*turns: SequenceOf[Part]) -> list[dict[str, Any]]:
@@ -433,7 +429,7 @@ def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
 def test_a_template_that_leaves_a_picture_out_is_a_clear_error(checkpoint: Checkpoint):
     model = replace(checkpoint.model, chat_template="{{ messages[0].content[0].type }}")
     messages = messages_of([picture(1), "?"])
-    with pytest.raises(PromptError, match=r"picture|image"):
+    with pytest.raises(ImageError, match=r"picture|image"):
         model.render(messages, {}, is_continuation=False, pictures=[Picture(picture(1))])
 
 
@@ -501,22 +497,6 @@ def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
         assert places == [(image.start, image.stop, image.digest) for image in first.images]
         expected = checkpoint.expected(*turns, ["A thing."], ["And?"])
         assert server.ask(again) == expected
-
-
-def test_what_processors_make_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    class Processor:
-        image_processor = staticmethod(lambda images: {"pixel_values": np.zeros(1000)})
-
-    monkeypatch.setattr("mlxlite.vision.MADE_BYTES", 20_000)
-    reader = Reader(Processor(), 0, is_unbroken=False)
-    memo = reader._memo
-    assert memo is not None
-    for i in range(5):
-        memo.key = (b"%d" % i,)
-        made = memo([])
-        made.pop("pixel_values")  # whoever has it may change it
-        assert "pixel_values" in memo([])
-    assert memo.digests() == {b"3", b"4"}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -46,7 +46,7 @@ from mlxlite.api.fields import (
     works,
     wrong,
 )
-from mlxlite.api.openai_content import role_of, said_of, texts_of
+from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
 from mlxlite.api.render import cacheable, render
 from mlxlite.api.request import (
     EFFORT,
@@ -62,9 +62,9 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
-from mlxlite.media import Source, source_of, source_of_base64
 from mlxlite.models.interface import ServedModel
 from mlxlite.output.events import Arguments, Call, CallPart, Channel, Delta, Done, Opened, Progress
+from mlxlite.vision.images import Source, source_of, source_of_base64
 
 
 def prepare_messages(
@@ -158,14 +158,15 @@ def _image(block: Mapping[str, Any], param: str) -> Source:
     """What it is called (`media_type`) is not believed; its bytes say what it is."""
     param = f"{param}.source"
     given = json_object(block.get("source"), param)
-    match text(given.get("type"), f"{param}.type"):
-        case "base64":
-            text(given.get("media_type") or "", f"{param}.media_type")
-            return source_of_base64(text(given.get("data"), f"{param}.data"), param)
-        case "url":
-            return source_of(text(given.get("url"), f"{param}.url"), param)
-        case kind:
-            raise unsupported(kind, param)
+    with image_errors():
+        match text(given.get("type"), f"{param}.type"):
+            case "base64":
+                text(given.get("media_type") or "", f"{param}.media_type")
+                return source_of_base64(text(given.get("data"), f"{param}.data"), param)
+            case "url":
+                return source_of(text(given.get("url"), f"{param}.url"), param)
+            case kind:
+                raise unsupported(kind, param)
 
 
 def _tool_result(block: Mapping[str, Any], param: str) -> Message:

@@ -48,7 +48,6 @@ from mlxlite.api.stored_responses import MAX_CONVERSATIONS, Conversations
 from mlxlite.api.writers import Choice, Envelope
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError, Cause
-from mlxlite.media import Source
 from mlxlite.output.events import (
     Arguments,
     Broken,
@@ -61,6 +60,7 @@ from mlxlite.output.events import (
     Progress,
 )
 from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.vision.images import Source
 
 HELLO = [{"role": "user", "content": "hello"}]
 USER = Message(Role.USER, "hello")

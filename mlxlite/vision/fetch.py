@@ -1,0 +1,336 @@
+"""Remote images: the bytes behind a URL, fetched without being of use against a private network.
+
+Decides which URLs, addresses and redirects are fetched, and what one fetch may cost. Blocks, so it
+runs on a thread of its own. It must never connect to an address that is not public, or repeat in an
+error anything that a server has answered. Tested:
+- A name is resolved once, each of its addresses must be public, and one of those very addresses is
+  dialled: a second answer of a name server does not count.
+- A redirect is checked as the first URL was, and never leads from https to http.
+- One message for all that is private or unknown, so that no network can be mapped with it.
+- One deadline bounds each wait, and one number of bytes each response, whatever a server sends.
+- No proxies or keys from the environment, no cookies, no ports below 1024 but 80 and 443: the
+  server must be of no use to talk to others in their protocols.
+"""
+
+import io
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse, IncompleteRead
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Protocol
+from urllib.parse import quote, urljoin, urlsplit
+
+MAX_URL = 8192  # characters
+_MAX_HEAD_BYTES = 16 << 10  # of a response, as h11's own default
+_MAX_DIALS = 3  # of a name's addresses
+_CHUNK_BYTES = 64 << 10
+
+# urlsplit would drop some of these, and others read a backslash as a slash.
+_NOT_IN_URLS: Final = re.compile(r"[\x00-\x20\x7f\\\ud800-\udfff]")
+_SCHEME: Final = re.compile(r"https?://", re.IGNORECASE)
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,252}")
+_NUMBER: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")  # an IPv4 address, or none
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: how IPv6 alone reaches IPv4
+
+
+class FetchError(Exception):
+    """A URL is not or cannot be fetched; the message completes a sentence about its field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the images of a request may cost. One of more than `max_pixels` is scaled down."""
+
+    max_images: int = 16
+    max_pixels: int = 1_600_000
+    max_source_pixels: int = 64_000_000  # by its header, before anything is decoded
+    max_bytes: int = 20 << 20  # each
+    max_aspect: int = 200  # the long side by the short one
+    allow_remote: bool = False
+    max_redirects: int = 3
+    connect_s: float = 5.0
+    total_s: float = 15.0  # for all fetches of a request
+
+    @property
+    def too_large(self) -> str:
+        return f"is larger than {self.max_bytes / 2**20:g} MiB"
+
+
+# --- URLs and addresses -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A URL, taken apart as it is used."""
+
+    url: str
+    is_secure: bool
+    host: str  # a name in lower case, or an address without brackets
+    port: int
+    target: str  # path and query, escaped
+
+    @property
+    def request(self) -> bytes:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == (443 if self.is_secure else 80) else f":{self.port}"
+        return (
+            f"GET {self.target} HTTP/1.1\r\n"
+            f"Host: {host}{port}\r\n"
+            "User-Agent: mlxlite\r\n"
+            "Accept: image/*\r\n"
+            "Accept-Encoding: identity\r\n"
+            "Connection: close\r\n\r\n"
+        ).encode("ascii")
+
+
+def parse_url(url: str) -> Address:
+    """Raises FetchError for a URL that no configuration would fetch."""
+    if not _SCHEME.match(url):
+        raise FetchError("must be a data: URI or a URL of http or https")
+    if len(url) > MAX_URL:
+        raise FetchError(f"is longer than {MAX_URL} characters")
+    if _NOT_IN_URLS.search(url):
+        raise FetchError("holds characters that a URL cannot have")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        is_valid = _is_host(host)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise FetchError("is not a valid URL")
+    if "@" in parts.netloc:
+        raise FetchError("must not hold a user or a password")
+    is_secure = parts.scheme == "https"
+    port = (443 if is_secure else 80) if port is None else port
+    if port not in (80, 443) and port < 1024:
+        raise FetchError("must name port 80, 443, or one from 1024")
+    query = f"?{parts.query}" if parts.query else ""
+    target = quote((parts.path or "/") + query, safe="/%?:@!$&'()*+,;=~")
+    return Address(url, is_secure, host, port, target)
+
+
+def _is_host(host: str) -> bool:
+    """A name of ASCII, or an address. Raises ValueError for a wrong IPv6 one."""
+    if ":" in host:
+        return "%" not in host and bool(ipaddress.IPv6Address(host))
+    return _NAME.fullmatch(host) is not None
+
+
+def is_public(address: str) -> bool:
+    """Whether an address, and any IPv4 one inside it, is of the public Internet."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    inside: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        last = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
+        inside = [ip.sixtofour, *(ip.teredo or ()), last if ip in _NAT64 else None]
+        if ip not in _GLOBAL_UNICAST and ip not in _NAT64:  # mapped, local, multicast, unspecified
+            return False
+    known = [found for found in inside if found is not None]
+    return all(one.is_global and not one.is_multicast for one in (ip, *known))
+
+
+# --- the network ------------------------------------------------------------------------------
+
+
+class Wire(Protocol):
+    """What a fetch needs of a socket."""
+
+    def settimeout(self, timeout_s: float, /) -> None: ...
+    def sendall(self, data: bytes, /) -> None: ...
+    def recv(self, num_bytes: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
+    """All addresses of a name; none if they are not known in time.
+
+    getaddrinfo has no timeout, so it runs on a thread that is abandoned; the system's own limit,
+    some tens of seconds, ends it.
+    """
+    answers: SimpleQueue[list[str]] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            found = []
+        answers.put([str(address[0]) for *_, address in found])
+
+    threading.Thread(target=ask, name="mlxlite-resolve", daemon=True).start()
+    try:
+        return answers.get(timeout=timeout_s)
+    except Empty:
+        return []
+
+
+def _dial(address: str, port: int, timeout_s: float) -> socket.socket:
+    return socket.create_connection((address, port), timeout_s)
+
+
+def _secure(wire: Any, host: str) -> ssl.SSLSocket:
+    """The certificate must be the host's; the wire's timeout bounds the whole handshake."""
+    return ssl.create_default_context().wrap_socket(wire, server_hostname=host)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """All that a fetch uses of the outside. Each member raises OSError but `resolve`, which is
+    empty for an unknown name.
+    """
+
+    resolve: Callable[[str, int, float], Sequence[str]] = _resolve
+    dial: Callable[[str, int, float], Wire] = _dial
+    secure: Callable[[Wire, str], Wire] = _secure
+    now: Callable[[], float] = time.monotonic
+
+
+class _Stream(io.RawIOBase):
+    """A wire as `http.client` reads it, where each read waits no longer than `left_s()`.
+
+    `num_left` bounds the bytes still to come, because http.client reads heads of megabytes, and
+    chunks of negative size to the end. A head that is cut off is an error, which to http.client is
+    a shorter one.
+    """
+
+    def __init__(self, wire: Wire, left_s: Callable[[], float]) -> None:
+        self._wire, self._left_s = wire, left_s
+        self.is_head = True
+        self.num_left = _MAX_HEAD_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.num_left:
+            raise HTTPException("the response is too long")
+        self._wire.settimeout(self._left_s())
+        data = self._wire.recv(min(len(buffer), self.num_left, _CHUNK_BYTES))
+        if not data and self.is_head:
+            raise HTTPException("the response ends in its head")
+        buffer[: len(data)] = data
+        self.num_left -= len(data)
+        return len(data)
+
+
+class _Response(HTTPResponse):
+    def begin(self) -> None:
+        """Read the head of the answer proper: http.client passes over 100, but not 103."""
+        super().begin()
+        while self.status < 200:
+            self.headers = None  # type: ignore[assignment]  # else begin() does nothing
+            super().begin()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """One image's way over the network."""
+
+    limits: Limits
+    network: Network
+    deadline: float
+
+    def run(self, url: str) -> bytes:
+        """Follow redirects to the bytes."""
+        target = self._checked(url)
+        for _ in range(self.limits.max_redirects + 1):
+            answer = self._ask(target)
+            if isinstance(answer, bytes):
+                return answer
+            found = self._checked(answer, target.url)
+            if target.is_secure and not found.is_secure:
+                raise FetchError("is redirected from https to http")
+            target = found
+        raise FetchError("is redirected too often")
+
+    def _checked(self, url: str, base: str = "") -> Address:
+        try:
+            return parse_url(urljoin(base, url))
+        except (FetchError, ValueError):  # without its reason: a redirect is the server's own text
+            raise FetchError("leads to a URL that is not fetched") from None
+
+    def _left_s(self) -> float:
+        left_s = self.deadline - self.network.now()
+        if left_s <= 0:
+            raise FetchError(f"took longer than {self.limits.total_s:g} s to fetch")
+        return left_s
+
+    def _ask(self, target: Address) -> bytes | str:
+        """The body at an address, or the URL to which it redirects."""
+        wire = self._connect(target)
+        try:
+            wire.settimeout(self._left_s())
+            if target.is_secure:
+                wire = self.network.secure(wire, target.host)
+                wire.settimeout(self._left_s())
+            wire.sendall(target.request)
+            return self._read(_Stream(wire, self._left_s))
+        except (OSError, HTTPException, ValueError, OverflowError):
+            self._left_s()  # a timeout has its own message
+            raise FetchError("could not be fetched") from None
+        finally:
+            wire.close()
+
+    def _addresses(self, target: Address) -> list[str]:
+        """All that a host has, if all are public; those of IPv4 first, which more networks have."""
+        is_literal = ":" in target.host or _NUMBER.fullmatch(target.host) is not None
+        timeout_s = min(self.limits.connect_s, self._left_s())
+        found = [target.host]
+        if not is_literal:
+            found = list(self.network.resolve(target.host, target.port, timeout_s))
+        if not found or not all(map(is_public, found)):
+            raise FetchError("has no public address to be fetched from")
+        return sorted(found, key=lambda address: ":" in address)
+
+    def _connect(self, target: Address) -> Wire:
+        for address in self._addresses(target)[:_MAX_DIALS]:
+            timeout_s = min(self.limits.connect_s, self._left_s())
+            try:
+                return self.network.dial(address, target.port, timeout_s)
+            except OSError:
+                continue
+        self._left_s()
+        raise FetchError("could not be fetched")
+
+    def _read(self, stream: Any) -> bytes | str:
+        response = _Response(stream, method="GET")
+        response.begin()
+        location = response.headers.get("location")
+        if response.status in _REDIRECTS and location is not None:
+            return location.encode("latin-1").decode(errors="replace")
+        if response.status != 200:
+            raise FetchError(f"could not be fetched: the answer was {response.status}")
+        lengths = set(response.headers.get_all("content-length", ()))
+        if len(lengths) > 1 or (lengths and response.length is None and not response.chunked):
+            raise HTTPException("the response's length is none")  # http.client would ignore it
+        self._check_length(response.length or 0)
+        stream.is_head = False
+        stream.num_left = 2 * self.limits.max_bytes + _CHUNK_BYTES  # body and what frames it
+        body = response.read(self.limits.max_bytes + 1)
+        self._check_length(len(body))
+        if response.length:
+            raise IncompleteRead(body, response.length)
+        return body
+
+    def _check_length(self, num_bytes: int) -> None:
+        if num_bytes > self.limits.max_bytes:
+            raise FetchError(self.limits.too_large)
+
+
+def fetch(url: str, limits: Limits, network: Network, left_s: float) -> bytes:
+    """The body at a URL, within `left_s` seconds. Blocks. Raises FetchError."""
+    return _Fetch(limits, network, network.now() + left_s).run(url)
