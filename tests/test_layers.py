@@ -83,7 +83,6 @@ DEBT = {
     "http.listener → config.flags",
     "http.listener → config.options",
     "models.load → runner.cpu",
-    "prefix_cache.disk → engine.step",
     "prefix_cache.index → engine.memory",
     "runner.model_runner → vision.network",
 }

@@ -1,16 +1,18 @@
-"""The prefix cache's files: one a payload, written behind, read ahead, and never trusted.
+"""The prefix cache's files: one per payload, written behind, read ahead, and never trusted.
 
-What is written, read and removed is decided elsewhere (`prefix`); one thread here does it in that
-order, so that neither the event loop nor the lane ever waits for a disk. It must never hold more
-than `MAX_PENDING_BYTES`, never let the directory grow past its cap, and never hand out a file that
-is not to the byte what was written.
+The index decides what is written, read and removed; one thread here does it in that
+order, so that neither the event loop nor the device thread waits for a disk. It must never hold
+more than `MAX_PENDING_BYTES`, never let the directory grow past its cap, and never return a file
+that is not to the byte what was written.
 
 A file is a safetensors one, which explains itself: all tokens up to its payload's end, what the
-payload is, and a checksum of everything. It appears whole, by a rename, or not at all: a process
+payload is, and checksums of everything. It appears whole, by a rename, or not at all: a process
 that is killed leaves at most a `.tmp`, which the next one removes. Each model (weights, adapter,
-cache bits, version of mlx-lm) has a directory of its own; those of others give way, oldest first.
+cache bits, version of mlx-lm) has a directory of its own; files of others are removed first.
 
-Holds bytes and no MLX object: those belong to the lane.
+Arrays are written from and sliced out of the buffers that they are in. The safetensors package
+copies them in calls that hold the interpreter's lock, 0.5 ms a MiB, in which no token is sent.
+Holds bytes and no MLX object: those belong to the device thread.
 """
 
 import contextlib
@@ -31,15 +33,18 @@ from typing import IO, Any
 
 import orjson
 
-from mlxlite.engine.step import Command, Fetched, Unstored
 from mlxlite.prefix_cache.operations import Stored
 
 log = logging.getLogger("mlxlite.prefix_cache.disk")
+
 MAX_PENDING_BYTES = 256 << 20  # waiting to be written; beyond that a payload is not
-_FORMAT = "mlxlite-prefix/1"
+_FORMAT = "mlxlite-prefix/2"
 _MAX_HEADER_BYTES = 16 << 20
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # nobody may lead it elsewhere
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # no link may lead it elsewhere
 _NAME = re.compile(r"([1-9][0-9]{0,14})\.safetensors")
+
+
+# --- the format -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A payload: its arrays by name, and what is no array by name, as JSON has it."""
+    """A payload: its arrays by name, and all else of it by name, as JSON has it."""
 
     stored: Stored
     arrays: Mapping[str, Array]
@@ -61,106 +66,97 @@ class File:
 
 
 class BrokenFile(ValueError):
-    """Not what was written, or not by us; the message says how."""
+    """Not what was written, or not by this server; the message names what is wrong."""
 
 
 def encode(file: File) -> list[bytes | memoryview]:
     """A payload as the pieces of a safetensors file."""
-    arrays = {"words": Array("U8", (len(file.stored.words),), file.stored.words), **file.arrays}
+    stored = file.stored
+    words = Array("U8", (len(stored.words),), stored.words)
+    arrays = {"words": words, **file.arrays, "checksum": Array("U32", (1,), bytes(4))}
     header: dict[str, Any] = {}
-    at = 0
+    stop = 0
     for name, array in arrays.items():
-        stop = at + len(array.data)
-        header[name] = {"dtype": array.dtype, "shape": array.shape, "data_offsets": [at, stop]}
-        at = stop
-    meta = {
-        "format": _FORMAT,
-        "scope": str(file.stored.scope),
-        "start": str(file.stored.start),
-        "position": str(file.stored.position),
-        "values": orjson.dumps(file.values).decode(),
-    }
-    pieces = [array.data for array in arrays.values()]
-    meta["checksum"] = f"{_checksum(meta, header, pieces):08x}"
-    head = orjson.dumps({"__metadata__": meta} | header)
+        start, stop = stop, stop + len(array.data)
+        header[name] = {"dtype": array.dtype, "shape": array.shape, "data_offsets": [start, stop]}
+    place = {"scope": stored.scope, "start": stored.start, "position": stored.position}
+    sizes = {"num_words": len(stored.words), "num_bytes": stop}
+    payload = orjson.dumps({"place": place, "values": file.values, **sizes})
+    checksum = f"{zlib.crc32(payload):08x}"
+    meta = {"format": _FORMAT, "payload": payload.decode(), "checksum": checksum}
+    head = orjson.dumps({"__metadata__": meta, **header})
     head += b" " * (-len(head) % 8)
-    return [len(head).to_bytes(8, "little"), head, *pieces]
-
-
-def _checksum(
-    meta: Mapping[str, Any], header: Mapping[str, Any], pieces: Iterable[bytes | memoryview]
-) -> int:
-    own = {name: value for name, value in meta.items() if name != "checksum"}
-    crc = zlib.crc32(orjson.dumps([own, header], option=orjson.OPT_SORT_KEYS))
-    for piece in pieces:
-        crc = zlib.crc32(piece, crc)
-    return crc
+    pieces = [len(head).to_bytes(8, "little"), head, *(array.data for array in arrays.values())]
+    pieces[-1] = _checksum(pieces[:-1])
+    return pieces
 
 
 def decode(data: bytes) -> File:
     """The payload of a file, every byte of it verified. Raises BrokenFile."""
-    stored, header, meta, begin = _decode_head(data, len(data))
+    if _checksum([memoryview(data)[:-4]]) != data[-4:]:
+        raise BrokenFile("its checksum is wrong")
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header, payload = _parse(data[8:begin])
     body = memoryview(data)[begin:]
-    try:
-        if f"{_checksum(meta, header, [body]):08x}" != meta.get("checksum"):
-            raise BrokenFile("its checksum is wrong")
-        arrays = {
-            name: Array(item["dtype"], tuple(item["shape"]), body[slice(*item["data_offsets"])])
-            for name, item in header.items()
-            if name != "words"
-        }
-        return File(stored, arrays, orjson.loads(meta["values"]))
-    except (TypeError, KeyError) as error:  # orjson's too
-        raise BrokenFile(f"its header makes no sense ({type(error).__name__})") from None
+    arrays = {
+        name: Array(item["dtype"], tuple(item["shape"]), body[slice(*item["data_offsets"])])
+        for name, item in header.items()
+    }
+    del arrays["checksum"]
+    words = bytes(arrays.pop("words").data)
+    return File(Stored(**payload["place"], words=words), arrays, payload["values"])
 
 
-def _decode_head(data: bytes, size: int) -> tuple[Stored, dict[str, Any], dict[str, str], int]:
-    """What a file of `size` bytes says of itself, from its first bytes. Raises BrokenFile."""
-    num_head = int.from_bytes(data[:8], "little")
-    if not 0 < num_head <= _MAX_HEADER_BYTES or 8 + num_head > len(data):
-        raise BrokenFile("it is no safetensors file, or cut off")
+def _checksum(pieces: Iterable[bytes | memoryview]) -> bytes:
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return crc.to_bytes(4, "little")
+
+
+def _parse(head: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A header's arrays, as they are there, and its payload, verified. Raises BrokenFile."""
     try:
-        header = orjson.loads(data[8 : 8 + num_head])
+        header = orjson.loads(head)
         meta = header.pop("__metadata__")
-        if meta["format"] != _FORMAT:
-            raise BrokenFile(f"its format is {str(meta['format'])[:40]!r}")
-        at = 0
-        for item in header.values():  # one after the other, from the first byte to the last
-            begin, stop = item["data_offsets"]
-            if begin != at or stop < begin:
-                raise BrokenFile("its arrays overlap")
-            at = stop
-        if 8 + num_head + at != size:
-            raise BrokenFile("it is not as long as it says")
-        stop = 8 + num_head + header["words"]["data_offsets"][1]
-        words = bytes(data[8 + num_head : stop])
-        position = None if meta["position"] == "None" else int(meta["position"])
-        stored = Stored(int(meta["scope"]), int(meta["start"]), position, words)
-    except BrokenFile:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise BrokenFile(f"its header makes no sense ({type(error).__name__})") from None
-    if not 0 <= stored.scope < 1 << 64:
-        raise BrokenFile("its scope is none")
-    if stored.start < 0 or len(words) != header["words"]["data_offsets"][1] or len(words) % 4:
-        raise BrokenFile("its tokens are cut off")
-    return stored, header, meta, 8 + num_head
+        name, payload, checksum = meta["format"], meta["payload"].encode(), meta["checksum"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise BrokenFile("it is no safetensors file of this server") from None
+    if name != _FORMAT:
+        raise BrokenFile(f"its format is {str(name)[:40]!r}")
+    if f"{zlib.crc32(payload):08x}" != checksum:
+        raise BrokenFile("its header's checksum is wrong")
+    return header, orjson.loads(payload)
+
+
+def _read_stored(path: Path) -> Stored:
+    """Where a file's payload belongs; its arrays are not read. Raises OSError, BrokenFile."""
+    with path.open("rb") as file:
+        num_head = int.from_bytes(file.read(8), "little")
+        _, payload = _parse(file.read(min(num_head, _MAX_HEADER_BYTES)))
+        if os.fstat(file.fileno()).st_size != 8 + num_head + payload["num_bytes"]:
+            raise BrokenFile("it is not as long as it was")
+        return Stored(**payload["place"], words=file.read(payload["num_words"]))
+
+
+# --- the directory ----------------------------------------------------------------------------
 
 
 class Store:
     """The files of one model in `directory`, which other models may share. See the module.
 
-    `tell` is called from the store's own thread with `Fetched` and `Unstored`. Raises OSError when
-    the directory cannot be made.
+    `on_fetched` and `on_failed` are called from the store's own thread, with a payload's id. Raises
+    OSError when the directory cannot be made.
     """
 
     def __init__(self, directory: Path, label: str, max_bytes: int) -> None:
         self._home = directory
         self._directory = directory / label
         self._max_bytes = max_bytes
-        self.tell: Callable[[Command], None] = lambda command: None
+        self.on_fetched: Callable[[int], None] = lambda id: None
+        self.on_failed: Callable[[int], None] = lambda id: None
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()  # of the next two, which the lane shares
+        self._lock = threading.Lock()  # of the next two, which the device thread shares
         self._num_pending = 0  # bytes
         self._read: dict[int, File] = {}  # fetched, and not yet taken
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -175,7 +171,7 @@ class Store:
         weakref.finalize(self, _end, self._calls, lock)
 
     def found(self) -> list[tuple[int, Stored]]:
-        """What an earlier process has left, by id; what is broken is removed, with a warning."""
+        """The payloads of an earlier process, by id; broken files are removed, with a warning."""
         items = []
         for path in sorted(self._directory.iterdir()):
             if path.name == "lock":
@@ -184,7 +180,7 @@ class Store:
                 log.warning("%s is not ours, ignored", path)
                 continue
             try:
-                items.append((int(match[1]), _read_head(path)))
+                items.append((int(match[1]), _read_stored(path)))
             except (OSError, BrokenFile) as error:
                 log.warning("%s is ignored: %s", path, error)
                 with contextlib.suppress(OSError):
@@ -192,7 +188,7 @@ class Store:
         return items
 
     def write(self, id: int, file: File) -> None:
-        """Write a payload, some time; when it cannot be, `tell` hears of it."""
+        """Write a payload in the background; `on_failed` if it cannot be."""
         num_bytes = sum(len(array.data) for array in file.arrays.values())
         with self._lock:
             has_room = self._num_pending + num_bytes <= MAX_PENDING_BYTES
@@ -200,14 +196,14 @@ class Store:
         if has_room:
             self._calls.put(partial(self._write, id, file, num_bytes))
         else:
-            self._calls.put(lambda: self.tell(Unstored(id)))
+            self._calls.put(lambda: self.on_failed(id))
 
     def unlink(self, id: int) -> None:
-        """Remove a payload's file, after what was asked before."""
+        """Remove a payload's file, after all earlier calls."""
         self._calls.put(partial(self._unlink, id))
 
     def fetch(self, id: int, stored: Stored) -> None:
-        """Read a payload: `Fetched`, and then `take` has it, or `Unstored`."""
+        """Read a payload in the background: `on_fetched`, and `take` has it, or `on_failed`."""
         self._calls.put(partial(self._fetch, id, stored))
 
     def take(self, id: int) -> File | None:
@@ -232,13 +228,13 @@ class Store:
             log.warning("a prefix could not be written to %s: %s", self._directory, error)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            self.tell(Unstored(id))
+            self.on_failed(id)
         finally:
             with self._lock:
                 self._num_pending -= num_bytes
 
     def _make_way(self, num_bytes: int) -> None:
-        """Other models' files go, oldest first, before the directory grows past its cap.
+        """Remove other models' files, oldest first, before the directory grows past its cap.
 
         Raises OSError when it is full all the same.
         """
@@ -267,21 +263,21 @@ class Store:
                 raise BrokenFile("it holds another prefix")
         except (OSError, MemoryError, ValueError) as error:
             log.warning("%s is ignored: %s", self._path(id), error)
-            self.tell(Unstored(id))
+            self.on_failed(id)
             return
         with self._lock:
             self._read[id] = file
-        self.tell(Fetched(id))
+        self.on_fetched(id)
 
 
 def _end(calls: SimpleQueue[Callable[[], None] | None], lock: IO[bytes]) -> None:
-    """With the store its thread ends, after what was asked, and another one may have its place."""
+    """End a collected store's thread after its last call, and free its directory."""
     calls.put(None)
     lock.close()
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """A file that one process at a time may hold; the system lets go of it with the process.
+    """A file that one process at a time may hold; the system frees it with the process.
 
     Raises OSError when another has it.
     """
@@ -298,17 +294,3 @@ def _work(calls: SimpleQueue[Callable[[], None] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
         del call  # and with it a payload's bytes
-
-
-def _read_head(path: Path) -> Stored:
-    """What a file says of itself; its arrays are not read. Raises OSError and BrokenFile."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(8)
-        data += file.read(min(int.from_bytes(data, "little"), _MAX_HEADER_BYTES))
-        try:
-            words = orjson.loads(data[8:])["words"]["data_offsets"][1]
-            data += file.read(min(int(words), size))
-        except (ValueError, TypeError, KeyError, IndexError):
-            raise BrokenFile("its header makes no sense") from None
-    return _decode_head(data, size)[0]

@@ -26,7 +26,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, Sequence
-from mlxlite.engine.step import Admission, Chunk, Command, Launched, Look, Outcome, Part, Step
+from mlxlite.engine.step import (
+    Admission,
+    Chunk,
+    Command,
+    Fetched,
+    Launched,
+    Look,
+    Outcome,
+    Part,
+    Step,
+    Unstored,
+)
 from mlxlite.errors import FOREIGN, told
 from mlxlite.prefix_cache.disk import Store
 from mlxlite.prefix_cache.operations import Hit, Stored
@@ -151,7 +162,8 @@ class ModelRunner:
         """See `sequence.Runner`."""
         if self._store is None:
             return []
-        self._store.tell = tell
+        self._store.on_fetched = lambda id: tell(Fetched(id))
+        self._store.on_failed = lambda id: tell(Unstored(id))
         return self._store.found()
 
     def warm_up(self) -> None:
@@ -189,7 +201,6 @@ class ModelRunner:
         mx.clear_cache()
 
     def _forget_rotations(self) -> None:
-        """A pass is over: what its layers have shared is needed no more."""
         for rotations in self._rotations:
             rotations.forget()
 
@@ -318,7 +329,6 @@ class ModelRunner:
             mx.eval([layer.state for layer in cache])
 
     def _take(self, id: int, start: int, stop: int, *, has_states: bool) -> Kept | None:
-        """See `payloads.Take`."""
         if (prefill := self._prefills.get(id)) is not None:
             return kept(prefill.cache, start, stop, has_states=has_states)
         if id not in self._ids:
@@ -358,7 +368,6 @@ class ModelRunner:
             return []
 
     def _give_up(self, id: int, error: Exception) -> tuple[int, str]:
-        """One sequence has failed, and only that one: its id and the reason."""
         self._prefills.pop(id, None)
         self._failed.add(id)
         return id, told(error)

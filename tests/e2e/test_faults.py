@@ -52,7 +52,7 @@ from mlxlite.api.service import ModelCard
 from mlxlite.config.options import Config
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Matcher, Sequence
-from mlxlite.engine.step import Add, Unstored
+from mlxlite.engine.step import Add
 from mlxlite.errors import told, trace_of
 from mlxlite.models import load as load_module
 from mlxlite.models.interface import LoadError
@@ -653,13 +653,13 @@ def test_a_full_disk_costs_no_answer_and_writing_goes_on_when_there_is_room(
 def test_a_prefix_is_not_written_where_a_link_leads(tmp_path: Path) -> None:
     told: list[Any] = []
     store = Store(tmp_path / "home", "label", 1 << 20)
-    store.tell = told.append
+    store.on_failed = told.append
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     (tmp_path / "home" / "label" / "7.tmp").symlink_to(victim)
     store.write(7, File(Stored(1, 0, None, b"\1\0\0\0"), {}))
     until_true(lambda: told)
-    assert told == [Unstored(7)]
+    assert told == [7]
     assert victim.read_bytes() == b"precious"
 
 
