@@ -13,7 +13,6 @@ to a step, every sink gets exactly one `Done`, and nothing after it (tested).
 import asyncio
 import contextlib
 import logging
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -52,8 +51,7 @@ from mlxlite.output.stop_strings import LoopGuard
 from mlxlite.prefix_cache.operations import CacheStats
 
 log = logging.getLogger("mlxlite.engine")
-# What a log may say of a prompt's text: the names by which templates begin a message.
-ROLES = frozenset({"system", "developer", "user", "assistant", "model", "tool"})
+
 # Of pictures, as their vision towers read them, in all live sequences; one request may have more.
 MAX_IMAGE_BYTES = 1 << 30
 
@@ -102,7 +100,6 @@ class _Live:
     last_at: float | None = None
     num_output: int = 0
     num_cached: int = 0
-    diverges_at: int | None = None  # from its nearest cached prompt; only looked for at debug level
     logprobs: list[tuple[int, Logprobs]] = field(default_factory=list)
     is_leaving: bool = False  # it has been told to end: what still comes is overshoot
     is_deaf: bool = False  # its sink has raised
@@ -323,8 +320,6 @@ class Engine:
         while True:
             started_at = perf_counter()
             events += self._apply_commands()
-            if log.isEnabledFor(logging.DEBUG):
-                self._find_divergences()
             step = None if self._is_awaited(in_flight) else self._scheduler.schedule()
             if step is None and in_flight is None:
                 self._publish(events, started_at)
@@ -421,31 +416,6 @@ class Engine:
                 is_all_there = live.num_cached == admission.num_tokens - 1
                 if live.wants_progress and is_all_there and admission.stem is None:
                     self._emit(live, Progress(live.num_cached, live.usage(now)))
-                if live.diverges_at is not None:
-                    self._log_divergence(live.sequence, live.num_cached, live.diverges_at)
-
-    def _find_divergences(self) -> None:
-        """Before the step, in which a prompt that is admitted may itself enter the cache."""
-        for live in self._live.values():
-            prompt = live.sequence.prompt
-            if live.admitted_at is None and prompt.blocks is not None:
-                find = self._scheduler.prefix.divergence
-                live.diverges_at = find(prompt.blocks, len(prompt.tokens))
-
-    def _log_divergence(self, sequence: Sequence, num_cached: int, at: int) -> None:
-        """Why a prompt was not found to its end: where its nearest cached one goes another way."""
-        prompt = sequence.prompt
-        number = bisect_right(prompt.heads, at)
-        head = prompt.heads[number - 1] if number else 0
-        words: list[str] = []
-        with contextlib.suppress(Exception):  # the tokenizer's own
-            words = self._detokenize(prompt.tokens[head : head + 4]).split()  # the role, no content
-        role = words[0] if words and words[0] in ROLES else "?"
-        log.debug(
-            "sequence %d: %d of %d tokens cached; it leaves the nearest cached prompt at token %d, "
-            "in its part %d (%s)",
-            *(sequence.id, num_cached, len(prompt.tokens), at, number + 1, role),
-        )
 
     def _publish(self, events: list[Event], now: float) -> None:
         num_tokens = 0

@@ -225,13 +225,6 @@ class PrefixCache:
         held = [(extent, num) for extent, num in nexts if num and extent.is_held]
         return max(held, key=lambda found: found[1], default=None)
 
-    def divergence(self, blocks: Blocks, limit: int) -> int | None:
-        """The first token at which a prompt leaves its nearest cached one, None if it does not."""
-        match = self._walk(blocks, limit)
-        nexts = self._nexts(match, blocks, limit) if match.path else []
-        at = match.num * self.block_size + max((num for _, num in nexts), default=0)
-        return at if nexts and at < limit else None
-
     # --- keep -------------------------------------------------------------------------------
 
     def insert(self, id: int, blocks: Blocks, num_tokens: int) -> None:

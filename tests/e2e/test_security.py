@@ -148,7 +148,6 @@ def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_said(
         process.kill(signal.SIGTERM)
         assert process.wait(GONE_S) == 0
         logged = process.stdout + process.stderr
-    assert " DEBUG mlxlite" in logged, "it was as talkative as it can be"
     assert " INFO mlxlite.connection: req_" in logged
     for secret in (*KEYS.values(), WRONG):
         assert secret not in logged

@@ -1,4 +1,4 @@
-"""The prefix cache as clients see it: usage and timings, who shares with whom, numbers, the log.
+"""The prefix cache as clients see it: usage and timings, who shares with whom, numbers.
 
 Prompts are characters and blocks are of four, so every count here can be done by hand: of a prompt
 of 40 that is known to its end, 39 are cached, because one token at least is computed. The last
@@ -7,10 +7,8 @@ test has two servers around the demo model, of which one caches nothing.
 
 import gc
 import json
-import logging
 import threading
 from collections.abc import AsyncIterator, Mapping
-from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,6 @@ from helpers import (
 )
 
 import mlxlite
-from mlxlite.engine.sequence import Prompt
-from mlxlite.prefix_cache.index import PrefixCache
 from tests.test_metrics import parse
 
 CHAT, CACHE = "/v1/chat/completions", "/v1/cache"
@@ -413,155 +409,6 @@ async def test_the_metrics_agree_with_the_route_and_the_answers() -> None:
         assert await sample(wire, "vllm:prompt_tokens_cached_total") == total
         seed = (await wire.get("/metrics", accept="application/json")).json
         assert seed["cache_hit_rate"] == pytest.approx(total / (3 * 40 + 23))
-
-
-# --- the log ------------------------------------------------------------------------------------
-
-ROLE_TOKENS = {"system": 0xE000, "user": 0xE001, "assistant": 0xE002}
-NAMES = {chr(token): name for name, token in ROLE_TOKENS.items()}
-
-
-class RoleModel(FakeModel):
-    """A prompt is all messages: a token for the role, a line's end, a character a token.
-
-    Between the first and the last, parts begin at the roles, as with <|im_start|>.
-    """
-
-    def detokenize(self, tokens: SequenceOf[int]) -> str:
-        return "".join(NAMES.get(char, char) for char in super().detokenize(tokens))
-
-    def render(
-        self,
-        messages: SequenceOf[Mapping[str, Any]],
-        template_kwargs: Mapping[str, Any],
-        *,
-        is_continuation: bool,
-    ) -> Prompt:
-        tokens: list[int] = []
-        heads: list[int] = []
-        for message in messages:
-            heads.append(len(tokens))
-            tokens += [ROLE_TOKENS.get(message["role"], 0xE003), ord("\n")]
-            tokens += map(ord, message["content"] + "\n")
-        return Prompt(tuple(tokens), heads=tuple(heads[1:]))
-
-
-def conversation(*contents: str, first: str = "system") -> dict[str, Any]:
-    roles = [first, *(("user", "assistant") * len(contents))]
-    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-    return {"messages": messages}
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [m for m in caplog.messages if "leaves the nearest cached prompt" in m]
-
-
-SECRETS = ("sesame-of-the-system", "sesame-one", "sesame-two", "sesame-three")
-
-
-def test_the_debug_log_says_where_a_prompt_leaves_the_cache_and_never_what_it_says(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.DEBUG)
-
-    @in_a_loop
-    async def test() -> None:
-        async with caching(RoleModel()) as served, await served.wire() as wire:
-            system, one, two, three = SECRETS
-            await wire.post(CHAT, conversation(system, one, two, three))
-            assert said(caplog) == [], "there is nothing to leave"
-            answer = await wire.post(CHAT, conversation(system, one, "sesame-2", three))
-            # 2 + 20 + 1 and 2 + 10 + 1 tokens, then the role, a line's end and 7 of «sesame-».
-            at = 23 + 13 + 2 + 7
-            assert cached_of(answer.json) == at
-            (line,) = said(caplog)
-            assert "45 of 62 tokens cached" in line
-            assert f"at token {at}, in its part 3 (assistant)" in line
-            await wire.post(CHAT, conversation("sesame-else", one))
-            assert "at token 9, in its part 1 (system)" in said(caplog)[1]
-
-    test()
-    assert "sesame" not in caplog.text
-    assert not any("sesame" in repr(record.__dict__) for record in caplog.records)
-
-
-def test_a_role_that_is_none_is_not_repeated_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-
-    class BareModel(RoleModel):
-        def detokenize(self, tokens: SequenceOf[int]) -> str:
-            return "sesame " + super().detokenize(tokens)
-
-    @in_a_loop
-    async def test() -> None:
-        async with caching(BareModel()) as served, await served.wire() as wire:
-            await wire.post(CHAT, conversation(*SECRETS))
-            await wire.post(CHAT, conversation("sesame-else", "sesame"))
-            (line,) = said(caplog)
-            assert "in its part 1 (?)" in line
-
-    test()
-    assert "sesame" not in caplog.text
-
-
-def test_a_prompt_that_is_found_to_its_end_has_nothing_to_say(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(logging.DEBUG)
-
-    @in_a_loop
-    async def test() -> None:
-        async with caching() as served, await served.wire() as wire:
-            await wire.chat(PROMPT)
-            await wire.chat(PROMPT)
-            await wire.chat(PROMPT, cache_prompt=False)
-            assert said(caplog) == []
-
-    test()
-
-
-def test_nobody_looks_for_the_reason_unless_the_log_is_at_debug(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[object] = []
-    look = PrefixCache.divergence
-    monkeypatch.setattr(PrefixCache, "divergence", lambda *args: calls.append(args) or look(*args))
-
-    async def chats(served: Served) -> None:
-        async with await served.wire() as wire:
-            await wire.chat(PROMPT)
-            await wire.chat(PROMPT[:20] + "something else")
-
-    @in_a_loop
-    async def test() -> None:
-        async with caching() as served:
-            caplog.set_level(logging.INFO)
-            await chats(served)
-            assert calls == []
-            assert said(caplog) == []
-            caplog.set_level(logging.DEBUG)
-            await chats(served)
-            assert calls
-
-    test()
-
-
-def test_the_log_knows_a_role_in_a_real_template(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "mlxlite")
-
-    @in_a_loop
-    async def test() -> None:
-        async with demo() as wire:
-            for content in ("Hello. " + "Tell me of a river. " * 4, "Hello. A joke, please."):
-                messages = [{"role": "system", "content": "Be brief and kind, please, to anyone."}]
-                messages.append({"role": "user", "content": content})
-                body = {"messages": messages, "max_tokens": 2, "temperature": 0}
-                assert (await wire.post(CHAT, body)).status == 200
-        (line,) = said(caplog)
-        assert line.endswith("in its part 2 (user)")
-
-    test()
-    assert not [word for word in ("Hello", "river", "joke", "kind") if word in caplog.text]
 
 
 # --- with a real model --------------------------------------------------------------------------

@@ -975,45 +975,6 @@ def test_files_with_any_damage_are_taken_or_removed_and_mislead_nobody(memory: M
         again.find(some_prompt(chance))
 
 
-# --- where prompts part -------------------------------------------------------------------------
-
-
-def test_divergence_is_the_first_token_that_differs():
-    shelf = Shelf(SLICEABLE)
-    prompt = list(range(40))
-    assert shelf.cache.divergence(shelf.blocks(prompt), 40) is None
-    shelf.insert(prompt)
-    for at in range(40):
-        other = [*prompt[:at], 99, *prompt[at + 1 :]]
-        assert shelf.cache.divergence(shelf.blocks(other), 40) == at
-        assert shelf.cache.divergence(shelf.blocks(other), at) is None
-
-
-def test_a_prompt_that_goes_on_does_not_diverge():
-    shelf = Shelf(SLICEABLE)
-    prompt = list(range(40))
-    shelf.insert(prompt)
-    for num in range(41):
-        assert shelf.cache.divergence(shelf.blocks(prompt[:num]), num) is None
-    assert shelf.cache.divergence(shelf.blocks([*prompt, 1, 2, 3, 4, 5]), 45) is None
-
-
-def test_divergence_is_from_the_nearest_branch():
-    shelf = Shelf(SLICEABLE)
-    system = list(range(8))
-    for branch in ([50, 51, 52, 53], [50, 51, 62, 63], [70, 71, 72, 73]):
-        shelf.insert(system + branch)
-    for tail, at in (
-        ([50, 51, 52, 99], 11),
-        ([50, 51, 62, 99], 11),
-        ([50, 51, 99, 99], 10),
-        ([70, 99, 0, 0], 9),
-        ([99, 0, 0, 0], 8),
-    ):
-        assert shelf.cache.divergence(shelf.blocks(system + tail), 12) == at
-    assert shelf.cache.divergence(shelf.blocks(system + [99] * 4, 5), 12) is None  # another scope
-
-
 # --- any order of events --------------------------------------------------------------------------
 
 prompts_st = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map(
