@@ -476,7 +476,7 @@ class Routes:
         sink.start()
 
     def _sequences(self, ready: Ready, request: Options, prompts: list[Prompt]) -> list[Sequence]:
-        """One for each choice; a prompt's first one prefills for all of its. Raises APIError."""
+        """One for each choice; those of one prompt share its `Prompt` object. Raises APIError."""
         model, size = ready.model, ready.card.context_size
         if request.num_choices * len(prompts) > self._config.max_queue:
             raise bad(f"at most {self._config.max_queue} choices on this server", "n")
@@ -500,7 +500,6 @@ class Routes:
                     max_tokens=min(wanted, num_left),
                     eos_tokens=eos_tokens if request.ignore_eos else eos_tokens | model.eos_tokens,
                     priority=request.priority,
-                    fork_of=first if i else None,
                 )
                 for i in range(request.num_choices)
             ]

@@ -236,7 +236,10 @@ FIELDS: Final[Mapping[str, Field]] = {
     "metadata": accepted(json_object),
     "store": accepted(flag, "nothing is stored"),
     "parallel_tool_calls": works(flag, "false: the answer ends after its first call"),
-    "n": works(integer(1, MAX_CHOICES), f"up to {MAX_CHOICES}; one prefill serves them all"),
+    "n": works(
+        integer(1, MAX_CHOICES),
+        f"up to {MAX_CHOICES}; with the prefix cache one prefill serves them all",
+    ),
     "presence_penalty": works(number(-2, 2), "over the output"),
     "frequency_penalty": works(number(-2, 2), "over the output"),
     "repetition_penalty": works(

@@ -106,6 +106,7 @@ class _Live:
     guard: LoopGuard | None = None
     has_looped: bool = False  # the guard has ended it
     wants_progress: bool = False  # of its prompt
+    image_bytes: int = 0  # of its prompt, unless an earlier choice has them
     wants_usage: bool = False  # in each delta
     channels: AnyChannels | None = None  # None: all text is content
     num_reasoning: int = 0
@@ -215,15 +216,19 @@ class Engine:
     ) -> None:
         """Queue one request's sequences; each one's sink is called from now on until its `Done`.
 
-        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded or there are
-        too many pictures, and EngineFailed when the engine has stopped for good.
+        Choices share one `Prompt` object: its images are counted, and its progress is reported,
+        with the first of them only. Raises QueueFull, and queues none of them, when `max_queue`
+        would be exceeded or there are too many pictures, and EngineFailed when the engine has
+        stopped for good.
         """
         if self.failure is not None:
             raise EngineFailed(self.failure)
         num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
         if num_waiting + len(sequences) > self._options.max_queue:
             raise QueueFull
-        num_bytes = sum(map(_image_bytes, sequences))
+        firsts = {id(s.prompt): s for s in reversed(sequences)}.values()
+        image_bytes = {s.id: sum(image.num_bytes for image in s.prompt.images) for s in firsts}
+        num_bytes = sum(image_bytes.values())
         if self._image_bytes and num_bytes and self._image_bytes + num_bytes > MAX_IMAGE_BYTES:
             raise QueueFull
         now = perf_counter()
@@ -231,7 +236,9 @@ class Engine:
         for sequence, sink in zip(sequences, sinks, strict=True):
             text = TextStream(self._detokenize, stop, sequence.prompt.tokens)  # may raise
             live = _Live(sequence, sink, text, now)
-            live.wants_progress, live.wants_usage = wants_progress, wants_usage
+            live.wants_progress = wants_progress and sequence.id in image_bytes
+            live.wants_usage = wants_usage
+            live.image_bytes = image_bytes.get(sequence.id, 0)
             live.channels = listen() if listen is not None else None
             live.guard = LoopGuard(self._options.guard) if self._options.guard else None
             lives.append(live)
@@ -411,10 +418,8 @@ class Engine:
             elif live is not None:
                 live.admitted_at = now
                 live.num_cached = admission.hit.num_tokens
-                if admission.stem is not None:
-                    live.num_cached = admission.num_tokens - 1
                 is_all_there = live.num_cached == admission.num_tokens - 1
-                if live.wants_progress and is_all_there and admission.stem is None:
+                if live.wants_progress and is_all_there:
                     self._emit(live, Progress(live.num_cached, live.usage(now)))
 
     def _publish(self, events: list[Event], now: float) -> None:
@@ -492,7 +497,7 @@ class Engine:
         live = self._live.pop(event.id, None)
         if live is None:
             return
-        self._image_bytes -= _image_bytes(live.sequence)
+        self._image_bytes -= live.image_bytes
         is_whole = event.reason in (FinishReason.STOP, FinishReason.LENGTH)
         for delta in self._read(live, lambda: live.flush(now, is_whole=is_whole)):
             self._emit(live, delta)
@@ -523,10 +528,3 @@ class Engine:
             perf_counter() - scheduled_at,
             published_at - scheduled_at,
         )
-
-
-def _image_bytes(sequence: Sequence) -> int:
-    """Of the pictures in its prompt, which forks share with their leader."""
-    if sequence.fork_of is not None:
-        return 0
-    return sum(image.num_bytes for image in sequence.prompt.images)

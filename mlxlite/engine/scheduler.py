@@ -99,10 +99,6 @@ class Scheduler:
         self._decoding: dict[int, State] = {}  # in order of joining: the runner's row order
         self._leaving: dict[int, State] = {}
         self._released: list[int] = []
-        self._forks: dict[int, list[int]] = {}  # leader → its forks that have not left the queue
-        self._stems: dict[int, int] = {}  # leader → tokens of the prompt cache kept for its forks
-        self._kept_stems: list[int] = []
-        self._dropped_stems: list[int] = []
         self._num_arrivals = 0
         self.num_steps = 0
         self._is_batch_closed = False
@@ -174,14 +170,7 @@ class Scheduler:
     def _lose(self, error: str) -> list[Event]:
         states = [self._states[id] for id in self.running()]
         self.prefix.forget_held()
-        events: list[Event] = [
-            self._finish(s, FinishReason.ERROR, error, is_intact=False) for s in states
-        ]
-        for leader in self._stems:
-            del self._forks[leader]  # each fork prefills alone
-        self._stems.clear()
-        self._dropped_stems.clear()
-        return events
+        return [self._finish(s, FinishReason.ERROR, error, is_intact=False) for s in states]
 
     def _add(self, sequence: Sequence) -> None:
         assert sequence.id not in self._states, f"sequence {sequence.id} was added twice"
@@ -190,11 +179,6 @@ class Scheduler:
         self._num_arrivals += 1
         self._states[sequence.id] = state
         insort(self._queue, (state.key, sequence.id))
-        first = sequence.fork_of
-        leader = self._states.get(first) if first is not None else None
-        # After its leader's first row there may be no stem, and none will come.
-        if leader is not None and (not leader.num_launched or first in self._stems):
-            self._forks.setdefault(leader.sequence.id, []).append(sequence.id)
 
     def _finish(
         self,
@@ -210,7 +194,6 @@ class Scheduler:
         match state.status:
             case Status.WAITING:
                 del self._queue[bisect_left(self._queue, (state.key, id))]
-                self._forked(state)
             case Status.LEAVING:
                 del self._leaving[id]
             case _:
@@ -219,21 +202,7 @@ class Scheduler:
                 self._decoding.pop(id, None)
         state.status = Status.FINISHED
         del self._states[id]
-        if id not in self._stems:
-            self._forks.pop(id, None)  # it never got through its prompt: each fork does it alone
         return Finished(id, reason, error)
-
-    def _forked(self, state: State) -> None:
-        """A fork has left the queue: the last one takes the stem with it."""
-        leader = state.sequence.fork_of
-        forks = self._forks.get(leader, []) if leader is not None else []
-        if leader is None or state.sequence.id not in forks:
-            return
-        forks.remove(state.sequence.id)
-        if not forks:
-            del self._forks[leader]
-            if self._stems.pop(leader, None) is not None:
-                self._dropped_stems.append(leader)
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -252,16 +221,12 @@ class Scheduler:
         rows = self._rows()
         after = self._prefix_ops()
         released, self._released = tuple(self._released), []
-        kept, self._kept_stems = tuple(self._kept_stems), []
-        dropped, self._dropped_stems = tuple(self._dropped_stems), []
-        if not (released or dropped or looks or chunks or rows or before or after):
+        if not (released or looks or chunks or rows or before or after):
             assert not admitted, "an admitted sequence always has a look, a chunk or a row"
             return None
         self.num_steps += 1
-        return Step(
-            *(self.num_steps, before, released, admitted, dropped),
-            *(tuple(looks), tuple(chunks), after, kept, rows),
-        )
+        work = tuple(looks), tuple(chunks), after, rows
+        return Step(self.num_steps, before, released, admitted, *work)
 
     # --- prefixes ---------------------------------------------------------------------------
 
@@ -281,17 +246,17 @@ class Scheduler:
         """Whether somebody is computing what this prompt begins with, or it comes from disk."""
         blocks = state.sequence.prompt.blocks
         is_off = not self._policy.prefix_bytes or not self._policy.continuous
-        if blocks is None or is_off or state.sequence.fork_of in self._stems:
+        if blocks is None or is_off:
             return False
         if state.waits_for is not None:
             other = self._prefilling.get(state.waits_for[0])
             if other is not None and other.num_computed < state.waits_for[1]:
                 return True
             state.waits_for = None
-        limit = state.num_tokens - 1
+        limit, unbroken = state.num_tokens - 1, state.sequence.prompt.unbroken
         hit = self.prefix.match(blocks, limit)
-        if hit.num_tokens < state.sequence.prompt.unbroken:
-            return False  # and none that is longer is to come
+        if hit.num_tokens < unbroken:
+            hit = Hit()  # it could not be gone on from
         if hit.missing and self.prefix.fetch(hit.missing):
             return True
         for id, other in self._prefilling.items():
@@ -300,7 +265,7 @@ class Scheduler:
                 continue
             most = min(limit, other.num_tokens - 1) // blocks.size * blocks.size
             common = min(num_common(blocks, theirs), most)
-            if common < max(state.sequence.prompt.unbroken, other.sequence.prompt.unbroken):
+            if common < max(unbroken, other.sequence.prompt.unbroken):
                 continue
             if common > other.num_computed and common >= hit.num_tokens + MIN_SHARED:
                 other.stops.add(common)
@@ -311,12 +276,11 @@ class Scheduler:
     # --- room -------------------------------------------------------------------------------
 
     def _num_bytes(self, running: Iterable[State]) -> int:
-        """What these hold, and the stems; a prompt counts as the padded row it will be."""
+        """What these hold; a prompt counts as the padded row it will be."""
         memory = self._policy.memory
         if memory.budget_bytes is None:
             return 0
-        rows = memory.batch(max(state.length, state.num_tokens) + 1 for state in running)
-        return rows + sum(map(memory.row, self._stems.values()))
+        return memory.batch(max(state.length, state.num_tokens) + 1 for state in running)
 
     def _fits(self, newcomer: State, running: list[State]) -> bool:
         """Whether there is room for one more beside these."""
@@ -326,18 +290,11 @@ class Scheduler:
         return self._num_bytes([*running, newcomer]) <= budget
 
     def _shrink(self) -> None:
-        """Decoding has grown: stems, then the last in order, give way until what is left fits."""
+        """Preempt the last in order until what has grown by decoding fits the budget."""
         budget = self._policy.memory.budget_bytes
-        while budget is not None and self.num_bytes > budget:
-            if self._stems:
-                leader = max(self._stems)
-                del self._stems[leader], self._forks[leader]  # each fork prefills alone
-                self._dropped_stems.append(leader)
-            elif self.num_running > 1:
-                running = (*self._prefilling.values(), *self._decoding.values())
-                self._preempt(max(running, key=lambda state: state.key))
-            else:
-                return
+        while budget is not None and self.num_running > 1 and self.num_bytes > budget:
+            running = (*self._prefilling.values(), *self._decoding.values())
+            self._preempt(max(running, key=lambda state: state.key))
 
     def _preempt(self, state: State) -> None:
         """Back to the queue, once the row that is in flight has brought its token."""
@@ -367,19 +324,13 @@ class Scheduler:
         entering: list[State] = []
         for _, id in list(self._queue):
             state = self._states[id]
-            if self._is_waiting_for_leader(state) or self._is_waiting_for_prefix(state):
+            if self._is_waiting_for_prefix(state):
                 continue
             if not self._has_place(state):
                 break
             self._enter(state)
             entering.append(state)
         return entering
-
-    def _is_waiting_for_leader(self, state: State) -> bool:
-        leader = state.sequence.fork_of
-        if leader is None or state.sequence.id not in self._forks.get(leader, ()):
-            return False
-        return leader not in self._stems
 
     def _has_place(self, state: State) -> bool:
         """Whether there is a place, if need be made by those who rank lower: by all or none."""
@@ -405,20 +356,13 @@ class Scheduler:
 
     def _admission(self, state: State) -> Admission:
         """Once it is sure who else enters and who leaves: what it need not compute."""
-        stem, hit, limit = state.sequence.fork_of, Hit(), state.num_tokens - 1
-        blocks = state.blocks()
-        if stem in self._stems and not state.outputs:
-            state.resume(state.num_tokens - 1)
-        else:
-            stem = None
-            unbroken = state.sequence.prompt.unbroken
-            if blocks is not None:
-                hit = self.prefix.enter(blocks, limit, unbroken)
-            state.resume(hit.num_tokens)
-            if blocks is not None and self.prefix.has_checkpoints:
-                state.stops |= {at for at in pauses(blocks, state.num_tokens) if at >= unbroken}
-        self._forked(state)
-        return Admission(state.sequence, tuple(state.outputs), stem, hit)
+        hit, blocks, unbroken = Hit(), state.blocks(), state.sequence.prompt.unbroken
+        if blocks is not None:
+            hit = self.prefix.enter(blocks, state.num_tokens - 1, unbroken)
+        state.resume(hit.num_tokens)
+        if blocks is not None and self.prefix.has_checkpoints:
+            state.stops |= {at for at in pauses(blocks, state.num_tokens) if at >= unbroken}
+        return Admission(state.sequence, tuple(state.outputs), hit)
 
     # --- looks, chunks and rows -------------------------------------------------------------
 
@@ -441,24 +385,7 @@ class Scheduler:
             if is_through:
                 state.status = Status.DECODE
                 self._decoding[id] = self._prefilling.pop(id)
-                if id in self._forks and not state.outputs:
-                    self._keep_stem(id, state.num_tokens - 1)
         return looks, chunks
-
-    def _keep_stem(self, id: int, num_tokens: int) -> None:
-        memory = self._policy.memory
-        budget = memory.budget_bytes
-        if budget is not None and self.num_bytes + memory.row(num_tokens) > budget:
-            del self._forks[id]  # no room: each fork prefills alone
-            return
-        self._stems[id] = num_tokens
-        self._kept_stems.append(id)
-
-    def _forget_stem(self, leader: int) -> None:
-        """The leader has failed, so there is no stem: each fork still waiting prefills alone."""
-        if self._stems.pop(leader, None) is not None:
-            del self._forks[leader]
-            self._dropped_stems.append(leader)
 
     def _rows(self) -> tuple[int, ...]:
         rows = tuple(id for id, state in self._decoding.items() if state.has_row)
@@ -473,7 +400,6 @@ class Scheduler:
         events: list[Event] = []
         for id, error in outcome.failed:
             if state := self._states.get(id):
-                self._forget_stem(id)
                 events.append(self._finish(state, FinishReason.ERROR, error, is_intact=False))
         self.prefix.lose(outcome.lost)
         assert len(outcome.tokens) == len(step.rows)
@@ -513,10 +439,6 @@ class Scheduler:
         for state in self._states.values():
             assert 0 <= state.num_computed < state.num_tokens
             assert len(state.outputs) <= state.num_launched <= state.sequence.max_tokens
-        for leader, forks in self._forks.items():
-            assert forks
-            assert leader in self._states or leader in self._stems
-        assert set(self._stems) <= set(self._forks)
         self._check_places()
 
     def _num_launched_bytes(self) -> int:

@@ -99,8 +99,7 @@ class Sequence:
 
     `max_tokens` is at least 1 and already within the context: prompt + output never exceed it.
     `eos_tokens` end the sequence and are no part of its text; an empty set never ends.
-    Lower `priority` goes first, as in vLLM. `fork_of` names a sequence with the same prompt, added
-    before: one prefill serves them all.
+    Lower `priority` goes first, as in vLLM.
     """
 
     id: int
@@ -109,7 +108,6 @@ class Sequence:
     max_tokens: int
     eos_tokens: frozenset[int] = frozenset()
     priority: int = 0
-    fork_of: int | None = None
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1

@@ -98,14 +98,11 @@ Command = Add | Finish | Lost | SetChunkBudget | CloseBatch | Fetched | Unstored
 class Admission:
     """A sequence leaves the queue.
 
-    `outputs` are the tokens it had drawn before a preemption. A fork may begin from the `stem` of
-    the sequence with this id: then its prompt is computed but for the last token. Any other begins
-    after its `hit`.
+    `outputs` are the tokens it had drawn before a preemption. It begins after its `hit`.
     """
 
     sequence: Sequence
     outputs: tuple[int, ...] = ()
-    stem: int | None = None
     hit: Hit = NO_HIT
 
     @property
@@ -140,20 +137,17 @@ class Step:
     """One tick's work, in the order of the fields.
 
     `rows` are the sequences that decode one token each, in order of joining; a sequence's first row
-    may be in the step of its last chunk. A stem is the prompt cache of a sequence that has forks:
-    kept when it joins, dropped when its last fork has been admitted. The prefix cache is worked on
-    twice: `before` for those who are then released, `after` the chunks for those who go on.
+    may be in the step of its last chunk. The prefix cache is worked on twice: `before` for the
+    sequences that are then released, `after` the chunks for those that go on.
     """
 
     number: int
     before: tuple[CacheOp, ...] = ()
     released: tuple[int, ...] = ()
     admitted: tuple[Admission, ...] = ()
-    dropped_stems: tuple[int, ...] = ()
     looks: tuple[Look, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     after: tuple[CacheOp, ...] = ()
-    kept_stems: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
 
     @property

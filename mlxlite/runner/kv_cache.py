@@ -148,15 +148,6 @@ def _can_merge(layer: Any) -> bool:
     return hasattr(layer, "merge")
 
 
-def copy(layer: Any) -> Any:
-    """A cache that goes on by itself; its arrays are shared until one of the two writes."""
-
-    def share(leaf: Any) -> Any:
-        return mx.array(leaf) if isinstance(leaf, mx.array) else leaf
-
-    return type(layer).from_state(tree_map(share, layer.state))
-
-
 def layer_sizes(layer: Any) -> list[tuple[int, int | None, int]]:
     """(Bytes per token, most tokens kept, constant bytes) of a used layer's cache."""
     if isinstance(layer, CacheList):

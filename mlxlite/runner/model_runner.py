@@ -48,7 +48,6 @@ from mlxlite.runner.kv_cache import (
     Kept,
     KVBits,
     can_pack,
-    copy,
     kept,
     layer_sizes,
     merge,
@@ -120,7 +119,6 @@ class ModelRunner:
         self._kv_bits = kv_bits
         self.num_vocab = int(model(mx.array([[0]])).shape[-1])
         self._prefills: dict[int, _Prefill] = {}
-        self._stems: dict[int, Cache] = {}
         self._failed: set[int] = set()  # given up, and not released yet
         self._store = store
         self._embedding: dict[int, tuple[Cache | None, mx.array]] = {}  # long inputs, half done
@@ -186,7 +184,6 @@ class ModelRunner:
     def reset(self) -> None:
         """Forget every sequence and free what they held."""
         self._prefills.clear()
-        self._stems.clear()
         self._failed.clear()
         self._payloads.clear()
         self._matchers.clear()
@@ -264,8 +261,6 @@ class ModelRunner:
             self._prefills.pop(id, None)
             self._failed.discard(id)
         failed = [f for a in step.admitted if (f := self._admit(a)) is not None]
-        for id in step.dropped_stems:
-            self._stems.pop(id, None)
         for look in step.looks:
             states += self._look(look, failed)
         chunks = [chunk for chunk in step.chunks if chunk.id not in self._failed]
@@ -275,7 +270,7 @@ class ModelRunner:
         rows = step.rows
         if self._failed:
             rows = tuple(id for id in rows if id not in self._failed)
-        self._regroup(rows, step.kept_stems, failed)
+        self._regroup(rows, failed)
         output, logprobs = self._decode(in_flight, states, failed) if self._ids else (None, None)
         launched_at = perf_counter()
         reported = [logprobs.drawn, logprobs.top_ids, logprobs.top] if logprobs else []
@@ -290,24 +285,19 @@ class ModelRunner:
         return _InFlight(step, rows, output, logprobs, states, tuple(failed), lost, writes, *times)
 
     def _admit(self, admission: Admission) -> tuple[int, str] | None:
-        """Make its cache; (id, reason) where that fails, or for a fork whose leader has failed."""
+        """Make its cache; (id, reason) where that fails."""
         sequence = admission.sequence
         tokens = np.array(sequence.prompt.tokens + admission.outputs, np.uint32)
-        stem = None if admission.stem is None else self._stems.get(admission.stem)
-        if stem is None and admission.stem is not None:
-            self._failed.add(sequence.id)
-            return sequence.id, "the prompt that it shares has failed"
-        num_computed = 0 if stem is None else len(tokens) - 1
         sight = None
         try:
             if sequence.prompt.images:
                 sight = self._model.begin(sequence.prompt, tokens)
-            cache = self._new_cache() if stem is None else [copy(layer) for layer in stem]
+            cache = self._new_cache()
             if admission.hit.num_tokens:
-                num_computed = admission.hit.num_tokens
                 self._resume(cache, admission.hit, tokens, sight)
         except FOREIGN as error:
             return self._give_up(sequence.id, error)
+        num_computed = admission.hit.num_tokens
         self._prefills[sequence.id] = _Prefill(admission, tokens, cache, num_computed, sight)
         return None
 
@@ -450,9 +440,7 @@ class ModelRunner:
         self._matchers.pop(id, None)
         return id, f"the grammar failed: {fault}"
 
-    def _regroup(
-        self, ids: tuple[int, ...], stems: tuple[int, ...], failed: list[tuple[int, str]]
-    ) -> None:
+    def _regroup(self, ids: tuple[int, ...], failed: list[tuple[int, str]]) -> None:
         """Make the batch's rows those of the step: drop who left, append who joins."""
         if self._ids == list(ids):
             return
@@ -461,9 +449,6 @@ class ModelRunner:
         joining = [self._prefills.pop(id) for id in ids if id in self._prefills]
         for prefill in joining:
             assert prefill.num_computed == len(prefill.tokens) - 1
-            id = prefill.admission.sequence.id
-            if id in stems:
-                self._stems[id] = [copy(layer) for layer in prefill.cache]
         self._batch.keep(keep)
         self._batch.join([prefill.cache for prefill in joining])
         self._sampler.regroup(keep, [_draw(prefill) for prefill in joining])

@@ -568,10 +568,8 @@ async def test_choices_differ_by_their_seeds_and_share_one_prompt() -> None:
         assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
         assert answer["usage"]["prompt_tokens"] == 3
         assert answer["usage"]["completion_tokens"] == 4 + 3 + 2, "the ends are counted"
-        assert served.runner.num_prefill_tokens == 2, "one prefill serves them all"
         assert served.num_ended("stop") == 3
         assert (await wire.chat("abc", **THREE)).json["choices"] == answer["choices"]
-        assert served.runner.stems == set()
         (only,) = (await wire.chat("abc", n=1)).json["choices"]
         assert only["message"]["content"] == "abc"
 
@@ -609,7 +607,26 @@ async def test_choices_that_do_not_fit_together_come_one_after_another() -> None
     async with serving(max_batch_size=1) as served, await served.wire() as wire:
         answer = (await wire.chat("abc", **THREE)).json
         assert [c["message"]["content"] for c in answer["choices"]] == ["abc", "bc", "c"]
-        assert served.runner.num_prefill_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_prefilled"), [({}, 99 + 2 * 3), ({"cache_prompt": False}, 3 * 99)]
+)
+def test_choices_of_a_prompt_are_one_prefill_with_the_prefix_cache_and_else_one_each(
+    fields: dict[str, Any], num_prefilled: int
+) -> None:
+    @in_a_loop
+    async def test() -> None:
+        content = "abcdefghij" * 10
+        async with serving(kv_block_size=16) as served, await served.wire() as wire:
+            answer = (await wire.chat(content, **THREE, **fields)).json
+            texts = [choice["message"]["content"] for choice in answer["choices"]]
+            assert texts == [content, content[1:], content[2:]]
+            assert answer["usage"]["prompt_tokens"] == 100
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert served.runner.num_prefill_tokens == num_prefilled
+
+    test()
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -687,7 +704,6 @@ def test_a_client_that_goes_takes_every_choice_with_it(max_batch_size: int, stre
             await until(lambda: not served.runner.prompts)
             async with await served.wire() as other:
                 assert (await other.chat("hello")).status == 200
-            assert served.runner.stems == set()
 
     test()
 

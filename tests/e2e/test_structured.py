@@ -475,21 +475,13 @@ def test_who_is_preempted_goes_on_where_its_grammar_was():
 def test_choices_of_one_request_match_each_in_its_own_way():
     held_to = grammar(Kind.JSON, CITY)
     first = sequence(1, held_to)
-    forks = [
-        replace(
-            first,
-            id=1 + i,
-            sampling=replace(first.sampling, seed=i),
-            fork_of=1 if i else None,
-        )
-        for i in range(4)
-    ]
-    found = run(*forks)
-    texts = {said(found, one.id) for one in forks}
+    choices = [replace(first, id=1 + i, sampling=replace(first.sampling, seed=i)) for i in range(4)]
+    found = run(*choices)
+    texts = {said(found, one.id) for one in choices}
     assert len(texts) > 1
-    for one in forks:
+    for one in choices:
         judge(CITY).validate(json.loads(said(found, one.id)))
-        by_itself = run(replace(one, fork_of=None))
+        by_itself = run(one)
         assert found.tokens(one.id) == by_itself.tokens(one.id)
 
 

@@ -21,7 +21,7 @@ from fakes import (
     SilentObserver,
     answer,
     fake_logprobs,
-    make_forks,
+    make_choices,
     make_sequence,
     spell,
 )
@@ -31,7 +31,7 @@ from mlxlite.engine.device_thread import Lane
 from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueFull
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
-from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence
+from mlxlite.engine.sequence import FinishReason, Logprobs, Prompt, Sequence
 from mlxlite.engine.step import Chunk, Step
 from mlxlite.output.events import Channel, Delta, Done, Output
 from mlxlite.output.markers import Channels, Markers
@@ -577,20 +577,21 @@ def test_the_logprobs_of_a_cancelled_sequence_are_those_of_its_tokens():
     play(scenario())
 
 
-# --- forks ------------------------------------------------------------------------------------
+# --- choices ----------------------------------------------------------------------------------
 
 
-def test_one_request_with_many_answers_is_one_prefill_and_a_done_for_each():
-    forks = make_forks(16, 50, 5)
+def test_one_request_with_many_answers_is_about_one_prefill_and_a_done_for_each():
+    choices = make_choices(16, 99, 5, block_size=16)  # 6 blocks and 2 tokens to compute
 
     async def scenario() -> None:
-        async with serve(policy=Policy(max_rows=3, chunk_size=16)) as served:
-            sinks = [RecordingSink() for _ in forks]
-            served.engine.add(forks, (), sinks)
-            for sequence, sink in zip(forks, sinks, strict=True):
-                assert (await sink.wait()).reason is FinishReason.LENGTH
-                assert sink.text == spell(answer(sequence))
-            assert sum(step.num_prefill_tokens for step in served.runner.steps) == 49
+        async with serve(policy=Policy(max_rows=3, chunk_size=16, prefix_bytes=1 << 20)) as served:
+            sinks = [RecordingSink() for _ in choices]
+            served.engine.add(choices, (), sinks)
+            dones = [await sink.wait() for sink in sinks]
+            assert {done.reason for done in dones} == {FinishReason.LENGTH}
+            assert [sink.text for sink in sinks] == [spell(answer(s)) for s in choices]
+            assert [done.usage.num_cached for done in dones] == [0] + [96] * 15
+            assert sum(step.num_prefill_tokens for step in served.runner.steps) == 98 + 15 * 2
 
     play(scenario())
 
@@ -600,9 +601,9 @@ def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole
         async with serve(options=EngineOptions(max_queue=3)) as served:
             sinks = [RecordingSink() for _ in range(4)]
             with pytest.raises(QueueFull):
-                served.engine.add(make_forks(4), (), sinks)
+                served.engine.add(make_choices(4), (), sinks)
             assert served.engine.num_live == 0
-            served.engine.add(make_forks(3), (), sinks[:3])
+            served.engine.add(make_choices(3), (), sinks[:3])
             for sink in sinks[:3]:
                 await sink.wait()
             assert sinks[3].outputs == []
@@ -610,16 +611,17 @@ def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole
     play(scenario())
 
 
-def test_forks_that_wait_when_their_leaders_step_is_lost_are_served():
-    """ "End what ran, keep what waits": the runner's stems are lost with its reset."""
-    forks = make_forks(4, 9, 4)
+def test_choices_that_wait_when_the_first_ones_step_is_lost_are_served():
+    """What ran ends, what waits stays: the first one's blocks are lost with the runner's reset."""
+    choices = make_choices(4, 99, 4, block_size=16)
 
     async def scenario() -> None:
-        async with serve(FakeRunner(lost_in_launch={2}), Policy(max_rows=1)) as served:
-            sinks = [RecordingSink() for _ in forks]
-            served.engine.add(forks, (), sinks)
+        policy = Policy(chunk_size=32, prefix_bytes=1 << 20)
+        async with serve(FakeRunner(lost_in_launch={2}), policy) as served:
+            sinks = [RecordingSink() for _ in choices]
+            served.engine.add(choices, (), sinks)
             assert (await sinks[0].wait()).reason is FinishReason.ERROR
-            for sequence, sink in zip(forks[1:], sinks[1:], strict=True):
+            for sequence, sink in zip(choices[1:], sinks[1:], strict=True):
                 assert (await sink.wait()).reason is FinishReason.LENGTH
                 assert sink.text == spell(answer(sequence))
             assert served.runner.num_resets == 1
@@ -813,6 +815,27 @@ def test_too_many_pictures_at_once_are_refused_and_text_is_not():
                 await sink.wait()
             assert refused.outputs == []
             await served.add(with_picture(5, 2 * MAX_IMAGE_BYTES)).wait()  # alone, any number
+
+    play(scenario())
+
+
+def test_pictures_that_choices_share_are_counted_once():
+    (image,) = make_sequence(1, images=[(0, 1)]).prompt.images
+    prompt = Prompt((1, 2, 3), images=(replace(image, num_bytes=MAX_IMAGE_BYTES // 2),))
+    choices = [replace(choice, prompt=prompt) for choice in make_choices(6)]
+
+    async def scenario() -> None:
+        async with serve() as served:
+            sinks = [RecordingSink() for _ in choices]
+            served.engine.add(choices[:3], (), sinks[:3])
+            served.engine.add(choices[3:], (), sinks[3:])
+            refused = RecordingSink()
+            with pytest.raises(QueueFull):
+                served.engine.add([replace(choices[0], id=7)], (), [refused])
+            for sink in sinks:
+                await sink.wait()
+            last = served.add(replace(choices[0], id=8))  # there is room again
+            assert (await last.wait()).reason is FinishReason.LENGTH
 
     play(scenario())
 

@@ -1,14 +1,14 @@
 """The memory ledger: what is launched always fits, and who gives way loses nothing.
 
 The sums are done again here, from the steps alone, because `check()` is the scheduler's own word.
-The last tests take everything together: thousands of requests with forks, priorities, cancels and
-little memory, and every operation is followed by `check()`.
+The last tests take everything together: thousands of requests with choices, priorities, cancels
+and little memory, and every operation is followed by `check()`.
 """
 
 import random
 
 import pytest
-from fakes import FakeRunner, Run, answer, draw, drive, make_forks, make_sequence
+from fakes import FakeRunner, Run, answer, draw, drive, make_choices, make_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,38 +40,25 @@ def peaks(policy: Policy, log: Log, scheduler: Scheduler | None = None) -> tuple
     """A run, and what its rows and prompts held after each step, counted from the steps alone.
 
     A row's cache has its prompt and what it has drawn, all padded to the longest; a prompt's has
-    its chunks so far; a stem its prompt but for the last token. 0 where one runs alone, which may.
+    its chunks so far. 0 where one runs alone, which may.
     """
     runner = FakeRunner()
-    sequences = {
-        c.sequence.id: c.sequence
-        for commands in log.values()
-        for c in commands
-        if isinstance(c, Add)
-    }
     held: list[int] = []
     computed: dict[int, int] = {}
-    stems: dict[int, int] = {}
 
     def count(step: Step) -> None:
         for id in step.released:
             computed.pop(id, None)
         for admission in step.admitted:
-            sequence = admission.sequence
-            is_forked = sequence.fork_of in stems and not admission.outputs
-            computed[sequence.id] = admission.num_tokens - 1 if is_forked else 0
-        for id in step.dropped_stems:
-            del stems[id]
+            computed[admission.sequence.id] = 0
         for chunk in step.chunks:
             computed[chunk.id] = chunk.stop
-        for id in step.kept_stems:
-            stems[id] = len(sequences[id].prompt.tokens) - 1
         for id in step.rows:
             computed[id] += 1
         rows = [computed[id] for id in step.rows]
         prompts = [num for id, num in computed.items() if id not in step.rows]
         memory = policy.memory
-        total = memory.batch(rows) + sum(map(memory.row, [*prompts, *stems.values()]))
+        total = memory.batch(rows) + sum(map(memory.row, prompts))
         held.append(total if len(computed) > 1 else 0)
 
     run = drive(scheduler or Scheduler(policy), runner, log)
@@ -215,46 +202,27 @@ def test_an_urgent_one_that_would_not_fit_even_so_puts_nobody_back():
     assert left == came
 
 
-# --- stems ------------------------------------------------------------------------------------
+# --- choices ----------------------------------------------------------------------------------
 
 
-def test_a_stem_yields_before_a_row_does():
-    forks = make_forks(3, 21, 30)
-    log: Log = {0: [Add(sequence) for sequence in forks]}
-    run, _ = peaks(Policy(max_rows=1, memory=tokens_only(60)), log)
-    (step,) = (step for step in run.steps if step.dropped_stems)
-    assert step.rows == (1,)  # 20 in the stem and more than 40 in the row
-    assert admissions(run) == [1, 2, 3]
-    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
-    assert sum(s.num_prefill_tokens for s in run.steps) == 60  # each did its own
-
-
-def test_rows_and_stems_together_never_exceed_the_budget():
-    forks = make_forks(3, 21, 30)
-    log: Log = {0: [Add(sequence) for sequence in forks]}
+def test_choices_together_never_exceed_the_budget():
+    choices = make_choices(3, 21, 30)
+    log: Log = {0: [Add(sequence) for sequence in choices]}
     for budget in (35, 60, 100):
-        _, held = peaks(Policy(memory=tokens_only(budget)), log)
+        run, held = peaks(Policy(memory=tokens_only(budget)), log)
         assert max(held) <= budget
+        assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
 
 
-def test_a_stem_is_kept_only_where_there_is_room_for_it():
-    """Two rows of 22 fit in 50, and not with a stem of 20 beside them."""
-    forks = make_forks(2, 21, 5)
-    log: Log = {0: [Add(make_sequence(50, 16, 5)), *(Add(sequence) for sequence in forks)]}
-    run, held = peaks(Policy(memory=tokens_only(50)), log)
-    assert max(held) <= 50
-    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
-
-
-def test_forks_in_little_memory_say_the_same():
-    forks = make_forks(8, 9, 12)
+def test_choices_in_little_memory_say_the_same():
+    choices = make_choices(8, 9, 12)
     others = [make_sequence(100 + i, 5, 9) for i in range(3)]
-    log: Log = {0: [Add(s) for s in forks], 3: [Add(s) for s in others]}
+    log: Log = {0: [Add(s) for s in choices], 3: [Add(s) for s in others]}
     for budget in (25, 40, 70, 100):
         policy = Policy(chunk_size=4, memory=tokens_only(budget))
         run, _ = peaks(policy, log)
-        assert [run.tokens(s.id) for s in (*forks, *others)] == [
-            answer(s) for s in (*forks, *others)
+        assert [run.tokens(s.id) for s in (*choices, *others)] == [
+            answer(s) for s in (*choices, *others)
         ]
 
 
@@ -267,12 +235,12 @@ def crowd(chance: random.Random, num: int, last_tick: int) -> Log:
     id = 0
     for _ in range(num):
         tick = chance.randrange(last_tick)
-        num_forks = chance.choice((1, 1, 1, 2, 4))
+        num_choices = chance.choice((1, 1, 1, 2, 4))
         num_prompt, max_tokens = chance.choice((1, 2, 5, 17, 40)), chance.randrange(1, 15)
         prompt = [chance.randrange(26) for _ in range(num_prompt)]
-        priority, first = chance.choice((0, 0, 0, -1, 1, -10)), id + 1
+        priority = chance.choice((0, 0, 0, -1, 1, -10))
         eos = frozenset(chance.sample(range(26), chance.choice((0, 2))))
-        for i in range(num_forks):
+        for i in range(num_choices):
             id += 1
             sequence = make_sequence(
                 id,
@@ -281,7 +249,6 @@ def crowd(chance: random.Random, num: int, last_tick: int) -> Log:
                 sampling=SamplingParams(seed=i, top_logprobs=chance.choice((None, 2))),
                 eos_tokens=eos,
                 priority=priority,
-                fork_of=first if i else None,
             )
             log.setdefault(tick, []).append(Add(sequence))
             if chance.random() < 0.15:

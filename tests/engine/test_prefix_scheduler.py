@@ -9,12 +9,12 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 import pytest
-from fakes import FakeRunner, Run, answer, draw, drive, make_forks, make_sequence
+from fakes import FakeRunner, Run, answer, draw, drive, make_choices, make_sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlite.engine.memory import Memory
-from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.scheduler import MIN_SHARED, Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Sequence
 from mlxlite.engine.step import (
     Add,
@@ -596,7 +596,7 @@ def test_a_cleared_cache_is_empty_and_stops_nobody(memory: Memory, tick: int):
     assert server.hit(again) == 0
 
 
-# --- static batching, forks -------------------------------------------------------------------
+# --- static batching -------------------------------------------------------------------
 
 
 @both
@@ -612,33 +612,119 @@ def test_static_batches_use_what_earlier_ones_kept(memory: Memory):
 
 
 @both
-def test_forks_are_prefilled_once_and_what_they_begin_with_not_at_all(memory: Memory):
-    server = Server(memory, chunk_size=100)
-    first = server.sequence(text(0, 400), 3)
-    server.ask(first)
-    forks = [
-        cacheable(replace(fork, prompt=replace(fork.prompt, tokens=(*text(0, 400), *text(1, 60)))))
-        for fork in make_forks(4, 3, 6, first=50)
-    ]
-    run = server.drive({0: [Add(fork) for fork in forks]})
-    assert [run.tokens(fork.id) for fork in forks] == [answer(fork) for fork in forks]
-    assert server.hit(forks[0]) >= 399 - BLOCK
-    assert server.num_prefilled <= 60 + 2 * BLOCK
-    stems = [a.stem for step in run.steps for a in step.admitted]
-    assert stems == [None, 50, 50, 50]
+def test_in_a_static_batch_each_choice_computes_the_prompt(memory: Memory):
+    server = Server(memory, continuous=False, max_rows=3)
+    choices = make_choices(3, 200, 4, block_size=BLOCK)
+    run = server.drive({0: [Add(choice) for choice in choices]})
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
+    assert server.num_prefilled == 3 * 199
+
+
+# --- choices ----------------------------------------------------------------------------------
 
 
 @both
-def test_forks_wait_for_a_leader_that_waits_for_a_prefix(memory: Memory):
+@pytest.mark.parametrize("num_prompt", [65, 200, 1500, 3000])
+@pytest.mark.parametrize("max_rows", [1, 3, 8])
+def test_choices_share_one_prefill_but_for_the_last_block(
+    memory: Memory, num_prompt: int, max_rows: int
+):
+    server = Server(memory, max_rows=max_rows)
+    choices = make_choices(4, num_prompt, 5, block_size=BLOCK)
+    run = server.drive({0: [Add(choice) for choice in choices]})
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
+    assert len({tuple(run.tokens(s.id)) for s in choices}) == 4
+    assert server.hit(choices[0]) == 0
+    in_blocks = (num_prompt - 1) // BLOCK * BLOCK
+    assert all(server.hit(s) >= in_blocks for s in choices[1:])
+    assert server.num_prefilled <= num_prompt - 1 + 3 * (num_prompt - 1 - in_blocks)
+
+
+@both
+def test_choices_do_not_compute_what_their_prompt_begins_with(memory: Memory):
+    server = Server(memory, chunk_size=100)
+    server.ask(server.sequence(text(0, 400), 3))
+    choices = choices_of(4, [*text(0, 400), *text(1, 60)])
+    run = server.drive({0: [Add(choice) for choice in choices]})
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
+    assert server.hit(choices[0]) >= 399 - BLOCK
+    assert server.num_prefilled <= 60 + 4 * BLOCK + 3 * MIN_SHARED
+
+
+@both
+def test_choices_wait_with_the_first_one_for_a_prefix(memory: Memory):
     server = Server(memory, chunk_size=100)
     one = server.sequence([*text(0, 800), 1], 3)
-    forks = [
-        cacheable(replace(fork, prompt=replace(fork.prompt, tokens=(*text(0, 800), *text(1, 60)))))
-        for fork in make_forks(3, 3, 6, first=50)
-    ]
-    run = server.drive({0: [Add(s) for s in (one, *forks)]})
-    assert [run.tokens(s.id) for s in (one, *forks)] == [answer(s) for s in (one, *forks)]
-    assert server.num_prefilled <= 800 + 60 + 3 * BLOCK
+    choices = choices_of(3, [*text(0, 800), *text(1, 90)])
+    run = server.drive({0: [Add(s) for s in (one, *choices)]})
+    assert [run.tokens(s.id) for s in (one, *choices)] == [answer(s) for s in (one, *choices)]
+    assert server.num_prefilled <= 800 + 90 + 4 * BLOCK
+
+
+@both
+def test_others_are_served_while_choices_wait_for_the_first_one(memory: Memory):
+    server = Server(memory, max_rows=2, chunk_size=10)
+    choices = make_choices(3, 100, 2, block_size=BLOCK)
+    others = [make_sequence(10 + i, 2, 2) for i in range(3)]
+    run = server.drive({0: [Add(sequence) for sequence in (*choices, *others)]})
+    assert order(run) == [1, 10, 11, 12, 2, 3]
+    assert server.num_prefilled <= 99 + 2 * 3 + 3
+
+
+@both
+@pytest.mark.parametrize("tick", range(12))
+@pytest.mark.parametrize("id", [1, 2, 3, 4])
+def test_a_choice_that_is_cancelled_at_any_step_costs_the_others_no_token(
+    memory: Memory, id: int, tick: int
+):
+    server = Server(memory, max_rows=2, chunk_size=40)
+    choices = make_choices(4, 150, 4, block_size=BLOCK)
+    log: Log = {0: [Add(choice) for choice in choices]}
+    log.setdefault(tick, []).append(Finish(id, CANCELLED))
+    run = server.drive(log)
+    others = [s for s in choices if s.id != id]
+    assert [run.tokens(s.id) for s in others] == [answer(s) for s in others]
+    assert server.num_prefilled <= 149 + 4 * BLOCK  # what the cancelled one computed is kept
+
+
+@both
+@pytest.mark.parametrize("tick", range(1, 14))
+def test_a_choice_that_is_preempted_at_any_step_loses_no_token(memory: Memory, tick: int):
+    server = Server(memory, max_rows=1, chunk_size=40)
+    choices = make_choices(4, 150, 6, block_size=BLOCK)
+    urgent = make_sequence(50, 9, 3, priority=-1)
+    log: Log = {0: [Add(choice) for choice in choices], tick: [Add(urgent)]}
+    run = server.drive(log)
+    for sequence in (*choices, urgent):
+        assert run.tokens(sequence.id) == answer(sequence)
+        assert len(run.ends(sequence.id)) == 1
+    assert server.num_prefilled <= 149 + 5 * BLOCK + 8
+
+
+@both
+def test_a_choice_that_comes_when_the_first_one_decodes_does_not_wait_for_its_end(memory: Memory):
+    server = Server(memory)
+    one, two = make_choices(2, 100, 300, block_size=BLOCK)
+    run = server.drive({0: [Add(one)], 9: [Add(two)]})
+    assert run.tokens(2) == answer(two)
+    assert min(step.number for step in run.steps if 2 in step.rows) < 20
+    assert server.num_prefilled <= 99 + 3
+
+
+@both
+@pytest.mark.parametrize("budget", [40_000, 80_000, 200_000])
+def test_choices_beside_their_kept_prompt_fit_the_budget(memory: Memory, budget: int):
+    """`Counting` holds rows and kept prefixes together against the budget."""
+    server = Server(replace(memory, budget_bytes=budget, block=0), max_rows=4, chunk_size=64)
+    choices = make_choices(8, 150, 40, block_size=BLOCK)
+    run = server.drive({0: [Add(choice) for choice in choices]})
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
+
+
+def choices_of(num: int, prompt: SequenceOf[int], first: int = 50) -> list[Sequence]:
+    """Choices of this prompt."""
+    one = cacheable(make_sequence(first, max_tokens=6, prompt=prompt)).prompt
+    return [replace(choice, prompt=one) for choice in make_choices(num, max_tokens=6, first=first)]
 
 
 # --- disk -------------------------------------------------------------------------------------
@@ -748,7 +834,7 @@ def test_two_who_wait_for_the_disk_do_not_drive_out_one_another_for_ever(memory,
 
 
 def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9) -> Log:
-    """Requests that begin alike, go on, fork, are cancelled, stopped and preempted."""
+    """Requests that begin alike, go on, have choices, are cancelled, stopped and preempted."""
     log: Log = {}
     roots = [text(i, chance.choice((20, 90, 150))) for i in range(3)]
     prompts: list[list[int]] = list(roots)
@@ -761,7 +847,7 @@ def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9)
         heads = sorted(chance.sample(range(len(prompt)), min(2, len(prompt))))
         priority = chance.choice((0, 0, 0, -1, 1, -10))
         max_tokens, has_blocks = chance.randrange(1, 20), chance.random() < blocked
-        for i in range(chance.choice((1, 1, 1, 1, 3))):
+        for _ in range(chance.choice((1, 1, 1, 1, 3))):
             id += 1
             sequence = make_sequence(
                 id,
@@ -769,7 +855,6 @@ def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9)
                 prompt=prompt,
                 eos_tokens=frozenset(chance.sample(range(26), 1)),
                 priority=priority,
-                fork_of=first if i else None,
             )
             if has_blocks:
                 sequence = cacheable(sequence, heads, first % 7 == 0)

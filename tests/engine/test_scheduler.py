@@ -17,7 +17,7 @@ from fakes import (
     draw,
     drive,
     fake_logprobs,
-    make_forks,
+    make_choices,
     make_sequence,
 )
 from hypothesis import given, settings
@@ -318,108 +318,22 @@ def test_static_batching_is_never_interrupted():
     assert admissions(drive(Scheduler(policy), FakeRunner(), commands)) == [1, 2]
 
 
-# --- forks ------------------------------------------------------------------------------------
+# --- choices ----------------------------------------------------------------------------------
 
 
-def stems(run: Run) -> tuple[list[int], list[int]]:
-    """The leaders whose prompt cache was kept, and those whose was dropped, in order."""
-    return (
-        [id for step in run.steps for id in step.kept_stems],
-        [id for step in run.steps for id in step.dropped_stems],
-    )
+def test_without_a_prefix_cache_each_choice_computes_the_prompt():
+    choices = make_choices(5, 50, 5)
+    run = run_all(Policy(max_rows=3, chunk_size=16), *choices)
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
+    assert len({tuple(run.tokens(s.id)) for s in choices}) == 5
+    assert sum(step.num_prefill_tokens for step in run.steps) == 5 * 49
 
 
-def test_many_answers_to_one_prompt_cost_one_prefill():
-    forks = make_forks(16, 50, 5)
-    runner = FakeRunner()
-    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
-    run = drive(Scheduler(Policy(max_rows=3, chunk_size=16)), runner, commands)
-    assert sum(step.num_prefill_tokens for step in run.steps) == 49
-    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
-    assert len({tuple(run.tokens(s.id)) for s in forks}) == 16
-    assert stems(run) == ([1], [1])
-    assert runner.num_held == 0
-
-
-def test_others_are_served_while_forks_wait_for_their_leader():
-    forks = make_forks(3, 100, 2)
-    others = [make_sequence(10 + i, 2, 2) for i in range(3)]
-    run = run_all(Policy(max_rows=2, chunk_size=10), *forks, *others)
-    assert admissions(run) == [1, 10, 11, 12, 2, 3]
-    assert sum(step.num_prefill_tokens for step in run.steps) == 99 + 3
-
-
-@pytest.mark.parametrize("tick", range(12))
-def test_a_leader_that_is_cancelled_at_any_step_costs_its_forks_no_token(tick: int):
-    forks = make_forks(4, 21, 4)
-    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
-    commands.setdefault(tick, []).append(Finish(1, CANCELLED))
-    runner = FakeRunner()
-    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
-    assert [run.tokens(s.id) for s in forks[1:]] == [answer(s) for s in forks[1:]]
-    kept, dropped = stems(run)
-    assert kept == dropped == ([] if tick < 4 else [1])  # its first row is in the fourth step
-    if kept:
-        assert sum(step.num_prefill_tokens for step in run.steps) == 20
-    assert runner.num_held == 0
-
-
-@pytest.mark.parametrize("tick", range(14))
-@pytest.mark.parametrize("id", [2, 3, 4])
-def test_a_fork_that_is_cancelled_at_any_step_costs_the_others_nothing(tick: int, id: int):
-    forks = make_forks(4, 21, 4)
-    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
-    commands.setdefault(tick, []).append(Finish(id, CANCELLED))
-    runner = FakeRunner()
-    run = drive(Scheduler(Policy(max_rows=2, chunk_size=5)), runner, commands)
-    others = [s for s in forks if s.id != id]
-    assert [run.tokens(s.id) for s in others] == [answer(s) for s in others]
-    assert sum(step.num_prefill_tokens for step in run.steps) == 20
-    assert stems(run) == ([1], [1])
-    assert runner.num_held == 0
-
-
-def test_no_stem_is_kept_for_forks_that_have_all_left():
-    forks = make_forks(3, 21, 4)
-    leave: list[Command] = [Finish(id, CANCELLED) for id in (2, 3)]
-    commands = {0: [Add(sequence) for sequence in forks], 2: leave}
-    run = drive(Scheduler(Policy(chunk_size=5)), FakeRunner(), commands)
-    assert stems(run) == ([], [])
-
-
-@pytest.mark.parametrize("tick", range(1, 14))
-def test_a_leader_or_fork_that_is_preempted_at_any_step_loses_no_token(tick: int):
-    forks = make_forks(4, 21, 6)
-    commands: dict[int, list[Command]] = {0: [Add(sequence) for sequence in forks]}
-    urgent = make_sequence(50, 9, 3, priority=-1)
-    commands.setdefault(tick, []).append(Add(urgent))
-    runner = FakeRunner()
-    run = drive(Scheduler(Policy(max_rows=1, chunk_size=5)), runner, commands)
-    for sequence in (*forks, urgent):
-        assert run.tokens(sequence.id) == answer(sequence)
-        assert len(run.ends(sequence.id)) == 1
-    assert stems(run) == ([1], [1])
-    assert runner.num_held == 0
-
-
-def test_a_fork_of_a_prompt_of_one_token_needs_no_prefill():
-    forks = make_forks(3, 1, 4)
-    run = run_all(Policy(max_rows=3), *forks)
-    assert [run.tokens(s.id) for s in forks] == [answer(s) for s in forks]
+def test_choices_of_a_prompt_of_one_token_need_no_prefill():
+    choices = make_choices(3, 1, 4)
+    run = run_all(Policy(max_rows=3), *choices)
+    assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
     assert sum(step.num_prefill_tokens for step in run.steps) == 0
-
-
-def test_a_fork_whose_leader_has_ended_before_it_came_does_its_own_prefill():
-    one, two = make_forks(2, 9, 2)
-    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
-    assert run.tokens(2) == answer(two)
-    assert sum(step.num_prefill_tokens for step in run.steps) == 16
-
-
-def test_a_fork_that_comes_when_its_leader_decodes_does_not_wait_for_its_end():
-    one, two = make_forks(2, 9, 300)
-    run = drive(Scheduler(Policy()), FakeRunner(), {0: [Add(one)], 9: [Add(two)]})
-    assert min(step.number for step in run.steps if 2 in step.rows) < 300
 
 
 # --- ends -------------------------------------------------------------------------------------

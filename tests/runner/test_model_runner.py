@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from fakes import GREEDY, FakeRunner, Run, admit, answer, drive, make_forks, make_sequence
+from fakes import GREEDY, FakeRunner, Run, admit, answer, drive, make_choices, make_sequence
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
@@ -402,16 +402,23 @@ def test_a_seeded_sequence_draws_the_same_alone_and_in_any_company(subject: Subj
     assert together.tokens(1) != together.tokens(6)  # same seed, other prompts
 
 
-def test_forks_draw_what_separate_sequences_with_their_seeds_draw(subject: Subject):
-    forks = make_forks(6, 40, 7)
-    commands: list[Command] = [Add(sequence) for sequence in forks]
-    scheduler = Scheduler(Policy(max_rows=3, chunk_size=16))
-    together = drive(scheduler, subject.runner, {0: commands})
-    assert sum(step.num_prefill_tokens for step in together.steps) == 39
-    for sequence in forks:
-        again = replace(sequence, id=100 + sequence.id, fork_of=None)
-        alone = drive(scheduler, subject.runner, {0: [Add(again)]})
+def assert_choices_draw_what_each_draws_alone(runner: Runner, choices: list[Sequence]) -> None:
+    """Together, with a prefix cache, they compute the prompt about once; alone, without blocks."""
+    policy = Policy(max_rows=3, chunk_size=10, memory=runner.memory, prefix_bytes=1 << 30)
+    scheduler = Scheduler(policy)
+    together = drive(scheduler, runner, {0: [Add(sequence) for sequence in choices]})
+    num_prefilled = sum(step.num_prefill_tokens for step in together.steps)
+    assert num_prefilled < len(choices[0].prompt.tokens) + (len(choices) - 1) * policy.block_size
+    for sequence in choices:
+        prompt = replace(sequence.prompt, blocks=None)
+        again = replace(sequence, id=100 + sequence.id, prompt=prompt)
+        alone = drive(scheduler, runner, {0: [Add(again)]})
         assert together.tokens(sequence.id) == alone.tokens(again.id), sequence.id
+
+
+def test_choices_draw_what_separate_sequences_with_their_seeds_draw(subject: Subject):
+    choices = make_choices(6, 90, 7, block_size=16)
+    assert_choices_draw_what_each_draws_alone(subject.runner, choices)
 
 
 def test_a_released_id_may_come_back_with_the_tokens_it_has_drawn(subject: Subject):
@@ -427,30 +434,6 @@ def test_a_released_id_may_come_back_with_the_tokens_it_has_drawn(subject: Subje
         Step(5, chunks=(Chunk(1, 3, 6),), rows=(1,)),
         Step(6, rows=(1,)),
     ) == [(expected[0],), (expected[1],), (), (), (expected[2],), (expected[3],)]
-
-
-def test_a_stem_serves_until_it_is_dropped_and_in_that_step_too(subject: Subject):
-    one, two, three = make_forks(3, 9, 4)
-    tokens = one_by_one(
-        subject.runner,
-        Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 8),), kept_stems=(1,), rows=(1,)),
-        Step(2, rows=(1,)),
-        Step(3, released=(1,), admitted=admit(two, three, stem=1), dropped_stems=(1,), rows=(2, 3)),
-    )
-    plain = [replace(s, id=10 + s.id, fork_of=None) for s in (two, three)]
-    chunks = (Chunk(12, 0, 8), Chunk(13, 0, 8))
-    step = Step(4, released=(2, 3), admitted=admit(*plain), chunks=chunks, rows=(12, 13))
-    assert one_by_one(subject.runner, step) == [tokens[2]]
-
-
-def test_a_sequence_that_is_no_fork_has_no_part_in_any_stem(subject: Subject):
-    """Not even in that of a leader whose id is 0."""
-    leader, other = make_sequence(0, 9), make_sequence(1, 9)
-    assert one_by_one(
-        subject.runner,
-        Step(1, admitted=admit(leader), chunks=(Chunk(0, 0, 8),), kept_stems=(0,), rows=(0,)),
-        Step(2, admitted=admit(other), chunks=(Chunk(1, 0, 8),), rows=(0, 1)),
-    )[1] == (subject.expected(leader)[1], subject.expected(other)[0])
 
 
 @pytest.mark.parametrize("chunk", [Chunk(1, 3, 8), Chunk(1, 1, 8)], ids=str)
@@ -649,14 +632,14 @@ def test_prompts_that_fail_together_are_tried_alone():
         assert run.tokens(sequence.id) == judge("qwen3", sequence)
 
 
-def test_a_leader_that_fails_takes_its_forks_with_it_and_nobody_else():
+def test_a_prompt_that_fails_costs_each_of_its_choices_and_nobody_else():
     model = Counting(build("qwen3"), broken_length=21)
-    forks = make_forks(5, 22, first=10)
+    choices = make_choices(5, 22, first=10)
     bystander = make_sequence(1, 60, 12)
     scheduler, runner = Scheduler(Policy(max_rows=3)), ModelRunner(model)
-    run = drive(scheduler, runner, {0: [Add(bystander), *map(Add, forks)]})
-    for fork in forks:
-        assert [end.reason for end in run.ends(fork.id)] == [FinishReason.ERROR]
+    run = drive(scheduler, runner, {0: [Add(bystander), *map(Add, choices)]})
+    for choice in choices:
+        assert [end.reason for end in run.ends(choice.id)] == [FinishReason.ERROR]
     assert run.tokens(1) == judge("qwen3", bystander)
     again = drive(scheduler, runner, {0: [Add(make_sequence(99, 5))]})
     assert again.tokens(99) == judge("qwen3", make_sequence(99, 5))
@@ -715,19 +698,11 @@ def test_who_is_preempted_for_memory_or_priority_says_the_same(kind: str):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_forks_say_what_each_would_say_alone_for_every_kind_of_cache(kind: str):
-    """Longer than the window, and one of them with a leader that goes on beside its forks."""
-    forks = make_forks(4, 2 * WINDOW, 9)
-    forks[0] = replace(forks[0], max_tokens=20)
-    runner = ModelRunner(build(kind))
-    commands: list[Command] = [Add(sequence) for sequence in forks]
-    scheduler = Scheduler(Policy(max_rows=3, chunk_size=10))
-    together = drive(scheduler, runner, {0: commands})
-    assert sum(step.num_prefill_tokens for step in together.steps) == 2 * WINDOW - 1
-    for sequence in forks:
-        again = replace(sequence, id=100 + sequence.id, fork_of=None)
-        alone = drive(scheduler, runner, {0: [Add(again)]})
-        assert together.tokens(sequence.id) == alone.tokens(again.id), sequence.id
+def test_choices_say_what_each_would_say_alone_for_every_kind_of_cache(kind: str):
+    """Longer than the window, and the first of them goes on beside the others."""
+    choices = make_choices(4, 8 * WINDOW, 9, block_size=16)
+    choices[0] = replace(choices[0], max_tokens=20)
+    assert_choices_draw_what_each_draws_alone(ModelRunner(build(kind)), choices)
 
 
 # --- how rows join -------------------------------------------------------------------------------
@@ -879,23 +854,6 @@ def test_warming_up_leaves_nothing_behind(kind: str):
     runner.warm_up()
     assert active_bytes() == before
     assert runner.memory == ModelRunner(build(kind)).memory
-
-
-def test_a_stem_is_gone_when_it_is_dropped():
-    runner = ModelRunner(build("qwen3"))
-    before = active_bytes()
-    one = make_sequence(1, 900)
-    chunks = (Chunk(1, 0, 899),)
-    one_by_one(
-        runner,
-        Step(1, admitted=admit(one), chunks=chunks, kept_stems=(1,), rows=(1,)),
-        Step(2, rows=(1,)),
-    )
-    with_stem = active_bytes() - before
-    one_by_one(runner, Step(3, dropped_stems=(1,), rows=(1,)))
-    assert active_bytes() - before < with_stem * 0.6
-    one_by_one(runner, Step(4, released=(1,)))
-    assert active_bytes() == before
 
 
 def active_bytes() -> int:

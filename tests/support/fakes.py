@@ -33,6 +33,7 @@ from mlxlite.engine.step import (
     Token,
 )
 from mlxlite.output.events import Delta, Done, Output
+from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.prefix_cache.operations import (
     CacheOp,
     Drop,
@@ -58,39 +59,29 @@ def make_sequence(
     sampling: SamplingParams = GREEDY,
     eos_tokens: frozenset[int] = frozenset(),
     priority: int = 0,
-    fork_of: int | None = None,
     images: SequenceOf[tuple[int, int]] = (),
     is_unbroken: bool = False,
 ) -> Sequence:
-    """A sequence whose prompt, if none is given, is like no other id's but its leader's."""
-    like = id if fork_of is None else fork_of
-    tokens = tuple(prompt) or tuple((7 * like + 3 * i) % NUM_LETTERS for i in range(num_prompt))
+    """A sequence whose prompt, if none is given, is like no other id's."""
+    tokens = tuple(prompt) or tuple((7 * id + 3 * i) % NUM_LETTERS for i in range(num_prompt))
     seen = tuple(Image(start, stop, b"%d" % start) for start, stop in images)
     unbroken = seen[-1].stop if is_unbroken else 0
     made = Prompt(tokens, images=seen, unbroken=unbroken)
-    return Sequence(id, made, sampling, max_tokens, eos_tokens, priority, fork_of)
+    return Sequence(id, made, sampling, max_tokens, eos_tokens, priority)
 
 
-def make_forks(
-    num: int, num_prompt: int = 3, max_tokens: int = 4, first: int = 1
+def make_choices(
+    num: int, num_prompt: int = 3, max_tokens: int = 4, first: int = 1, *, block_size: int = 0
 ) -> list[Sequence]:
-    """A leader and its forks: one prompt, ids from `first` on, a seed each."""
-    return [
-        make_sequence(
-            first + i,
-            num_prompt,
-            max_tokens,
-            prompt=[(7 * first + 3 * j) % NUM_LETTERS for j in range(num_prompt)],
-            sampling=SamplingParams(seed=i),
-            fork_of=first if i else None,
-        )
-        for i in range(num)
-    ]
+    """Choices of one prompt: ids from `first` on, a seed each; with blocks they can be cached."""
+    tokens = tuple((7 * first + 3 * i) % NUM_LETTERS for i in range(num_prompt))
+    prompt = Prompt(tokens, blocks_of(tokens, 0, block_size) if block_size else None)
+    return [Sequence(first + i, prompt, SamplingParams(seed=i), max_tokens) for i in range(num)]
 
 
-def admit(*sequences: Sequence, stem: int | None = None) -> tuple[Admission, ...]:
-    """First admissions, for steps that are made by hand; `stem` is where all of them begin."""
-    return tuple(Admission(sequence, (), stem) for sequence in sequences)
+def admit(*sequences: Sequence) -> tuple[Admission, ...]:
+    """First admissions, for steps that are made by hand."""
+    return tuple(map(Admission, sequences))
 
 
 def draw(sequence: Sequence, num_drawn: int) -> int:
@@ -177,8 +168,6 @@ class FakeRunner:
         self._known: dict[int, _Known] = {}
         self._forgotten: set[int] = set()  # lost to a reset, so a release of them is to come
         self._drawn: dict[int, list[int]] = {}  # what each id has drawn, over all its stays
-        self._stems: dict[int, tuple[int, ...]] = {}  # leader → its prompt
-        self._lost_stems: set[int] = set()  # to a reset, so a drop of them is to come
         self._rows: tuple[int, ...] = ()
         self._in_flight: FakeLaunched | None = None
         self._is_lost = False
@@ -196,7 +185,7 @@ class FakeRunner:
     @property
     def num_held(self) -> int:
         """How many sequences it keeps anything of."""
-        return len(self._known) + len(self._stems)
+        return len(self._known)
 
     def reset(self) -> None:
         self.num_resets += 1
@@ -204,8 +193,6 @@ class FakeRunner:
             raise RuntimeError("the device is gone")
         self._forgotten |= set(self._known)
         self._known.clear()
-        self._lost_stems |= set(self._stems)
-        self._stems.clear()
         self.kept.clear()
         self._rows = ()
         self._in_flight = None
@@ -245,7 +232,7 @@ class FakeRunner:
         self.steps.append(step)
         assert step.number > self._last_number, "step numbers rise"
         self._last_number = step.number
-        has_work = step.released or step.dropped_stems or step.looks or step.chunks or step.rows
+        has_work = step.released or step.looks or step.chunks or step.rows
         has_work = has_work or step.before or step.after
         assert has_work, "an empty step is not launched"
         self._work_on_prefixes(step.before)
@@ -255,10 +242,6 @@ class FakeRunner:
             self._forgotten.discard(id)
         for admission in step.admitted:
             self._admit(admission)
-        for id in step.dropped_stems:
-            assert id in self._stems or id in self._lost_stems, f"{id} has no stem"
-            self._stems.pop(id, None)
-            self._lost_stems.discard(id)
 
     def _admit(self, admission: Admission) -> None:
         """A new sequence, or one that was preempted, with every token that it has drawn."""
@@ -268,11 +251,6 @@ class FakeRunner:
         drawn = self._drawn.setdefault(sequence.id, [])
         assert list(admission.outputs) == drawn, "it comes with the tokens it has drawn"
         known = self._known[sequence.id] = _Known(admission)
-        if admission.stem is not None:
-            assert not admission.outputs
-            assert admission.stem == sequence.fork_of
-            assert self._stems[admission.stem] == sequence.prompt.tokens, "forks share a prompt"
-            known.num_computed = known.num_to_compute
         self._resume(known, admission.hit)
 
     def _resume(self, known: _Known, hit: Hit) -> None:
@@ -292,7 +270,7 @@ class FakeRunner:
         assert at == hit.num_tokens
         assert not at or at >= known.sequence.prompt.unbroken
         assert self.memory.has_state <= (hit.checkpoint is not None or not hit.num_tokens)
-        known.num_computed = known.num_computed or hit.num_tokens
+        known.num_computed = hit.num_tokens
 
     def _work_on_prefixes(self, ops: SequenceOf[CacheOp]) -> None:
         for op in ops:
@@ -371,13 +349,6 @@ class FakeRunner:
         assert len(set(step.rows)) == len(step.rows), "one row a sequence"
         survivors = tuple(id for id in self._rows if id in step.rows)
         assert step.rows[: len(survivors)] == survivors, "rows keep their order, newcomers follow"
-        for id in step.kept_stems:
-            known = self._known[id]
-            assert id in step.rows, "a stem is kept when its sequence joins"
-            assert not known.has_row, "a stem is the cache of the prompt alone"
-            assert not known.admission.outputs, "a stem is the cache of the prompt alone"
-            assert id not in self._stems, "a stem is kept once"
-            self._stems[id] = known.sequence.prompt.tokens
         tokens: list[int] = []
         logprobs: dict[int, Logprobs] = {}
         for id in step.rows:

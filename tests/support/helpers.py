@@ -423,7 +423,6 @@ class ScriptedRunner:
         self.num_prefill_tokens = 0
         self.admitted: list[int] = []  # every id, each time that it left the queue
         self.prompts: dict[int, tuple[int, ...]] = {}  # of the sequences that it knows
-        self.stems: set[int] = set()
         self.num_drawn: dict[int, int] = {}  # of those and of the ones released
         self.num_prefilled: dict[int, int] = {}
         self.log: list[str] = []
@@ -492,7 +491,6 @@ class ScriptedRunner:
     def reset(self) -> None:
         self.num_resets += 1
         self.prompts.clear()
-        self.stems.clear()
         self._scripts.clear()
         if self.reset_error is not None:
             raise self.reset_error
@@ -505,13 +503,10 @@ class ScriptedRunner:
             self.prompts.pop(id, None)
         for admission in step.admitted:
             self._admit(admission)
-        self.stems -= set(step.dropped_stems)
         for chunk in step.chunks:
             assert chunk.start == self.num_prefilled[chunk.id] < chunk.stop
             self.num_prefilled[chunk.id] = chunk.stop
             self.num_prefill_tokens += chunk.stop - chunk.start
-        assert self.prompts.keys() >= set(step.kept_stems)
-        self.stems |= set(step.kept_stems)
         for id in step.rows:
             assert self.num_prefilled[id] == self._num_to_prefill[id]
 
@@ -522,9 +517,7 @@ class ScriptedRunner:
         self._scripts[id] = sequence
         self._num_to_prefill[id] = admission.num_tokens - 1
         self.num_drawn[id] = len(admission.outputs)
-        has_stem = sequence.fork_of in self.stems and not admission.outputs
-        num_cached = admission.hit.num_tokens
-        self.num_prefilled[id] = self._num_to_prefill[id] if has_stem else num_cached
+        self.num_prefilled[id] = admission.hit.num_tokens
 
     def _draw(self, step: Step) -> Outcome:
         tokens, failed, logprobs = [], [], {}
