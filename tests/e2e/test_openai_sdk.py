@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from checkpoints import save_checkpoint
 from helpers import TIMEOUT_S, in_a_loop
 from live import serving
 from openai import AsyncOpenAI, OpenAI
@@ -22,7 +23,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionTokenLogprob
 
 import mlxlite
 from mlxlite.models.interface import LoadError
-from tests.conftest import save_checkpoint
 
 MODEL = "tiny"
 KEY = "a-key"

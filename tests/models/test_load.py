@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from checkpoints import CHAT_TEMPLATE, save_checkpoint, save_tokenizer
 from fakehub import BAD_TOKEN, BUSY, GATED, Hub, Refusal
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -36,11 +37,10 @@ from mlxlite.models.locate import DEMO_PATH, locate
 from mlxlite.output.detokenizer import TextStream
 from mlxlite.output.grammar import Constraint, ConstraintError, Kind
 from mlxlite.output.markers import PARSE_ERRORS, Markers
-from tests.conftest import CHAT_TEMPLATE, save_checkpoint, save_tokenizer
 
 SECRET = "hf_aVerySecretTokenThatNobodyMaySee"
 HELLO = [{"role": "user", "content": "Hello"}]
-IM_END = 322  # of the conftest's tokenizer, like every id here
+IM_END = 322  # of the tiny checkpoint's tokenizer, like every id here
 NUM_TOKENS = 323
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import save_checkpoint
 from helpers import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from mlxlite.models.load import load
 from mlxlite.output.events import Channel
 from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyChannels, with_thinking
 from mlxlite.output.markers import Markers, Piece
-from tests.conftest import save_checkpoint
 
 THINK = "<|channel|>analysis<|message|>Let me see.<|end|>"
 SAY = "<|start|>assistant<|channel|>final<|message|>It is 3 < 4.<|return|>"

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 import pytest
+from checkpoints import CHAT_TEMPLATE, save_checkpoint
 from tokenizers import AddedToken, Tokenizer
 
 from mlxlite.config.options import Config
 from mlxlite.models.load import Model, load
-from tests.conftest import CHAT_TEMPLATE, save_checkpoint
 
 LLAMA3 = (
     "<|begin_of_text|>{% for m in messages %}"
