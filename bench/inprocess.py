@@ -26,7 +26,7 @@ from mlxlite.engine.sequence import FinishReason, Sequence
 from mlxlite.engine.sequence import Prompt as PromptTokens
 from mlxlite.engine.step import Add, Command, Finish, Finished, Launched, Outcome, Step, Token
 from mlxlite.metrics import Metrics
-from mlxlite.models.load import Model, load
+from mlxlite.models.load import LoadedModel, load
 from mlxlite.output.events import Delta, Output
 from mlxlite.prefix_cache.operations import Stored
 from mlxlite.runner.model_runner import ModelRunner
@@ -105,7 +105,7 @@ class InProcess:
     """A loaded model, and the arms over it. Make it with `open`."""
 
     def __init__(
-        self, lane: Lane, model: Model, network: Any, runners: tuple[ModelRunner, ModelRunner]
+        self, lane: Lane, model: LoadedModel, network: Any, runners: tuple[ModelRunner, ModelRunner]
     ) -> None:
         self._lane = lane
         self.model = model
@@ -127,11 +127,12 @@ class InProcess:
     async def open(cls, lane: Lane, path: Path) -> "InProcess":
         """Raises mlxlite.sequence.LoadError."""
 
-        def make() -> tuple[Model, Any, tuple[ModelRunner, ModelRunner]]:
-            model = load(Config(model=str(path)))
-            runners = ModelRunner(model.network), ModelRunner(model.network)
+        def make() -> tuple[LoadedModel, Any, tuple[ModelRunner, ModelRunner]]:
+            network, model = load(Config(model=str(path)))
+            runners = ModelRunner(network), ModelRunner(network)
             runners[1].warm_up()
-            network = load_model(path)[0] if runners[0].is_slow_to_launch else model.network
+            if runners[0].is_slow_to_launch:
+                network = load_model(path)[0]
             return model, network, runners
 
         return cls(lane, *await lane.run(make))
@@ -164,7 +165,7 @@ class InProcess:
 
         return stream_generate(
             self._network,
-            self.model.tokenizer,
+            self.model.tokenizer.wrapper,
             list(request.tokens),
             max_tokens=request.max_tokens,
         )

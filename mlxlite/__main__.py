@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mlxlite.engine.engine import Engine
     from mlxlite.engine.step import Runner
-    from mlxlite.models.interface import ServedModel
+    from mlxlite.models.interface import Model
     from mlxlite.prefix_cache.disk import Store
     from mlxlite.server import Server
 
@@ -53,29 +53,31 @@ _REST_S, _GROWN_BYTES = 0.005, 32 << 20
 _LOADING_THRESHOLD = 20_000
 
 
-def load(config: Config) -> "tuple[ServedModel, Runner]":
+def load(config: Config) -> "tuple[Model, Runner]":
     """A model and the runner that drives it, warmed up. Runs on the lane; raises LoadError."""
     with _eased_imports():
         return _load(config)
 
 
-def _load(config: Config) -> "tuple[ServedModel, Runner]":
+def _load(config: Config) -> "tuple[Model, Runner]":
     import logging
 
     from mlxlite.errors import FOREIGN, reason_of
     from mlxlite.models.interface import LoadError
     from mlxlite.models.load import load as load_model
     from mlxlite.models.load import memory_budget
+    from mlxlite.runner.cpu import disable_compile_without_compiler
     from mlxlite.runner.kv_cache import KVBits
     from mlxlite.runner.model_runner import ModelRunner
 
     _forget_scans()
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
     try:
-        model = load_model(config)
+        disable_compile_without_compiler()
+        network, model = load_model(config)
         store = _open_store(config, model.fingerprint)
-        budget = memory_budget(config, model.network)
-        runner = ModelRunner(model.network, kv_bits=kv_bits, memory_bytes=budget, store=store)
+        budget = memory_budget(network, config.memory_limit_bytes())
+        runner = ModelRunner(network, kv_bits=kv_bits, memory_bytes=budget, store=store)
         runner.warm_up()
     except FOREIGN as error:  # of a foreign network, on the first tokens that it gets
         logging.getLogger("mlxlite").debug("the model cannot run", exc_info=error)

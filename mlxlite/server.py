@@ -38,13 +38,13 @@ from mlxlite.http.errors import APIError, Cause, clip, later
 from mlxlite.http.listener import _ACCEPT_AT_ONCE, _BACKLOG, _tls, bind_unix
 from mlxlite.http.parser import Head, Limits
 from mlxlite.metrics import Metrics
-from mlxlite.models.interface import LoadError, ServedModel
+from mlxlite.models.interface import LoadError, Model
 
 log = logging.getLogger("mlxlite.server")
 MIN_CONTEXT = 16  # tokens; a server with less is of no use
 SWEEP_S = 0.25  # how often deadlines are looked at
 _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
-Load = Callable[[Config], tuple[ServedModel, Runner]]
+Load = Callable[[Config], tuple[Model, Runner]]
 
 
 class Server:
@@ -151,7 +151,7 @@ class Server:
         self._loaded.set_result(None)
         await self.served.engine.run()
 
-    def _assemble(self, model: ServedModel, runner: Runner) -> Ready:
+    def _assemble(self, model: Model, runner: Runner) -> Ready:
         """The engine around a loaded model. Raises LoadError when no sequence would fit."""
         assert self._lane is not None
         config = self.config

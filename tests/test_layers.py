@@ -72,6 +72,7 @@ DEBT = {
     "__main__ → models.interface",
     "__main__ → models.load",
     "__main__ → prefix_cache.disk",
+    "__main__ → runner.cpu",
     "__main__ → runner.kv_cache",
     "__main__ → runner.model_runner",
     "engine.engine → output.detokenizer",
@@ -82,7 +83,6 @@ DEBT = {
     "engine.memory → config.options",
     "http.listener → config.flags",
     "http.listener → config.options",
-    "models.load → runner.cpu",
     "prefix_cache.index → engine.memory",
     "runner.model_runner → vision.network",
 }

@@ -18,7 +18,7 @@ from mlxlite.api.request import ChatRequest, Options
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, Cause, bad
-from mlxlite.models.interface import PromptError, ServedModel
+from mlxlite.models.interface import Model, PromptError
 from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.harmony import AnyChannels, HarmonyChannels, with_thinking
 from mlxlite.output.markers import Channels
@@ -32,7 +32,7 @@ class HasPictures(Exception):
     """The same once more, please, with `is_patient`: in a thread that may take long."""
 
 
-def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
+def render(model: Model, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
     """A chat's prompt. Raises APIError and, unless `is_patient`, HasPictures."""
     messages: list[Mapping[str, Any]] = [m.as_template() for m in request.messages]
     if model.markers.is_harmony:
@@ -49,12 +49,12 @@ def render(model: ServedModel, request: ChatRequest, config: Config, *, is_patie
 
 
 def _pictures(
-    model: ServedModel, sources: tuple[Source, ...], config: Config, *, is_patient: bool
+    model: Model, sources: tuple[Source, ...], config: Config, *, is_patient: bool
 ) -> tuple[LoadedImage, ...]:
     if not sources:
         return ()
-    if model.blind is not None:
-        raise APIError(Cause.UNSUPPORTED, model.blind, param=sources[0].param)
+    if model.vision_unavailable_reason is not None:
+        raise APIError(Cause.UNSUPPORTED, model.vision_unavailable_reason, param=sources[0].param)
     if not is_patient:
         raise HasPictures
     limits = Limits(
@@ -64,10 +64,10 @@ def _pictures(
         allow_remote=config.allow_remote_images,
     )
     with image_errors():
-        return load(sources, limits, is_known=model.knows)
+        return load(sources, limits, is_known=model.is_image_cached)
 
 
-def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:
+def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
     """What the template gets beside the messages. Raises APIError."""
     if not request.tools:
         return request.template_kwargs
@@ -77,7 +77,7 @@ def _with_tools(model: ServedModel, request: ChatRequest) -> Mapping[str, Any]:
     return {**request.template_kwargs, "tools": [tool.as_template() for tool in request.tools]}
 
 
-def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callable[[], AnyChannels]:
+def listener(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[], AnyChannels]:
     """What tells a chat's answers apart."""
     tools = [tool.as_template() for tool in request.tools]
     schemas = {tool.name: tool.parameters for tool in request.tools}
@@ -100,7 +100,7 @@ def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callab
     return partial(
         Channels,
         model.markers,
-        is_thinking=prompt.is_thinking,
+        is_thinking=prompt.starts_in_reasoning,
         splits_reasoning=request.splits_reasoning,
         parse=parse if tools else None,
         max_calls=request.max_calls,
@@ -109,7 +109,7 @@ def listener(model: ServedModel, request: ChatRequest, prompt: Prompt) -> Callab
 
 
 def cacheable(
-    model: ServedModel, prompt: Prompt, request: Options, tenant: bytes, config: Config
+    model: Model, prompt: Prompt, request: Options, tenant: bytes, config: Config
 ) -> Prompt:
     """A prompt with what its answer must match, in blocks unless it is to be computed anew.
 
@@ -119,7 +119,7 @@ def cacheable(
         constraint, param = request.constraint or (None, "thinking_budget")
         try:
             found = model.compile(
-                constraint, is_thinking=prompt.is_thinking, budget=request.thinking_budget
+                constraint, is_thinking=prompt.starts_in_reasoning, budget=request.thinking_budget
             )
         except ConstraintError as error:
             raise bad(f"'{param}': {error}", param) from error
@@ -127,11 +127,11 @@ def cacheable(
     if not config.enable_prefix_caching or not request.cache_prompt:
         return prompt
     scope = _cache_scope(model, tenant, request.cache_salt, config)
-    blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.heads)
+    blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.message_starts)
     return replace(prompt, blocks=blocks)
 
 
-def _encode(model: ServedModel, text: Text, param: str) -> tuple[int, ...]:
+def _encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
     """Token ids of a text, with what the tokenizer puts around one. Raises APIError."""
     if not isinstance(text, str):
         for token in text:
@@ -147,7 +147,7 @@ def _encode(model: ServedModel, text: Text, param: str) -> tuple[int, ...]:
     return tokens
 
 
-def _cache_scope(model: ServedModel, tenant: bytes, salt: str, config: Config) -> int:
+def _cache_scope(model: Model, tenant: bytes, salt: str, config: Config) -> int:
     """64 bits that only equal keys and values share: the model's, its cache's, the tenant's.
 
     A cryptographic hash, so that no request can choose a salt that leads into another's scope.

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 from mlxlite.engine.engine import Engine
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,6 @@ class Phase(Enum):
 class Ready:
     """What there is once the model is loaded."""
 
-    model: ServedModel
+    model: Model
     engine: Engine
     card: ModelCard

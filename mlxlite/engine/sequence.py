@@ -39,18 +39,19 @@ class Image:
 class Prompt:
     """What a model reads: at least one token id. Without `blocks` the prefix cache is not used.
 
-    `heads` are the positions at which its messages begin, as far as the renderer can tell. `images`
-    stand in their order, and never at the last token; `layout` is what the network needs to know of
-    them together. The first `unbroken` tokens must be prefilled at once.
+    `message_starts` are the positions at which its messages begin, where the renderer knows them.
+    `starts_in_reasoning`: it ends inside a block of reasoning, with which the answer goes on.
+    `images` stand in their order, and never at the last token; `layout` is what the network needs
+    to know of them together. The first `unbroken` tokens must be prefilled at once.
     """
 
     tokens: tuple[int, ...]
     blocks: Blocks | None = None
-    heads: tuple[int, ...] = ()
+    message_starts: tuple[int, ...] = ()
     images: tuple[Image, ...] = ()
     layout: Any = field(default=None, repr=False, compare=False)
     unbroken: int = 0
-    is_thinking: bool = False  # it ends inside a block of reasoning, which the answer goes on with
+    starts_in_reasoning: bool = False
     grammar: "Grammar | None" = None  # what the answer must match
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The loaded model as everything above MLX sees it, and how it can fail: protocols and errors."""
+"""The loaded model as the code above MLX uses it, and its errors: one protocol, two exceptions."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -12,38 +12,40 @@ from mlxlite.output.markers import Markers
 
 
 class LoadError(Exception):
-    """The model cannot be served; the message is for the operator and says what to do."""
+    """The model cannot be served; the message is for the operator and names the remedy."""
 
 
 class PromptError(ValueError):
     """The request's messages cannot become a prompt; the message is for the client."""
 
 
-class ServedModel(Protocol):
-    """What is known of the loaded model, and its tokenizer. Safe to use from any thread."""
+class Model(Protocol):
+    """A loaded checkpoint without its network. Immutable; safe to use from any thread."""
 
     @property
     def id(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the weights or the configuration do: 16 hexadecimal digits."""
+        """16 hexadecimal digits, for the weights, the configuration and the adapter."""
         ...
 
     @property
     def context_size(self) -> int:
-        """Most tokens in prompt and output together."""
+        """Maximum number of tokens of prompt and output together."""
         ...
 
     @property
-    def num_vocab(self) -> int: ...
+    def num_vocab(self) -> int:
+        """Width of the output layer, which may exceed the tokenizer's vocabulary."""
+        ...
 
     @property
     def eos_tokens(self) -> frozenset[int]: ...
 
     @property
     def defaults(self) -> SamplingParams:
-        """The publisher's sampling settings, for requests that are silent."""
+        """The publisher's sampling settings, for the fields that a request leaves out."""
         ...
 
     @property
@@ -53,18 +55,18 @@ class ServedModel(Protocol):
     def markers(self) -> Markers: ...
 
     @property
-    def blind(self) -> str | None:
-        """Why it sees no pictures; None: it does."""
+    def vision_unavailable_reason(self) -> str | None:
+        """Why the model cannot take images; None if it can."""
         ...
 
-    def knows(self, digest: bytes) -> bool:
-        """Whether a picture has been read before, so that its pixels may not be needed again."""
+    def is_image_cached(self, digest: bytes) -> bool:
+        """Whether an image was preprocessed before, so that its pixels may not be needed again."""
         ...
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
     ) -> Grammar:
-        """What an answer must match, from where its reasoning ends, after at most `budget` tokens.
+        """The grammar of an answer, which applies after at most `budget` tokens of reasoning.
 
         Raises ConstraintError.
         """
@@ -73,7 +75,7 @@ class ServedModel(Protocol):
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:
-        """(name, arguments) of the calls between two markers. Raises ValueError for none."""
+        """(name, arguments) of the tool calls between two markers. Raises ValueError for none."""
         ...
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class ServedModel(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token writes, which need not be whole characters."""
+        """The bytes of one token, which need not be whole characters."""
         ...
 
     def render(
@@ -92,9 +94,9 @@ class ServedModel(Protocol):
         is_continuation: bool,
         pictures: SequenceOf[Any] = (),
     ) -> Prompt:
-        """Chat messages through the template and the tokenizer. Raises PromptError.
+        """Apply the chat template and the tokenizer. Raises PromptError.
 
-        `pictures` are those of the messages' parts of type image, in their order; for one of these
-        it raises `vision.images.ImageError`.
+        `pictures` are the images of the messages' parts of type image, in order; for one that
+        cannot be used it raises `vision.images.ImageError`.
         """
         ...

@@ -1,6 +1,7 @@
-"""Where a model is: the demo, a directory, a file in one, or a Hugging Face id to download.
+"""Find a model's directory and read its settings; download it from the Hugging Face hub if needed.
 
-Every way in which there is none is a `LoadError` that says what to do about it.
+Fetches only the files that mlx-lm reads, and never code. Needs no MLX. Everything that makes a
+directory unusable raises a LoadError that names the remedy.
 """
 
 import json
@@ -55,7 +56,7 @@ def locate(name: str | None) -> Path:
 def _download(repo: str) -> Path:
     """A snapshot from the Hugging Face hub; obeys HF_HUB_OFFLINE.
 
-    A connection that breaks is resumed while we run; what a run leaves is its complete files.
+    A broken connection is resumed within one run; complete files are kept for the next run.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
@@ -80,14 +81,14 @@ def _download(repo: str) -> Path:
 
 
 def _http_error() -> type[Exception]:
-    """What huggingface_hub lets through when a connection fails: its HTTP library's own error."""
+    """The HTTP library's own error, which huggingface_hub raises when a connection fails."""
     from huggingface_hub import errors
 
     return next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """config.json, after the checks that deserve a better message than the loader's.
+    """config.json, after checks whose messages are clearer than the loader's.
 
     Raises LoadError.
     """
@@ -115,7 +116,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is none. Raises LoadError if it is broken."""
+    """A JSON object from a file; None without such a file. Raises LoadError if it is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -129,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_template(given: str | None) -> str | None:
-    """--chat-template: a path, or the template itself (which has braces, as no path does).
+    """The text of --chat-template, which is a path or the template itself (it contains braces).
 
     Raises LoadError.
     """

@@ -1,4 +1,8 @@
-"""Run a function for a bounded time in the calling thread."""
+"""Stop a Python function that runs too long, in the thread that called it.
+
+A timer raises an exception in the calling thread from outside. It must never raise one there after
+the call has returned.
+"""
 
 import ctypes
 import threading
@@ -9,15 +13,15 @@ T = TypeVar("T")
 
 
 class TookTooLong(Exception):
-    """A call was stopped because its time was over."""
+    """The call was stopped because it exceeded its time limit."""
 
 
 class _Stop(BaseException):
-    """Raised in a thread from outside. Not an Exception, which the code there might swallow."""
+    """Raised in a thread from outside. Not an Exception, which the code there might catch."""
 
 
 class _Bounded:
-    """One call in one thread, which may be stopped once, while it lasts and not after."""
+    """One call in one thread, which can be stopped once, and only while it runs."""
 
     def __init__(self) -> None:
         self._thread = ctypes.c_ulong(threading.get_ident())
@@ -38,11 +42,11 @@ class _Bounded:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, None)
 
 
-def within(timeout_s: float, call: Callable[[], T]) -> T:
-    """What `call()` gives. Raises TookTooLong, with the thread free again, if it takes longer.
+def run_with_timeout(timeout_s: float, call: Callable[[], T]) -> T:
+    """The result of `call()`. Raises TookTooLong, with the thread free again, after `timeout_s`.
 
-    It is stopped between two operations of Python's. One that takes long by itself, such as a power
-    of huge integers, ends first, and holds the whole process until then.
+    The call is stopped between two bytecode instructions. One long operation in C, such as a power
+    of huge integers, ends first, and holds the GIL until then.
     """
     bounded = _Bounded()
     timer = threading.Timer(timeout_s, bounded.stop)

@@ -9,7 +9,7 @@ FNV-1a: isthe.com/chongo/tech/comp/fnv.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,7 @@ _WORD = 4  # bytes of a token
 _MAX_ALONE = 12  # so many blocks are hashed sooner one by one, with a margin
 # Windows and states are kept this often in a long prompt, beside where its messages begin.
 CHECKPOINT_STRIDE = 2048
-MAX_HEADS = 8  # of a prompt: the first two and the last ones
+MAX_MESSAGE_STARTS = 8  # of a prompt: the first two and the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,15 @@ class Blocks:
     """Tokens as the prefix cache knows them, in blocks of `size`.
 
     `words` are all the tokens, 4 bytes each, little-endian; `keys` those of the whole blocks.
-    Prefixes are shared within one `scope`, 64 bits. `heads` are the positions at which messages
-    begin, ascending: good places to go on from another time.
+    Prefixes are shared within one `scope`, 64 bits. `message_starts` are the positions at which
+    messages begin, ascending: good places to go on from another time.
     """
 
     scope: int
     size: int
     words: bytes = b""
     keys: tuple[int, ...] = ()
-    heads: tuple[int, ...] = ()
+    message_starts: tuple[int, ...] = ()
 
 
 def fnv1a(data: bytes, state: int = FNV_OFFSET) -> int:
@@ -47,10 +47,10 @@ def fnv1a(data: bytes, state: int = FNV_OFFSET) -> int:
 
 
 def blocks_of(
-    tokens: tuple[int, ...], scope: int, size: int, heads: tuple[int, ...] = ()
+    tokens: tuple[int, ...], scope: int, size: int, message_starts: tuple[int, ...] = ()
 ) -> Blocks:
     """A prompt's blocks and their keys. Slow where the prompt is long: not on the event loop."""
-    return extended(Blocks(scope, size, b"", (), heads), tokens)
+    return extended(Blocks(scope, size, b"", (), message_starts), tokens)
 
 
 def extended(blocks: Blocks, tokens: Iterable[int]) -> Blocks:
@@ -61,7 +61,7 @@ def extended(blocks: Blocks, tokens: Iterable[int]) -> Blocks:
     for digest in _digests(words, len(blocks.keys), _WORD * blocks.size):
         key = fnv1a(key.to_bytes(8, "little") + digest)
         keys.append(key)
-    return Blocks(blocks.scope, blocks.size, words, blocks.keys + tuple(keys), blocks.heads)
+    return replace(blocks, words=words, keys=(*blocks.keys, *keys))
 
 
 def _digests(words: bytes, first: int, size: int) -> Iterator[bytes]:
@@ -112,6 +112,7 @@ def num_equal(a: bytes, b: bytes, step: int) -> int:
 
 def pauses(blocks: Blocks, num_tokens: int) -> set[int]:
     """Where prefill stops for a moment, so that windows and states can be kept."""
-    heads = [head for head in blocks.heads if head >= blocks.size]  # less is not worth a pause
-    heads = heads[:2] + heads[2:][2 - MAX_HEADS :]
-    return {*heads, *range(CHECKPOINT_STRIDE, num_tokens, CHECKPOINT_STRIDE)}
+    # Less than a block is not worth a pause.
+    starts = [start for start in blocks.message_starts if start >= blocks.size]
+    starts = starts[:2] + starts[2:][2 - MAX_MESSAGE_STARTS :]
+    return {*starts, *range(CHECKPOINT_STRIDE, num_tokens, CHECKPOINT_STRIDE)}

@@ -15,6 +15,7 @@ is no compiler for MLX's fused kernels the forms that need one are not taken. Li
 """
 
 import ctypes
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import make_prompt_cache
 
+log = logging.getLogger("mlxlite.model")
 # Rows of one decode step, which are fused as they are: each number of rows is traced once. Other
 # inputs are fused in parts of 1, 2, 4 … 2048 rows, so that there are few traces.
 _MOST_ROWS = 32
@@ -41,6 +43,13 @@ def is_cpu() -> bool:
 def has_compiler() -> bool:
     """Whether MLX's CPU back end can build fused kernels, which it does with g++ at run time."""
     return shutil.which("g++") is not None
+
+
+def disable_compile_without_compiler() -> None:
+    """Turn MLX's fused kernels off on a CPU without g++, where each of them would fail."""
+    if is_cpu() and not has_compiler():
+        log.info("no g++ on this machine: fused kernels are off")
+        mx.disable_compile()
 
 
 def fit(model: nn.Module) -> "tuple[Rotations, ...]":

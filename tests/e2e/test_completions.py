@@ -37,7 +37,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.embeddings import EMBED_TOKENS
 from mlxlite.engine.sequence import Prompt
 from mlxlite.engine.step import Part
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 PROMPT = "It was a bright cold day in April, and so"[:40]
@@ -924,7 +924,7 @@ def test_a_route_that_needs_the_model_is_a_503_while_it_loads(route: str) -> Non
     async def test() -> None:
         gate = threading.Event()
 
-        def load(_config: Config) -> tuple[ServedModel, ScriptedRunner]:
+        def load(_config: Config) -> tuple[Model, ScriptedRunner]:
             assert gate.wait(20)
             return FakeModel(), ScriptedRunner()
 

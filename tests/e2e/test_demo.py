@@ -19,7 +19,7 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import Prompt, Sequence
 from mlxlite.engine.step import Add, Token
-from mlxlite.models.load import Model, load
+from mlxlite.models.load import LoadedModel, load
 from mlxlite.models.locate import DEMO_PATH
 from mlxlite.runner.model_runner import ModelRunner
 
@@ -85,12 +85,22 @@ EIGHT = list(CONVERSATIONS)[:8]
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def demo() -> tuple[Any, LoadedModel]:
     return load(Config())
 
 
+@pytest.fixture(scope="module")
+def network(demo: tuple[Any, LoadedModel]) -> Any:
+    return demo[0]
+
+
+@pytest.fixture(scope="module")
+def model(demo: tuple[Any, LoadedModel]) -> LoadedModel:
+    return demo[1]
+
+
 def answer_tokens(
-    model: Model, prompts: Iterable[Prompt], max_tokens: int = MAX_TOKENS
+    network: Any, model: LoadedModel, prompts: Iterable[Prompt], max_tokens: int = MAX_TOKENS
 ) -> list[list[int]]:
     """The greedy answers to prompts that all decode together, end token left out."""
     sequences = [
@@ -98,7 +108,7 @@ def answer_tokens(
         for id, prompt in enumerate(prompts)
     ]
     scheduler = Scheduler(Policy(max_rows=len(sequences)))
-    runner = ModelRunner(model.network)
+    runner = ModelRunner(network)
     for sequence in sequences:
         scheduler.apply(Add(sequence))
     answers: list[list[int]] = [[] for _ in sequences]
@@ -113,15 +123,15 @@ def answer_tokens(
     return answers
 
 
-def prompt(model: Model, name: str) -> Prompt:
+def prompt(model: LoadedModel, name: str) -> Prompt:
     messages, kwargs = CONVERSATIONS[name]
     return model.render(messages, kwargs, is_continuation=False)
 
 
 @pytest.fixture(scope="module")
-def answers(model: Model) -> dict[str, str]:
+def answers(network: Any, model: LoadedModel) -> dict[str, str]:
     """What the demo says in each conversation."""
-    tokens = answer_tokens(model, [prompt(model, name) for name in CONVERSATIONS])
+    tokens = answer_tokens(network, model, [prompt(model, name) for name in CONVERSATIONS])
     return dict(zip(CONVERSATIONS, map(model.detokenize, tokens), strict=True))
 
 
@@ -136,23 +146,23 @@ def test_the_demo_is_small_enough_to_be_shipped() -> None:
     assert sum(path.stat().st_size for path in DEMO_PATH.iterdir()) <= MAX_BYTES
 
 
-def test_the_demo_is_a_llama_in_single_precision(model: Model) -> None:
+def test_the_demo_is_a_llama_in_single_precision(network: Any) -> None:
     assert json.loads((DEMO_PATH / "config.json").read_text())["model_type"] == "llama"
     weights: dict[str, mx.array] = {}
-    tree_flatten(model.network.parameters(), destination=weights)
+    tree_flatten(network.parameters(), destination=weights)
     assert {array.dtype for array in weights.values()} == {mx.float32}
 
 
 def test_the_demo_loads_without_a_network_or_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    model = load(Config())
+    _, model = load(Config())
     assert model.path == DEMO_PATH
     assert model.id == DEMO_ID
     assert model.context_size >= 2048
     assert caplog.messages == []
 
 
-def test_mlx_lm_sees_a_template_thinking_and_tools(model: Model) -> None:
-    tokenizer = model.tokenizer
+def test_mlx_lm_sees_a_template_thinking_and_tools(model: LoadedModel) -> None:
+    tokenizer = model.tokenizer.wrapper
     assert tokenizer.has_chat_template
     assert (tokenizer.think_start, tokenizer.think_end) == ("<think>", "</think>")
     assert (tokenizer.tool_call_start, tokenizer.tool_call_end) == ("<tool_call>", "</tool_call>")
@@ -161,23 +171,23 @@ def test_mlx_lm_sees_a_template_thinking_and_tools(model: Model) -> None:
     assert tokenizer.tool_parser(call, None)["name"] == "get_weather"
 
 
-def test_the_demo_has_an_end_token_and_settings_of_its_own(model: Model) -> None:
-    assert model.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.eos_tokens
+def test_the_demo_has_an_end_token_and_settings_of_its_own(model: LoadedModel) -> None:
+    assert model.tokenizer.wrapper.convert_tokens_to_ids("<|im_end|>") in model.eos_tokens
     assert 0 < model.defaults.temperature <= 1
 
 
-def test_every_id_of_the_network_has_text_or_none(model: Model) -> None:
-    num_ids = model.network.args.vocab_size
-    assert len(model.tokenizer) <= num_ids
+def test_every_id_of_the_network_has_text_or_none(network: Any, model: LoadedModel) -> None:
+    num_ids = network.args.vocab_size
+    assert len(model.tokenizer.wrapper) <= num_ids
     assert all(isinstance(model.detokenize([id]), str) for id in range(num_ids))
 
 
 # --- what it says -----------------------------------------------------------------------------
 
 
-def test_every_answer_ends_by_itself(model: Model, answers: dict[str, str]) -> None:
+def test_every_answer_ends_by_itself(model: LoadedModel, answers: dict[str, str]) -> None:
     lengths = {
-        name: len(model.tokenizer.encode(text, add_special_tokens=False))
+        name: len(model.tokenizer.wrapper.encode(text, add_special_tokens=False))
         for name, text in answers.items()
     }
     assert max(lengths.values()) < MAX_TOKENS, lengths
@@ -228,13 +238,13 @@ def test_it_knows_a_capital(answers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("name", "city"), [("weather", "Paris"), ("weather elsewhere", "London")])
-def test_it_calls_a_tool(model: Model, answers: dict[str, str], name: str, city: str) -> None:
+def test_it_calls_a_tool(model: LoadedModel, answers: dict[str, str], name: str, city: str) -> None:
     text = answers[name]
     found = re.search(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL)
     assert found, text
     call = json.loads(found[1])
     assert call == {"name": "get_weather", "arguments": {"city": city}}
-    assert model.tokenizer.tool_parser(found[1], None) == call
+    assert model.tokenizer.wrapper.tool_parser(found[1], None) == call
 
 
 def test_it_uses_a_tools_result(answers: dict[str, str]) -> None:
@@ -249,10 +259,10 @@ def test_it_needs_no_tool_to_greet(answers: dict[str, str]) -> None:
     assert words(text), text
 
 
-def test_it_has_the_same_prompt_through_transformers(model: Model) -> None:
+def test_it_has_the_same_prompt_through_transformers(model: LoadedModel) -> None:
     """`Model.render` adds nothing of its own to what the template makes of tools."""
     messages, kwargs = CONVERSATIONS["weather"]
-    tokens = model.tokenizer.apply_chat_template(
+    tokens = model.tokenizer.wrapper.apply_chat_template(
         messages, add_generation_prompt=True, enable_thinking=False, **kwargs
     )
     assert prompt(model, "weather").tokens == tuple(tokens)
@@ -268,7 +278,7 @@ def test_it_thinks_when_asked_to(answers: dict[str, str]) -> None:
     assert "4" in words(answer), answers["thinking"]
 
 
-def test_it_does_not_think_unasked(model: Model, answers: dict[str, str]) -> None:
+def test_it_does_not_think_unasked(model: LoadedModel, answers: dict[str, str]) -> None:
     assert not [name for name, text in answers.items() if "think>" in text and name != "thinking"]
     assert prompt(model, "not thinking") == prompt(model, "What is 2 + 2?")
 
@@ -277,19 +287,27 @@ def test_it_does_not_think_unasked(model: Model, answers: dict[str, str]) -> Non
 
 
 @pytest.fixture(scope="module")
-def together(model: Model) -> list[list[int]]:
-    return answer_tokens(model, [prompt(model, name) for name in EIGHT], MAX_TOGETHER)
+def together(network: Any, model: LoadedModel) -> list[list[int]]:
+    return answer_tokens(network, model, [prompt(model, name) for name in EIGHT], MAX_TOGETHER)
 
 
-def test_a_batch_answers_as_each_sequence_alone(model: Model, together: list[list[int]]) -> None:
+def test_a_batch_answers_as_each_sequence_alone(
+    network: Any, model: LoadedModel, together: list[list[int]]
+) -> None:
     prompts = [prompt(model, name) for name in EIGHT]
-    assert together == [answer_tokens(model, [alone], MAX_TOGETHER)[0] for alone in prompts]
+    assert together == [
+        answer_tokens(network, model, [alone], MAX_TOGETHER)[0] for alone in prompts
+    ]
 
 
-def test_it_answers_as_mlx_lm_does(model: Model, together: list[list[int]]) -> None:
+def test_it_answers_as_mlx_lm_does(
+    network: Any, model: LoadedModel, together: list[list[int]]
+) -> None:
     def generate(prompt: Prompt) -> str:
         tokens = list(prompt.tokens)
-        return str(mlx_lm.generate(model.network, model.tokenizer, tokens, max_tokens=MAX_TOGETHER))
+        return str(
+            mlx_lm.generate(network, model.tokenizer.wrapper, tokens, max_tokens=MAX_TOGETHER)
+        )
 
     expected = [generate(prompt(model, name)) for name in EIGHT]
     assert [model.detokenize(tokens) for tokens in together] == expected

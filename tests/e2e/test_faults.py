@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -54,10 +53,8 @@ from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Matcher, Sequence
 from mlxlite.engine.step import Add
 from mlxlite.errors import told, trace_of
-from mlxlite.models import load as load_module
+from mlxlite.models import chat_template
 from mlxlite.models.interface import LoadError
-from mlxlite.models.load import load
-from mlxlite.models.time_limit import TookTooLong, _Bounded, _Stop, within
 from mlxlite.prefix_cache.disk import File, Store
 from mlxlite.prefix_cache.operations import Stored
 from mlxlite.runner.model_runner import ModelRunner
@@ -459,7 +456,7 @@ IF_ASKED = (
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "TEMPLATE_TIMEOUT_S", 1.0)  # a busy machine renders in less
+    monkeypatch.setattr(chat_template, "TEMPLATE_TIMEOUT_S", 1.0)  # a busy machine renders in less
 
 
 @pytest.mark.usefixtures("impatient")
@@ -496,81 +493,6 @@ def test_a_template_that_does_not_end_is_stopped_and_others_are_served(
 
     test()
     assert "the chat template was stopped after 1 s" in caplog.text
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        (SPIN, "did not end"),
-        ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
-        ("{% for x in [1] recursive %}{{ loop([x]) }}{% endfor %}", "recursion"),
-        ("{{ 'x' * 10**15 }}", "MemoryError"),
-        ("{{ '%1000000000000000d' | format(1) }}", "MemoryError"),
-        ("{{ ().__class__.__bases__[0].__subclasses__() }}", "unsafe"),
-        ("{{ messages[0]['__class__'].mro() }}", "unsafe"),
-        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "underscore"),
-    ],
-)
-def test_a_hostile_template_is_refused_in_bounded_time(
-    checkpoint: Path, template: str, why: str
-) -> None:
-    loaded = load(Config(model=str(checkpoint), chat_template=template))
-    with pytest.raises(load_module.PromptError, match=why):
-        loaded.render([{"role": "user", "content": "x"}], {}, is_continuation=False)
-
-
-def test_a_template_that_makes_too_much_text_is_refused(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load_module, "MAX_RENDERED", 1000)
-    template = "{% for i in range(n) %}x{% endfor %}"
-    loaded = load(Config(model=str(checkpoint), chat_template=template))
-    loaded.render([{"role": "user", "content": "x"}], {"n": 1000}, is_continuation=False)
-    with pytest.raises(load_module.PromptError, match="made 1001 characters of the messages"):
-        loaded.render([{"role": "user", "content": "x"}], {"n": 1001}, is_continuation=False)
-
-
-def test_a_call_that_ends_in_time_is_left_alone() -> None:
-    assert within(60, lambda: 7) == 7
-    with pytest.raises(KeyError):
-        within(60, lambda: {}["x"])
-    assert "mlxlite" not in [thread.name for thread in threading.enumerate()]
-
-
-def spin() -> None:
-    while True:
-        pass
-
-
-def test_a_call_that_does_not_end_is_stopped_once_and_its_thread_goes_on() -> None:
-    for _ in range(3):
-        with pytest.raises(TookTooLong, match=r"stopped after 0\.01 s"):
-            within(0.01, spin)
-    assert sum(range(10**6)) > 0, "nothing is raised afterwards"
-
-
-def test_a_stop_that_comes_as_the_call_ends_is_taken_back() -> None:
-    bounded = _Bounded()
-    threads = [threading.Thread(target=bounded.stop) for _ in range(2)]
-    bounded.end()
-    for thread in threads:
-        thread.start()
-        thread.join()
-    assert sum(range(10**5)) > 0
-    late = _Bounded()
-    with pytest.raises(_Stop):
-        _stop_and_end(late)
-    assert sum(range(10**5)) > 0
-
-
-def _stop_and_end(bounded: _Bounded) -> None:
-    """The exception is raised by the next operation, so it never gets as far as `end`."""
-    bounded.stop()
-    bounded.end()
-    for _ in range(10):
-        pass
 
 
 # --- the disk, file descriptors ------------------------------------------------------------------

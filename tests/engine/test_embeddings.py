@@ -19,7 +19,7 @@ import mlxlite
 from mlxlite.config.options import Config
 from mlxlite.engine import embeddings as embeddings_module
 from mlxlite.engine.step import Part
-from mlxlite.models.load import Model, load
+from mlxlite.models.load import load
 from mlxlite.runner.model_runner import ModelRunner
 
 NUM_LONG = 150  # tokens: three parts, of the size that the tests set
@@ -35,8 +35,9 @@ def _without_compilation() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tiny(checkpoint: Path) -> Model:
-    return load(Config(model=str(checkpoint)))
+def tiny(checkpoint: Path) -> nn.Module:
+    network, _ = load(Config(model=str(checkpoint)))
+    return network
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings_module, "EMBED_TOKENS", PART)
 
 
-def states(model: Model, tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def states(network: nn.Module, tokens: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """The last layer's, after its norm, of one input alone and without a cache."""
-    hidden = model.network.model(mx.array([tokens]))
+    hidden = network.model(mx.array([tokens]))
     return np.array(hidden[0].astype(mx.float32))
 
 
@@ -55,8 +56,8 @@ def unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return scaled
 
 
-def pooled(model: Model, tokens: tuple[int, ...], *, is_mean: bool) -> np.ndarray[Any, Any]:
-    found = states(model, tokens)
+def pooled(network: nn.Module, tokens: tuple[int, ...], *, is_mean: bool) -> np.ndarray[Any, Any]:
+    found = states(network, tokens)
     return unit(found.mean(axis=0) if is_mean else found[-1])
 
 
@@ -65,17 +66,17 @@ def text_tokens(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("is_mean", [False, True])
-def test_a_vector_is_the_models_own_states_pooled(tiny: Model, is_mean: bool) -> None:
+def test_a_vector_is_the_models_own_states_pooled(tiny: nn.Module, is_mean: bool) -> None:
     for length in (1, 2, 50):
         tokens = text_tokens(length)
-        (vector,) = ModelRunner(tiny.network).embed([tokens], is_mean=is_mean)
+        (vector,) = ModelRunner(tiny).embed([tokens], is_mean=is_mean)
         assert np.allclose(vector, pooled(tiny, tokens, is_mean=is_mean), atol=1e-5)
         assert np.linalg.norm(vector) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("is_mean", [False, True])
-def test_inputs_together_are_what_each_is_alone(tiny: Model, is_mean: bool) -> None:
-    runner = ModelRunner(tiny.network)
+def test_inputs_together_are_what_each_is_alone(tiny: nn.Module, is_mean: bool) -> None:
+    runner = ModelRunner(tiny)
     inputs = [text_tokens(length, length) for length in (7, 1, 30, 2, 31, 64)]
     together = runner.embed(inputs, is_mean=is_mean)
     alone = [runner.embed([tokens], is_mean=is_mean)[0] for tokens in inputs]
@@ -85,8 +86,10 @@ def test_inputs_together_are_what_each_is_alone(tiny: Model, is_mean: bool) -> N
 
 @pytest.mark.parametrize("is_mean", [False, True])
 @pytest.mark.parametrize("sizes", [(100, 100), (1, 199), (199, 1), (64, 64, 64, 8)])
-def test_parts_are_what_the_whole_is(tiny: Model, sizes: tuple[int, ...], is_mean: bool) -> None:
-    runner = ModelRunner(tiny.network)
+def test_parts_are_what_the_whole_is(
+    tiny: nn.Module, sizes: tuple[int, ...], is_mean: bool
+) -> None:
+    runner = ModelRunner(tiny)
     tokens = text_tokens(200)
     (whole,) = runner.embed([tokens], is_mean=is_mean)
     vectors: list[list[float]] = []
@@ -100,8 +103,8 @@ def test_parts_are_what_the_whole_is(tiny: Model, sizes: tuple[int, ...], is_mea
     assert np.allclose(vectors[0], whole, atol=1e-4)
 
 
-def test_inputs_in_parts_do_not_mix_and_can_be_dropped(tiny: Model) -> None:
-    runner = ModelRunner(tiny.network)
+def test_inputs_in_parts_do_not_mix_and_can_be_dropped(tiny: nn.Module) -> None:
+    runner = ModelRunner(tiny)
     inputs = {1: text_tokens(90, 1), 2: text_tokens(90, 2)}
     for id, tokens in inputs.items():
         assert runner.embed([tokens[:50]], is_mean=True, part=Part(id, False)) == []

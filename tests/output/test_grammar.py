@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Matcher
-from mlxlite.models.load import Model, load
+from mlxlite.models.load import LoadedModel, load
 from mlxlite.output.grammar import (
     MAX_COMPILED,
     MAX_GRAMMAR_CHARS,
@@ -32,17 +32,17 @@ pytest.importorskip("llguidance", reason="structured output is the extra `gramma
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    return load(Config())
+def model() -> LoadedModel:
+    return load(Config())[1]
 
 
 @pytest.fixture
-def grammars(model: Model) -> Grammars:
+def grammars(model: LoadedModel) -> Grammars:
     return new_grammars(model)
 
 
-def new_grammars(model: Model, **changes: Any) -> Grammars:
-    tokenizer = model.tokenizer
+def new_grammars(model: LoadedModel, **changes: Any) -> Grammars:
+    tokenizer = model.tokenizer.wrapper
     settings: dict[str, Any] = {
         "num_vocab": model.num_vocab,
         "eos_tokens": model.eos_tokens,
@@ -58,14 +58,14 @@ def matcher_of(grammars: Grammars, kind: Kind, text: Any, **kw: Any) -> Matcher:
     return grammars.compile(Constraint(kind, written), **kw).matcher()
 
 
-def allowed(model: Model, matcher: Matcher) -> set[int]:
+def allowed(model: LoadedModel, matcher: Matcher) -> set[int]:
     mask = np.zeros((model.num_vocab + 31) // 32, np.uint32)
     matcher.fill(mask)
     bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
     return {int(token) for token in np.flatnonzero(bits[: model.num_vocab])}
 
 
-def takes(model: Model, matcher: Matcher, tokens: Iterable[int]) -> bool:
+def takes(model: LoadedModel, matcher: Matcher, tokens: Iterable[int]) -> bool:
     """Whether each token is allowed where it comes; the matcher goes as far as they are."""
     for token in tokens:
         if token not in allowed(model, matcher):
@@ -75,7 +75,7 @@ def takes(model: Model, matcher: Matcher, tokens: Iterable[int]) -> bool:
     return True
 
 
-def matches(model: Model, matcher: Matcher, text: str) -> bool:
+def matches(model: LoadedModel, matcher: Matcher, text: str) -> bool:
     """Whether a text is a whole answer."""
     tokens = model.encode(text, add_special=False)
     return takes(model, matcher, tokens) and model.eos_tokens <= allowed(model, matcher)
@@ -158,7 +158,12 @@ KINDS: list[tuple[Kind, Any, list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("kind", "text", "right", "wrong"), KINDS)
 def test_each_kind_lets_through_what_matches_and_nothing_else(
-    model: Model, grammars: Grammars, kind: Kind, text: Any, right: list[str], wrong: list[str]
+    model: LoadedModel,
+    grammars: Grammars,
+    kind: Kind,
+    text: Any,
+    right: list[str],
+    wrong: list[str],
 ):
     for answer in right:
         assert matches(model, matcher_of(grammars, kind, text), answer), answer
@@ -166,7 +171,9 @@ def test_each_kind_lets_through_what_matches_and_nothing_else(
         assert not matches(model, matcher_of(grammars, kind, text), answer), answer
 
 
-def test_a_call_that_is_spelt_and_not_marked_must_match_as_well(model: Model, grammars: Grammars):
+def test_a_call_that_is_spelt_and_not_marked_must_match_as_well(
+    model: LoadedModel, grammars: Grammars
+):
     """What tells calls apart reads text: it does not know by which tokens a marker was written."""
     text = call("go", {"n": "x"})
     spelt = [token for char in text for token in model.encode(char, add_special=False)]
@@ -175,13 +182,13 @@ def test_a_call_that_is_spelt_and_not_marked_must_match_as_well(model: Model, gr
     assert not takes(model, matcher, spelt)
 
 
-def test_a_models_calls_that_are_no_json_cannot_be_enforced(model: Model):
+def test_a_models_calls_that_are_no_json_cannot_be_enforced(model: LoadedModel):
     grammars = new_grammars(model, call_markers=((), ()))
     with pytest.raises(ConstraintError, match="format of this model's tool calls"):
         matcher_of(grammars, Kind.TOOLS, CALLS)
 
 
-def test_white_space_in_json_is_bounded(model: Model, grammars: Grammars):
+def test_white_space_in_json_is_bounded(model: LoadedModel, grammars: Grammars):
     matcher = matcher_of(grammars, Kind.JSON, {"type": "array"})
     for text, is_right in (("[\n" + " " * 24 + "1]", True), ("[" + " " * 5 + "1]", False)):
         matcher = matcher_of(grammars, Kind.JSON, {"type": "array"})
@@ -191,7 +198,7 @@ def test_white_space_in_json_is_bounded(model: Model, grammars: Grammars):
 # --- the end ------------------------------------------------------------------------------------
 
 
-def test_the_answer_may_end_only_where_the_grammar_accepts(model: Model, grammars: Grammars):
+def test_the_answer_may_end_only_where_the_grammar_accepts(model: LoadedModel, grammars: Grammars):
     matcher = matcher_of(grammars, Kind.REGEX, "a(bc)?")
     can_end = []
     for char in "abc":
@@ -202,14 +209,14 @@ def test_the_answer_may_end_only_where_the_grammar_accepts(model: Model, grammar
     assert can_end == [False, True, False, True]
 
 
-def test_when_it_is_complete_only_the_end_may_follow(model: Model, grammars: Grammars):
+def test_when_it_is_complete_only_the_end_may_follow(model: LoadedModel, grammars: Grammars):
     matcher = matcher_of(grammars, Kind.CHOICE, ["no"])
     assert takes(model, matcher, model.encode("no", add_special=False))
     assert allowed(model, matcher) == model.eos_tokens
 
 
 @pytest.mark.parametrize("num_ends", [1, 2])
-def test_tokens_after_the_end_are_harmless(model: Model, grammars: Grammars, num_ends: int):
+def test_tokens_after_the_end_are_harmless(model: LoadedModel, grammars: Grammars, num_ends: int):
     matcher = matcher_of(grammars, Kind.REGEX, "a+")
     assert takes(model, matcher, model.encode("a", add_special=False))
     matcher.accept((min(model.eos_tokens),) * num_ends)
@@ -219,7 +226,7 @@ def test_tokens_after_the_end_are_harmless(model: Model, grammars: Grammars, num
 
 
 @pytest.mark.parametrize("end", [0, 1])
-def test_every_end_token_ends_it(model: Model, grammars: Grammars, end: int):
+def test_every_end_token_ends_it(model: LoadedModel, grammars: Grammars, end: int):
     matcher = matcher_of(grammars, Kind.REGEX, "a+")
     assert takes(model, matcher, [*model.encode("a", add_special=False)])
     assert takes(model, matcher, [sorted(model.eos_tokens)[end]])
@@ -227,7 +234,7 @@ def test_every_end_token_ends_it(model: Model, grammars: Grammars, end: int):
 
 
 def test_a_token_that_was_not_allowed_is_an_error_and_never_an_exception(
-    model: Model, grammars: Grammars
+    model: LoadedModel, grammars: Grammars
 ):
     matcher = matcher_of(grammars, Kind.REGEX, "a+")
     matcher.accept(model.encode("b", add_special=False))
@@ -240,7 +247,7 @@ def test_a_token_that_was_not_allowed_is_an_error_and_never_an_exception(
 # --- reasoning ----------------------------------------------------------------------------------
 
 
-def test_matching_begins_where_the_reasoning_ends(model: Model, grammars: Grammars):
+def test_matching_begins_where_the_reasoning_ends(model: LoadedModel, grammars: Grammars):
     matcher = matcher_of(grammars, Kind.CHOICE, ["no"], is_thinking=True)
     thought = model.encode("Well, yes! <think> no </th", add_special=False)
     assert takes(model, matcher, thought)
@@ -249,14 +256,14 @@ def test_matching_begins_where_the_reasoning_ends(model: Model, grammars: Gramma
     assert matches(model, matcher, "no")
 
 
-def test_an_answer_does_not_end_inside_its_reasoning(model: Model, grammars: Grammars):
+def test_an_answer_does_not_end_inside_its_reasoning(model: LoadedModel, grammars: Grammars):
     matcher = matcher_of(grammars, Kind.CHOICE, ["no"], is_thinking=True)
     assert not model.eos_tokens & allowed(model, matcher)
     assert takes(model, matcher, model.encode("Well", add_special=False))
     assert not model.eos_tokens & allowed(model, matcher)
 
 
-def test_a_resumed_answer_is_where_it_was(model: Model, grammars: Grammars):
+def test_a_resumed_answer_is_where_it_was(model: LoadedModel, grammars: Grammars):
     """As after a preemption: all tokens at once, those of the reasoning too."""
     tokens = model.encode("Hm.</think>ab", add_special=False)
     whole = matcher_of(grammars, Kind.REGEX, "(a|b){3}c", is_thinking=True)
@@ -271,11 +278,11 @@ def test_a_resumed_answer_is_where_it_was(model: Model, grammars: Grammars):
 @pytest.mark.parametrize("budget", [0, 1, 3])
 @pytest.mark.parametrize("is_constrained", [False, True])
 def test_a_budget_closes_the_reasoning_with_the_models_own_mark(
-    model: Model, grammars: Grammars, budget: int, is_constrained: bool
+    model: LoadedModel, grammars: Grammars, budget: int, is_constrained: bool
 ):
     constraint = Constraint(Kind.CHOICE, '["no"]') if is_constrained else None
     matcher = grammars.compile(constraint, is_thinking=True, budget=budget).matcher()
-    (end,) = model.tokenizer.think_end_tokens
+    (end,) = model.tokenizer.wrapper.think_end_tokens
     (word,) = model.encode("a", add_special=False)
     for _ in range(budget):
         assert word in allowed(model, matcher)
@@ -288,24 +295,24 @@ def test_a_budget_closes_the_reasoning_with_the_models_own_mark(
         assert len(allowed(model, matcher)) == model.num_vocab
 
 
-def test_a_budget_is_met_by_reasoning_that_the_model_begins(model: Model, grammars: Grammars):
+def test_a_budget_is_met_by_reasoning_that_the_model_begins(model: LoadedModel, grammars: Grammars):
     matcher = grammars.compile(None, is_thinking=False, budget=2).matcher()
     assert len(allowed(model, matcher)) == model.num_vocab
-    matcher.accept(tuple(model.tokenizer.think_start_tokens))
+    matcher.accept(tuple(model.tokenizer.wrapper.think_start_tokens))
     matcher.accept(model.encode("a", add_special=False) * 2)
-    assert allowed(model, matcher) == set(model.tokenizer.think_end_tokens)
+    assert allowed(model, matcher) == set(model.tokenizer.wrapper.think_end_tokens)
 
 
 def test_reasoning_that_ends_within_its_budget_leaves_the_answer_free(
-    model: Model, grammars: Grammars
+    model: LoadedModel, grammars: Grammars
 ):
     matcher = grammars.compile(None, is_thinking=True, budget=2).matcher()
-    matcher.accept(tuple(model.tokenizer.think_end_tokens))
+    matcher.accept(tuple(model.tokenizer.wrapper.think_end_tokens))
     matcher.accept(model.encode("a", add_special=False) * 5)
     assert len(allowed(model, matcher)) == model.num_vocab
 
 
-def test_without_marks_around_reasoning_there_is_no_budget(model: Model):
+def test_without_marks_around_reasoning_there_is_no_budget(model: LoadedModel):
     grammars = new_grammars(model, think=((), ()))
     with pytest.raises(ConstraintError, match="no marks around its reasoning"):
         grammars.compile(None, is_thinking=False, budget=3)
@@ -447,7 +454,7 @@ COSTLY: dict[str, tuple[Kind, Any]] = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_costly_grammar_runs_within_its_bounds_or_says_that_it_cannot(
-    model: Model, grammars: Grammars, name: str
+    model: LoadedModel, grammars: Grammars, name: str
 ):
     try:
         matcher = matcher_of(grammars, *COSTLY[name])
@@ -462,7 +469,7 @@ def test_a_costly_grammar_runs_within_its_bounds_or_says_that_it_cannot(
         matcher.accept((max(tokens - model.eos_tokens or tokens),))
 
 
-def test_a_refused_constraint_leaves_the_others_alone(model: Model, grammars: Grammars):
+def test_a_refused_constraint_leaves_the_others_alone(model: LoadedModel, grammars: Grammars):
     for kind, text in REFUSED.values():
         if len(text) < 1000:
             with pytest.raises(ConstraintError):
@@ -471,7 +478,7 @@ def test_a_refused_constraint_leaves_the_others_alone(model: Model, grammars: Gr
 
 
 def test_without_llguidance_the_message_says_what_to_install(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("llguidance", "llguidance.hf"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -482,11 +489,13 @@ def test_without_llguidance_the_message_says_what_to_install(
     assert "pip install 'mlxlite[grammar]'" in MISSING
 
 
-def test_a_budget_of_reasoning_needs_no_llguidance(model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_a_budget_of_reasoning_needs_no_llguidance(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("llguidance", "llguidance.hf"):
         monkeypatch.setitem(sys.modules, name, None)
     matcher = new_grammars(model).compile(None, is_thinking=True, budget=0).matcher()
-    assert allowed(model, matcher) == set(model.tokenizer.think_end_tokens)
+    assert allowed(model, matcher) == set(model.tokenizer.wrapper.think_end_tokens)
 
 
 # --- what is kept -------------------------------------------------------------------------------
@@ -518,14 +527,14 @@ def test_a_constraint_is_compiled_once_and_the_oldest_are_forgotten(
     assert len(grammars._compiled) == MAX_COMPILED
 
 
-def test_kinds_of_one_text_are_not_mistaken_for_each_other(model: Model, grammars: Grammars):
+def test_kinds_of_one_text_are_not_mistaken_for_each_other(model: LoadedModel, grammars: Grammars):
     text = '["a"]'
     assert matches(model, matcher_of(grammars, Kind.CHOICE, text), "a")
     assert not matches(model, matcher_of(grammars, Kind.REGEX, text), '["a"]')
     assert matches(model, matcher_of(grammars, Kind.REGEX, text), '"')
 
 
-def test_matchers_of_one_grammar_know_nothing_of_each_other(model: Model, grammars: Grammars):
+def test_matchers_of_one_grammar_know_nothing_of_each_other(model: LoadedModel, grammars: Grammars):
     grammar = grammars.compile(Constraint(Kind.CHOICE, '["no", "yes"]'), is_thinking=False)
     first, second = grammar.matcher(), grammar.matcher()
     assert takes(model, first, model.encode("no", add_special=False))
@@ -536,7 +545,7 @@ def test_matchers_of_one_grammar_know_nothing_of_each_other(model: Model, gramma
     assert grammar.matcher().error is None
 
 
-def test_tokens_that_the_layer_has_and_the_vocabulary_has_not_are_never_allowed(model: Model):
+def test_tokens_that_the_layer_has_and_the_vocabulary_has_not_are_never_allowed(model: LoadedModel):
     """The last layer may be wider than the vocabulary, and no multiple of 32."""
     wide = model.num_vocab + 45
     matcher = matcher_of(new_grammars(model, num_vocab=wide), Kind.REGEX, "(.|\n)*")
@@ -619,7 +628,7 @@ ANY_GRAMMAR = st.lists(st.sampled_from(_RULES), min_size=1).map("".join)
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_whatever_is_asked_for_is_compiled_and_used_or_refused_in_words(
-    model: Model, grammars: Grammars, asked: tuple[Kind, Any]
+    model: LoadedModel, grammars: Grammars, asked: tuple[Kind, Any]
 ) -> None:
     try:
         matcher = matcher_of(grammars, *asked)

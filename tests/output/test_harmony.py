@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import save_checkpoint
+from checkpoints import loaded, save_checkpoint
 from helpers import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,6 @@ from mlxlite.api.conversation import Tool
 from mlxlite.api.endpoints.chat_completions import prepare_chat
 from mlxlite.api.render import listener
 from mlxlite.config.options import Config
-from mlxlite.models.load import load
 from mlxlite.output.events import Channel
 from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyChannels, with_thinking
 from mlxlite.output.markers import Markers, Piece
@@ -200,11 +199,11 @@ def test_a_model_with_its_marks_is_known_and_its_marks_are_text(tmp_path: Path):
         for i, mark in enumerate(sorted(MARKS))
     ]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    model = load(Config(model=str(path)))
+    model = loaded(path)
     assert model.markers.is_harmony
     tokens = model.encode(THINK + CALL, add_special=False)
     assert hear([model.detokenize(tokens)]) == CORPUS["thought and call"][1]
-    assert not load(Config(model=str(save_checkpoint(tmp_path / "plain")))).markers.is_harmony
+    assert not loaded(save_checkpoint(tmp_path / "plain")).markers.is_harmony
 
 
 def test_a_request_with_tools_reaches_the_format():

@@ -818,16 +818,16 @@ FORMATS["laguna"] = FORMATS["glm47"]
 
 
 def parsed(parser: Callable[..., Any], text: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """What `Model.parse_calls` makes of a parser's result."""
-    from mlxlite.models.load import Model
+    """What `Tokenizer.parse_calls` makes of a parser's result."""
+    from mlxlite.models.tokenizer import Tokenizer
 
-    class Tokenizer:
+    class Wrapper:
         tool_parser = staticmethod(parser)
 
     class Stand:
-        tokenizer = Tokenizer()
+        wrapper = Wrapper()
 
-    return Model.parse_calls(Stand(), text, TOOLS)  # type: ignore[arg-type]
+    return Tokenizer.parse_calls(Stand(), text, TOOLS)  # type: ignore[arg-type]
 
 
 def of_module(name: str) -> tuple[Markers, Parse]:

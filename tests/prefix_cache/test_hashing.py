@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlxlite.prefix_cache.hashing import (
     CHECKPOINT_STRIDE,
-    MAX_HEADS,
+    MAX_MESSAGE_STARTS,
     Blocks,
     blocks_of,
     extended,
@@ -59,7 +59,7 @@ def test_keys_are_what_the_definition_says(tokens: list[int], scope: int, size: 
     blocks = blocks_of(tuple(tokens), scope, size, (1, 2))
     assert blocks.keys == naive_keys(tokens, scope, size)
     assert blocks.words == b"".join(token.to_bytes(4, "little") for token in tokens)
-    assert (blocks.scope, blocks.size, blocks.heads) == (scope, size, (1, 2))
+    assert (blocks.scope, blocks.size, blocks.message_starts) == (scope, size, (1, 2))
 
 
 @pytest.mark.parametrize("size", [1, 16, 64])
@@ -149,9 +149,9 @@ def test_a_long_prompt_pauses_at_each_stride_and_not_at_its_end():
     assert pauses(blocks_of((), 0, 4), 3 * stride + 5) == {stride, 2 * stride, 3 * stride}
 
 
-@pytest.mark.parametrize("num", range(MAX_HEADS + 4))
+@pytest.mark.parametrize("num", range(MAX_MESSAGE_STARTS + 4))
 def test_a_prompt_pauses_at_its_first_two_heads_and_at_the_last_ones(num: int):
     heads = tuple(range(10, 10 + 3 * num, 3))
-    kept = heads if num <= MAX_HEADS else heads[:2] + heads[2 - MAX_HEADS :]
+    kept = heads if num <= MAX_MESSAGE_STARTS else heads[:2] + heads[2 - MAX_MESSAGE_STARTS :]
     assert pauses(blocks_of((), 0, 4, heads), 1000) == set(kept)
-    assert len(kept) <= MAX_HEADS
+    assert len(kept) <= MAX_MESSAGE_STARTS

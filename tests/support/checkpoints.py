@@ -2,13 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from mlxlite.models.load import LoadedModel
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = (
+    "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% else %}[silent]{% endif %}"
+    "{{ messages[0].content }}"
+)
+HELLO = [{"role": "user", "content": "Hello"}]
+IM_END = 322  # of the tokenizer that is saved here, like every id
+NUM_TOKENS = 323
+SECRET = "hf_aVerySecretTokenThatNobodyMaySee"
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog. Hello, how are you? 0 1 2 3 4 5 6 7 8 9",
     "A stream of tokens; a batch of rows. Ein Satz mit Umlauten: äöüß. 日本語のテキスト 🙂🙃",
@@ -67,3 +80,33 @@ def save_checkpoint(path: Path, seed: int = 0, **changes: Any) -> Path:
     weights = dict(tree_flatten(network.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     return path
+
+
+def edit(path: Path, **changes: Any) -> Path:
+    """Change settings of a JSON file, made if need be; None drops one. Gives its directory."""
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    settings = {key: value for key, value in (settings | changes).items() if value is not None}
+    path.write_text(json.dumps(settings))
+    return path.parent
+
+
+def loaded(path: Path | str, **flags: Any) -> "LoadedModel":
+    """A checkpoint as the server has it, without its network."""
+    from mlxlite.config.options import Config
+    from mlxlite.models.load import load
+
+    return load(Config(model=str(path), **flags))[1]
+
+
+def complaint(name: Path | str, **flags: Any) -> str:
+    """The message of the LoadError for an unusable model: one line of bounded length."""
+    from mlxlite.models.interface import LoadError
+
+    with pytest.raises(LoadError) as caught:
+        loaded(name, **flags)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    assert SECRET not in text
+    assert len(text) < 1000
+    return text

@@ -26,7 +26,7 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, Sequence
 from mlxlite.engine.step import Admission, Launched, Outcome, Part, Runner, Step
 from mlxlite.http.connection import Client
-from mlxlite.models.interface import PromptError, ServedModel
+from mlxlite.models.interface import Model, PromptError
 from mlxlite.output.grammar import Constraint
 from mlxlite.output.markers import Markers
 from mlxlite.server import Load, Server
@@ -324,7 +324,7 @@ class FakeGrammar:
 
 @dataclass
 class FakeModel:
-    """Implements `served.ServedModel`: a token is a character, a prompt the last message.
+    """Implements `models.interface.Model`: a token is a character, a prompt the last message.
 
     `bos` is the token that an encoding with special tokens begins with, if there is one. `width`
     repeats each character in the text, for answers that are large. `gate` holds `render`. With
@@ -390,7 +390,7 @@ class FakeModel:
         content = messages[-1]["content"]
         if not content:
             raise PromptError("the chat template made an empty prompt of the messages")
-        return Prompt(tuple(map(ord, content)), is_thinking=self.is_thinking)
+        return Prompt(tuple(map(ord, content)), starts_in_reasoning=self.is_thinking)
 
 
 @dataclass(frozen=True)
@@ -596,7 +596,7 @@ async def serving(
     """A server that is ready, around fakes; `settings` are Config's."""
     model, runner = model or FakeModel(), runner or ScriptedRunner()
 
-    def load(_config: Config) -> tuple[ServedModel, Runner]:
+    def load(_config: Config) -> tuple[Model, Runner]:
         return model, runner
 
     async with new_server(load, **settings) as server:

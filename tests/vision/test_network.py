@@ -35,7 +35,7 @@ from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Prompt, Sequence
 from mlxlite.engine.step import Add, Command, Finish
 from mlxlite.models.interface import LoadError
-from mlxlite.models.load import Model, load
+from mlxlite.models.load import LoadedModel, load
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
@@ -87,7 +87,8 @@ class Checkpoint:
     """One as this server loads it, and as mlx-vlm does."""
 
     name: str
-    model: Model
+    network: Any
+    model: LoadedModel
     theirs: Any
     processor: Any
     known: dict[str, list[int]] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Checkpoint:
         prompt = self.model.render(
             messages_of(*turns), {}, is_continuation=False, pictures=pictures
         )
-        return replace(prompt, blocks=blocks_of(prompt.names(), 0, BLOCK, prompt.heads))
+        return replace(prompt, blocks=blocks_of(prompt.names(), 0, BLOCK, prompt.message_starts))
 
     def expected(self, *turns: SequenceOf[Part], num: int = NUM_TOKENS) -> list[int]:
         """mlx-vlm's own tokens, as it makes them alone."""
@@ -131,7 +132,7 @@ class Server:
     def __init__(
         self, checkpoint: Checkpoint, *, chunk: int = 2048, max_rows: int = 4, cache: int = 1 << 30
     ) -> None:
-        network = checkpoint.model.network
+        network = checkpoint.network
         assert isinstance(network, VisionNetwork)
         network.forget()
         network.num_looks = 0
@@ -168,9 +169,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     loaded = {}
     for name in tiny_vlms.NAMES:
         tiny_vlms.save(out / name, name)
-        model = load(Config(model=str(out / name)))
+        network, model = load(Config(model=str(out / name)))
         loaded[name] = Checkpoint(
-            name, model, *mlx_vlm.load(str(out / name), trust_remote_code=False)
+            name, network, model, *mlx_vlm.load(str(out / name), trust_remote_code=False)
         )
     yield loaded
     mx.enable_compile()
@@ -188,7 +189,7 @@ TEXT = [["Hello, how are you today?"]]
 
 
 def test_the_model_sees(checkpoint: Checkpoint):
-    assert checkpoint.model.blind is None
+    assert checkpoint.model.vision_unavailable_reason is None
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 2048])
@@ -397,7 +398,7 @@ def test_a_reset_forgets_pictures_too(checkpoint: Checkpoint):
 @pytest.mark.parametrize("name", ["qwen3_5", "smolvlm"])
 def test_keys_and_values_may_be_kept_in_few_bits(name: str, checkpoints: dict[str, Checkpoint]):
     checkpoint = checkpoints[name]
-    runner = ModelRunner(checkpoint.model.network, kv_bits=KVBits(8, 32))
+    runner = ModelRunner(checkpoint.network, kv_bits=KVBits(8, 32))
 
     def tokens(*asked: list[list[Part]]) -> list[list[int]]:
         scheduler = Scheduler(Policy(max_rows=4, memory=runner.memory))
@@ -428,10 +429,11 @@ def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
 
 
 def test_a_template_that_leaves_a_picture_out_is_a_clear_error(checkpoint: Checkpoint):
-    model = replace(checkpoint.model, chat_template="{{ messages[0].content[0].type }}")
+    template = "{{ messages[0].content[0].type }}"
+    chat_template = replace(checkpoint.model.chat_template, source=template)
     messages = messages_of([picture(1), "?"])
     with pytest.raises(ImageError, match=r"picture|image"):
-        model.render(messages, {}, is_continuation=False, pictures=[Picture(picture(1))])
+        chat_template.render(messages, {}, is_continuation=False, pictures=[Picture(picture(1))])
 
 
 def test_code_in_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Path):
@@ -448,7 +450,7 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Pat
         if (path / name).exists():
             own = json.loads((path / name).read_text())
             (path / name).write_text(json.dumps(own | {"auto_map": auto}))
-    assert load(Config(model=str(path))).id  # with or without pictures, but never run
+    assert load(Config(model=str(path)))[1].id  # with or without pictures, but never run
 
 
 def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
@@ -460,10 +462,10 @@ def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
         with pytest.raises(LoadError, match=r"mlxlite\[vision\]"):
             load(config)
         return
-    model = load(config)
-    assert "pip install 'mlxlite[vision]'" in (model.blind or "")
-    server = Checkpoint(checkpoint.name, model, checkpoint.theirs, checkpoint.processor)
-    scheduler, runner = Scheduler(Policy()), ModelRunner(model.network)
+    network, model = load(config)
+    assert "pip install 'mlxlite[vision]'" in (model.vision_unavailable_reason or "")
+    server = Checkpoint(checkpoint.name, network, model, checkpoint.theirs, checkpoint.processor)
+    scheduler, runner = Scheduler(Policy()), ModelRunner(network)
     prompt = replace(server.prompt(*TEXT), blocks=None)
     run = drive(scheduler, runner, {0: [Add(Sequence(1, prompt, GREEDY, NUM_TOKENS))]})
     assert run.tokens(1) == checkpoint.expected(*TEXT)
@@ -482,7 +484,7 @@ def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
             raise AssertionError("nobody should look")
 
     server = checkpoint.server(cache=0)
-    reader = checkpoint.model.sight
+    reader = checkpoint.model.chat_template.image_reader
     assert not isinstance(reader, str)
     for turns in (TWO, ONE):
         known = [Picture(pixels) for pixels in pictures_of(*turns)]

@@ -62,13 +62,13 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 from mlxlite.output.events import Arguments, Call, CallPart, Channel, Delta, Done, Opened, Progress
 from mlxlite.vision.images import Source, source_of, source_of_base64
 
 
 def prepare_messages(
-    model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
+    model: Model, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, Prompt]:
     """The same for Anthropic's dialect."""
     from mlxlite.api.endpoints.anthropic_messages import parse_messages
@@ -79,7 +79,7 @@ def prepare_messages(
 
 
 def prepare_count(
-    model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
+    model: Model, body: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, int]:
     """How many tokens a message's prompt has."""
     from mlxlite.api.endpoints.anthropic_messages import parse_count_tokens

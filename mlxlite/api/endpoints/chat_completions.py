@@ -27,7 +27,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import SSE_DONE, sse_data
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 from mlxlite.output.events import (
     Arguments,
     Broken,
@@ -216,7 +216,7 @@ def field_table() -> str:
 
 
 def prepare_chat(
-    model: ServedModel, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
+    model: Model, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[ChatRequest, Prompt]:
     """A chat's body to its prompt: the part of a request that costs time and needs no loop."""
     request = parse_chat(body)

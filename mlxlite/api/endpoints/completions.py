@@ -40,7 +40,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Logprobs, Prompt, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import SSE_DONE
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 from mlxlite.output.events import Delta, Done, Progress
 
 
@@ -54,7 +54,7 @@ class CompletionRequest(Options):
 
 
 def prepare_completion(
-    model: ServedModel, body: bytes, tenant: bytes, config: Config
+    model: Model, body: bytes, tenant: bytes, config: Config
 ) -> tuple[CompletionRequest, list[Prompt], list[str]]:
     """A completion's prompts, and the text that each choice begins with."""
     request = parse_completion(body)

@@ -24,7 +24,7 @@ from mlxlite.api.fields import (
 from mlxlite.api.render import _encode
 from mlxlite.api.request import FIELDS
 from mlxlite.http.errors import bad
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 
 # --- embeddings -------------------------------------------------------------------------------
 
@@ -102,8 +102,6 @@ def embeddings(
     return orjson.dumps({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-def prepare_embedding(
-    model: ServedModel, body: bytes
-) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
+def prepare_embedding(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
     request = parse_embedding(body)
     return request, [_encode(model, text, "input") for text in request.inputs]

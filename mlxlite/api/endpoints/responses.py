@@ -63,7 +63,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
 from mlxlite.http.errors import APIError, Cause, bad, clip
 from mlxlite.http.sse import sse_event
-from mlxlite.models.interface import ServedModel
+from mlxlite.models.interface import Model
 from mlxlite.output.events import (
     Arguments,
     Broken,
@@ -79,7 +79,7 @@ from mlxlite.output.events import (
 
 
 def prepare_response(
-    model: ServedModel,
+    model: Model,
     body: bytes,
     tenant: bytes,
     config: Config,

@@ -25,7 +25,7 @@ from mlxlite.api.request import FIELDS, ChatRequest
 from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
 from mlxlite.http.errors import bad
-from mlxlite.models.interface import PromptError, ServedModel
+from mlxlite.models.interface import Model, PromptError
 
 # --- tokenize ---------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ def detokenized(written: str) -> bytes:
 
 
 def prepare_tokens(
-    model: ServedModel, body: bytes, config: Config, *, is_patient: bool = False
+    model: Model, body: bytes, config: Config, *, is_patient: bool = False
 ) -> tuple[TokenizeRequest, tuple[int, ...]]:
     request = parse_tokenize(body)
     if request.content is None:
@@ -147,7 +147,7 @@ def prepare_tokens(
         raise bad(str(error), "content") from error
 
 
-def prepare_detokenized(model: ServedModel, body: bytes) -> tuple[DetokenizeRequest, str]:
+def prepare_detokenized(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
     request = parse_detokenize(body)
     for token in request.tokens:
         if token >= model.num_vocab:

@@ -1,0 +1,108 @@
+"""The fingerprint of a checkpoint: what changes it and what does not."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from checkpoints import NUM_TOKENS, edit, loaded, save_checkpoint
+
+from mlxlite.models.load import LoadedModel
+
+
+def change_weights(path: Path, change: Callable[[dict[str, mx.array]], None]) -> None:
+    weights = dict(mx.load(str(path / "model.safetensors")))
+    mx.eval(weights)
+    change(weights)
+    mx.save_safetensors(str(path / "new.safetensors"), weights)
+    (path / "new.safetensors").rename(path / "model.safetensors")
+
+
+def test_a_fingerprint_is_16_hexadecimal_digits(model: LoadedModel) -> None:
+    assert re.fullmatch("[0-9a-f]{16}", model.fingerprint)
+
+
+def test_the_fingerprint_is_the_same_wherever_the_model_lies(
+    copy: Path, model: LoadedModel
+) -> None:
+    for file in copy.iterdir():
+        os.utime(file, (1, 1))
+    assert loaded(copy / "config.json").fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "other.json"])
+def test_the_fingerprint_is_not_of_what_leaves_the_network_alone(
+    copy: Path, model: LoadedModel, name: str
+) -> None:
+    edit(copy / name, unrelated="value")
+    assert loaded(copy).fingerprint == model.fingerprint
+
+
+def test_the_fingerprint_is_of_the_configuration(copy: Path, model: LoadedModel) -> None:
+    edit(copy / "config.json", rope_theta=10001.0)
+    assert loaded(copy).fingerprint != model.fingerprint
+
+
+def test_another_model_of_the_same_shape_has_another_fingerprint(
+    tmp_path: Path, model: LoadedModel
+) -> None:
+    assert loaded(save_checkpoint(tmp_path / "other", seed=1)).fingerprint != model.fingerprint
+
+
+def two_rows_swapped(weights: dict[str, mx.array]) -> None:
+    rows = mx.arange(NUM_TOKENS)
+    rows[5], rows[6] = 6, 5
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][rows]
+
+
+def two_layers_swapped(weights: dict[str, mx.array]) -> None:
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+    weights[names[0]], weights[names[1]] = weights[names[1]], weights[names[0]]
+
+
+def test_the_fingerprint_is_of_the_last_bit_of_the_weights(copy: Path, model: LoadedModel) -> None:
+    path = copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1  # the lowest of a little-endian float32
+    path.write_bytes(content)
+    assert loaded(copy).fingerprint != model.fingerprint
+
+
+@pytest.mark.parametrize("change", [two_rows_swapped, two_layers_swapped])
+def test_the_fingerprint_is_of_every_weight(
+    copy: Path, model: LoadedModel, change: Callable[[dict[str, mx.array]], None]
+) -> None:
+    change_weights(copy, change)
+    assert loaded(copy).fingerprint != model.fingerprint
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_weights_have_a_fingerprint(
+    copy: Path, model: LoadedModel, dtype: mx.Dtype
+) -> None:
+    change_weights(copy, lambda w: w.update({name: a.astype(dtype) for name, a in w.items()}))
+    fingerprints = {loaded(copy).fingerprint}
+    change_weights(copy, lambda w: w.update({"model.norm.weight": w["model.norm.weight"] * 2}))
+    fingerprints.add(loaded(copy).fingerprint)
+    assert len(fingerprints | {model.fingerprint}) == 3
+
+
+def test_shards_are_found_by_their_names_whatever_the_index_says(
+    copy: Path, model: LoadedModel
+) -> None:
+    """The app saves the first shard as model.safetensors; the index names a file that is not there.
+
+    The fingerprint covers every weight, so an equal one means that none is missing.
+    """
+    weights = list(mx.load(str(copy / "model.safetensors")).items())
+    half = len(weights) // 2
+    mx.save_safetensors(str(copy / "model-00002-of-00002.safetensors"), dict(weights[half:]))
+    first = copy / "model.safetensors"
+    mx.save_safetensors(str(copy / "other.safetensors"), dict(weights[:half]))
+    (copy / "other.safetensors").rename(first)
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    names = {name: shards[number >= half] for number, (name, _) in enumerate(weights)}
+    edit(copy / "model.safetensors.index.json", metadata={}, weight_map=names)
+    assert loaded(first).fingerprint == model.fingerprint

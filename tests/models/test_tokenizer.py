@@ -1,0 +1,203 @@
+"""Text to tokens and back, their bytes, and what a tokenizer marks in an answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import IM_END, NUM_TOKENS, loaded, save_checkpoint
+from tokenizers import Tokenizer
+
+from mlxlite.config.options import Config
+from mlxlite.models.load import LoadedModel, load
+from mlxlite.output.detokenizer import TextStream
+from mlxlite.output.grammar import Constraint, ConstraintError, Kind
+from mlxlite.output.markers import PARSE_ERRORS, Markers
+
+# --- tokens to text ---------------------------------------------------------------------------
+
+TEXTS = ["Hello, how are you?", " a  b ", "äöüß 日本語 🙂🙃", "it 's , fine .", "\n\n\tx\n", "▁ ☃"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_its_tokens(model: LoadedModel, text: str) -> None:
+    assert model.detokenize(model.tokenizer.wrapper.encode(text, add_special_tokens=False)) == text
+
+
+def test_special_tokens_and_unknown_ids_have_no_text(model: LoadedModel) -> None:
+    tokens = model.tokenizer.wrapper.encode("Hello", add_special_tokens=False)
+    assert model.detokenize([IM_END, *tokens, IM_END, NUM_TOKENS + 1000]) == "Hello"
+    assert model.detokenize([]) == ""
+
+
+def test_any_sequence_of_ids_will_do(model: LoadedModel) -> None:
+    assert model.detokenize((5, 6)) == model.detokenize([5, 6])
+
+
+def save_metaspace_tokenizer(path: Path) -> None:
+    """A tokenizer that decodes as Llama 2's does: "▁" for a space, bytes for what it lacks."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    words = ["▁Hello", "▁there", "▁", "Hello", ",", "!", "▁a", "b", "."]
+    vocab = {word: id for id, word in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256))])}
+    vocab |= {word: len(vocab) + number for number, word in enumerate(words)}
+    merges = [("▁", "Hello"), ("▁", "there"), ("▁", "a")]
+    pieces = {piece for pair in merges for piece in pair} - set(vocab)
+    vocab |= {piece: len(vocab) + number for number, piece in enumerate(sorted(pieces))}
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def test_a_sentencepiece_tokenizer_streams_with_the_right_spaces(copy: Path) -> None:
+    save_metaspace_tokenizer(copy)
+    model = loaded(copy)
+    ids = model.tokenizer.wrapper.convert_tokens_to_ids
+
+    def streamed(tokens: list[str], prompt: list[str]) -> str:
+        stream = TextStream(model.detokenize, prompt_tail=ids(prompt))
+        return "".join([*(stream.push(id) for id in ids(tokens)), stream.flush()])
+
+    tokens = ["▁Hello", ",", "▁there", "!", "▁", "▁a", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "b"]
+    assert streamed(tokens, []) == "Hello, there!  a🙂b"  # a text begins without its space
+    assert streamed(tokens, ["▁a", "."]) == " Hello, there!  a🙂b"  # within one it stays
+    assert streamed(["▁there", "<|im_end|>", "▁a"], ["▁Hello"]) == " there a"
+
+
+# --- tokens to bytes --------------------------------------------------------------------------
+
+
+def bytes_of(model: LoadedModel, text: str) -> list[bytes]:
+    return [
+        model.token_bytes(id)
+        for id in model.tokenizer.wrapper.encode(text, add_special_tokens=False)
+    ]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_a_texts_tokens_are_the_texts(model: LoadedModel, text: str) -> None:
+    assert b"".join(bytes_of(model, text)).decode() == text
+
+
+def test_a_token_may_be_half_a_character(model: LoadedModel) -> None:
+    pieces = bytes_of(model, "\U0001f9ff")  # not in the corpus: it has no token of its own
+    assert len(pieces) > 1
+    assert b"".join(pieces) == "\U0001f9ff".encode()
+
+
+def test_every_byte_is_some_token(model: LoadedModel) -> None:
+    assert {bytes([byte]) for byte in range(256)} <= set(map(model.token_bytes, range(NUM_TOKENS)))
+
+
+def test_a_special_token_is_its_name_and_an_id_beyond_the_tokenizer_nothing(
+    model: LoadedModel,
+) -> None:
+    assert model.token_bytes(IM_END) == b"<|im_end|>"
+    assert model.num_vocab == NUM_TOKENS
+    assert model.token_bytes(NUM_TOKENS) == b""
+    assert model.token_bytes(2**31 - 1) == b""
+
+
+def test_an_output_layer_may_be_wider_than_the_tokenizer(tmp_path: Path) -> None:
+    wide = loaded(save_checkpoint(tmp_path / "wide", vocab_size=NUM_TOKENS + 61))
+    assert wide.num_vocab == NUM_TOKENS + 61
+    assert wide.token_bytes(NUM_TOKENS + 60) == b""
+
+
+def test_an_added_token_that_is_not_special_is_its_text(copy: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["日本 x"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert loaded(copy).token_bytes(NUM_TOKENS) == "日本 x".encode()
+
+
+def test_a_piece_that_is_not_written_in_the_byte_alphabet_is_its_text(copy: Path) -> None:
+    """A byte-level decoder lets such a piece through as it is."""
+    settings = json.loads((copy / "tokenizer.json").read_text())
+    id = len(settings["model"]["vocab"])
+    settings["model"]["vocab"]["a ☃"] = id
+    settings["added_tokens"] = [
+        token | {"id": token["id"] + 1} for token in settings["added_tokens"]
+    ]
+    (copy / "tokenizer.json").write_text(json.dumps(settings))
+    model = loaded(copy)
+    assert model.detokenize([id]) == "a ☃"
+    assert model.token_bytes(id) == "a ☃".encode()
+
+
+def test_sentencepiece_tokens_are_words_with_their_spaces_and_single_bytes(copy: Path) -> None:
+    save_metaspace_tokenizer(copy)
+    model = loaded(copy)
+
+    def said(*pieces: str) -> list[bytes]:
+        return list(
+            map(model.token_bytes, model.tokenizer.wrapper.convert_tokens_to_ids(list(pieces)))
+        )
+
+    assert said("▁Hello", "▁", "b", ".") == [b" Hello", b" ", b"b", b"."]
+    assert b"".join(said("<0xF0>", "<0x9F>", "<0x99>", "<0x82>")).decode() == "🙂"
+    assert said("<0x00>", "<0xFF>", "<|im_end|>") == [b"\0", b"\xff", b"<|im_end|>"]
+
+
+def test_many_added_tokens_do_not_make_a_token_slow(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma adds 6,000; transformers makes a dict of them each time somebody looks."""
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<unused{number}>" for number in range(6000)])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    model = loaded(copy)
+    own = type(model.tokenizer.wrapper.get_chat_template.__self__)
+    looked = property(lambda _: pytest.fail("they are looked at once, when the model is loaded"))
+    monkeypatch.setattr(own, "added_tokens_decoder", looked)
+    assert model.token_bytes(5)
+    assert model.detokenize([5])
+
+
+# --- marks in an answer -----------------------------------------------------------------------
+
+
+def test_the_marks_around_reasoning_are_part_of_the_text(thinker: Path, model: LoadedModel) -> None:
+    """They are special tokens, which are left out of a text otherwise."""
+    assert model.markers == Markers()
+    assert model.tokenizer.shown == {}
+    thinking = loaded(thinker)
+    assert thinking.markers == Markers("<think>", "</think>")
+    assert thinking.tokenizer.shown == {NUM_TOKENS: "<think>", NUM_TOKENS + 1: "</think>"}
+    words = thinking.encode("a b", add_special=False)
+    end = min(thinking.eos_tokens)
+    assert thinking.detokenize([NUM_TOKENS, *words, NUM_TOKENS + 1, *words, end]) == (
+        "<think>a b</think>a b"
+    )
+
+
+def test_what_a_model_has_no_marks_for_cannot_be_had(model: LoadedModel, thinker: Path) -> None:
+    with pytest.raises(ConstraintError, match="no marks around its reasoning"):
+        model.compile(None, is_thinking=False, budget=5)
+    assert loaded(thinker).compile(None, is_thinking=False, budget=5).matcher().error is None
+    calls = Constraint(Kind.TOOLS, '{"tools":[],"is_single":true,"is_auto":false}')
+    with pytest.raises(ConstraintError, match="tool calls cannot be enforced"):
+        model.compile(calls, is_thinking=False)
+
+
+def test_a_model_of_mlx_lms_calls_reads_them() -> None:
+    _, demo = load(Config())
+    assert demo.markers == Markers("<think>", "</think>", "<tool_call>", "</tool_call>", True)
+    one = '{"name": "f", "arguments": {"a": 1}}'
+    assert demo.parse_calls(one, []) == [("f", {"a": 1})]
+    assert demo.parse_calls('{"name": "f", "arguments": "{\\"a\\": 1}"}', []) == [("f", {"a": 1})]
+    for broken in ("", "{", '{"arguments": {}}', '{"name": "f", "arguments": [1]}'):
+        with pytest.raises(PARSE_ERRORS):
+            demo.parse_calls(broken, [])
