@@ -4,11 +4,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from checkpoints import NUM_TOKENS, edit, loaded, save_checkpoint
 
+from mlxlite.models.fingerprint import fingerprint_of, pieces
 from mlxlite.models.load import LoadedModel
 
 
@@ -106,3 +109,55 @@ def test_shards_are_found_by_their_names_whatever_the_index_says(
     names = {name: shards[number >= half] for number, (name, _) in enumerate(weights)}
     edit(copy / "model.safetensors.index.json", metadata={}, weight_map=names)
     assert loaded(first).fingerprint == model.fingerprint
+
+
+# --- the sample of a tensor -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4095, 4096, 4097, 30_000, 32 << 10])
+def test_a_small_tensor_is_read_whole(num_bytes: int) -> None:
+    sampled = {place for start, stop in pieces(num_bytes) for place in range(start, stop)}
+    assert sampled == set(range(num_bytes))
+
+
+@pytest.mark.parametrize("num_bytes", [(32 << 10) + 1, 500_000, 2 << 20, (5 << 20) + 7, 3 << 30])
+def test_a_large_tensor_is_read_at_its_ends_and_at_bounded_distances(num_bytes: int) -> None:
+    starts, stops = zip(*pieces(num_bytes), strict=True)
+    assert starts[0] == 0
+    assert stops[-1] == num_bytes
+    gaps = [start - stop for stop, start in zip(stops, starts[1:], strict=False)]
+    assert max(gaps) < min(256 << 10, num_bytes // 8)
+    assert len(starts) <= max(10, num_bytes // (256 << 10) + 2)
+
+
+def save_tensor(path: Path, array: np.ndarray[Any, Any]) -> list[Path]:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    mx.save_safetensors(str(path / "model.safetensors"), {"weight": mx.array(array)})
+    return [path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("every", [1, 100, 4096])
+def test_a_change_all_over_a_large_tensor_is_noticed(tmp_path: Path, every: int) -> None:
+    weight = np.zeros((3000, 1024), np.uint8)
+    before = save_tensor(tmp_path / "before", weight)
+    weight.reshape(-1)[every // 2 :: every] = 1
+    after = save_tensor(tmp_path / "after", weight)
+    one, two = (fingerprint_of(files[0].parent, files, None) for files in (before, after))
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    "changes", [{"name": "b"}, {"dtype": mx.int8}, {"shape": (4, 16)}], ids=lambda c: next(iter(c))
+)
+def test_the_fingerprint_is_of_the_names_types_and_shapes(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    def saved(name: str = "a", dtype: mx.Dtype = mx.uint8, shape: tuple[int, ...] = (8, 8)) -> str:
+        path = tmp_path / "model.safetensors"
+        mx.save_safetensors(str(path), {name: mx.ones(shape, dtype)})
+        return fingerprint_of(tmp_path, [path], None)
+
+    (tmp_path / "config.json").write_text("{}")
+    assert saved() == saved()
+    assert saved(**changes) != saved()
