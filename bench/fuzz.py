@@ -25,12 +25,14 @@ from typing import Any
 
 from mlxlite.api.endpoints.admin import parse_cancel
 from mlxlite.api.endpoints.anthropic_messages import parse_count_tokens, parse_messages
-from mlxlite.api.endpoints.chat_completions import parse_chat
-from mlxlite.api.endpoints.completions import COMPLETION_FIELDS, parse_completion
-from mlxlite.api.endpoints.embeddings import EMBEDDING_FIELDS, parse_embedding
+from mlxlite.api.endpoints.chat_completions import FIELDS, parse_chat
+from mlxlite.api.endpoints.completions import FIELDS as COMPLETION_FIELDS
+from mlxlite.api.endpoints.completions import parse_completion
+from mlxlite.api.endpoints.embeddings import FIELDS as EMBEDDING_FIELDS
+from mlxlite.api.endpoints.embeddings import parse_embedding
 from mlxlite.api.endpoints.responses import ResponsesWriter, parse_responses
 from mlxlite.api.endpoints.tokenize import parse_detokenize, parse_tokenize
-from mlxlite.api.request import FIELDS, ChatRequest, Options
+from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.writers import Choice, Envelope
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import FinishReason, Usage
@@ -113,8 +115,8 @@ def _check(error: APIError) -> None:
     assert json.loads(error.body())["error"]["message"] == error.message
 
 
-def _use_options(request: Options) -> None:
-    request.sampling(_DEFAULTS, seed=1)
+def _use_options(request: Request) -> None:
+    request.sampling_params(_DEFAULTS, seed=1)
     ",".join(request.ignored).encode()
 
 

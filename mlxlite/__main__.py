@@ -298,8 +298,10 @@ async def _serve(
             gc.freeze()  # what is loaded is for good: no collection looks at it again
             gc.set_threshold(*thresholds)
             _announce(server)
-            assert server.served is not None
-            trimming = asyncio.ensure_future(_give_memory_back(_trimmer(), server.served.engine))
+            assert server.service.ready is not None
+            trimming = asyncio.ensure_future(
+                _give_memory_back(_trimmer(), server.service.ready.engine)
+            )
             await stopped
             trimming.cancel()
     ready.cancel()

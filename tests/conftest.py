@@ -7,7 +7,7 @@ from checkpoints import save_checkpoint
 from helpers import Clock
 
 from mlxlite import server as server_module
-from mlxlite.api import app
+from mlxlite.api.endpoints import admin
 from mlxlite.engine import engine as engine_module
 from mlxlite.http import connection
 
@@ -25,6 +25,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(connection, "perf_counter", clock)
     monkeypatch.setattr(engine_module, "perf_counter", clock)
     monkeypatch.setattr(server_module, "perf_counter", clock)
-    monkeypatch.setattr(app, "perf_counter", clock)
+    monkeypatch.setattr(admin, "perf_counter", clock)
     monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
     return clock

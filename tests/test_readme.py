@@ -7,9 +7,7 @@ import pytest
 from helpers import in_a_loop, serving
 from tables import flag_table
 
-from mlxlite.api.endpoints.chat_completions import field_table
-from mlxlite.api.endpoints.completions import COMPLETION_FIELDS
-from mlxlite.api.endpoints.embeddings import EMBEDDING_FIELDS
+from mlxlite.api.endpoints import chat_completions, completions, embeddings
 from mlxlite.api.fields import markdown
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -19,9 +17,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
     ("name", "table"),
     [
         ("flags", flag_table()),
-        ("fields", field_table()),
-        ("completion-fields", markdown(COMPLETION_FIELDS)),
-        ("embedding-fields", markdown(EMBEDDING_FIELDS)),
+        ("fields", markdown(chat_completions.FIELDS)),
+        ("completion-fields", markdown(completions.FIELDS)),
+        ("embedding-fields", markdown(embeddings.FIELDS)),
     ],
 )
 def test_a_table_in_the_readme_is_the_one_the_code_makes(name: str, table: str) -> None:
@@ -34,8 +32,8 @@ async def test_the_readme_lists_every_route_with_its_methods() -> None:
     section = README.partition("## Endpoints")[2].partition("<details>")[0]
     shown = re.findall(r"`(GET|POST|DELETE) (/\S+)`", section)
     async with serving() as served:
-        routes = served.server._routes.table.values()
-        assert set(shown) == {(method, r.label) for r in routes for method in r.handlers}
+        endpoints = served.server.app.endpoints
+        assert set(shown) == {(endpoint.method, endpoint.path) for endpoint in endpoints}
 
 
 @pytest.mark.parametrize(("section", "least"), [("Faults", 20), ("Hardening", 20)])

@@ -1,33 +1,108 @@
-"""Access control: which requests may enter, by their Host, key, origin and media type."""
+"""Access control: which requests may enter, by their Host, API key, origin and media type. Pure.
 
+Keys are compared in constant time, all of them. Cross-origin pages get CORS fields only for the
+configured origins; on loopback the Host header must name this machine (DNS rebinding).
+"""
+
+import hmac
 import re
+from urllib.parse import urlsplit
 
 from mlxlite.config.options import Config
+from mlxlite.http.connection import Fields
+from mlxlite.http.errors import APIError, Cause
 from mlxlite.http.parser import Head, Headers
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\]+)(?::[0-9]{0,5})?")  # a name, a port
+_EXPOSED = "x-request-id, request-id, x-mlxlite-ignored, retry-after"
+_DEFAULT_HEADERS = "authorization, content-type, x-api-key"
+
+
+class Access:
+    """The rules of one configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._keys = tuple(key.encode() for key in config.api_keys())
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._keys)
+
+    def check_host(self, head: Head) -> None:
+        """Raises APIError 403 where a name that is not this machine's was asked for."""
+        if self._config.uds is None and self._config.is_loopback and not self._is_local(head):
+            # A page on the web may point its own name at 127.0.0.1.
+            message = "this server answers to localhost only; the Host header names another"
+            raise APIError(Cause.HOST, message)
+
+    def _is_local(self, head: Head) -> bool:
+        """Whether the Host header names this machine; HTTP/1.0 may leave it out."""
+        if "host" not in head.headers:
+            return True
+        if (match := _HOST.fullmatch(head.headers.get("host"))) is None:
+            return False
+        name = match[1].strip("[]").lower()
+        is_known = name in ("localhost", "127.0.0.1", "::1", self._config.host.lower())
+        return is_known or name.endswith(".localhost")
+
+    def key_of(self, headers: Headers) -> bytes:
+        """The API key of a request; empty where none is needed. Raises APIError 401."""
+        if not self._keys:
+            return b""
+        scheme, _, token = headers.get("authorization").partition(" ")
+        given = headers.get("x-api-key")
+        given = token.strip() if scheme.lower() == "bearer" else given
+        # Every key is compared, each in constant time: the time taken discloses nothing.
+        matches = [key for key in self._keys if hmac.compare_digest(given.encode(), key)]
+        if not matches:
+            fields = (("www-authenticate", "Bearer"),)
+            raise APIError(Cause.UNAUTHORIZED, "Unauthorized", headers=fields)
+        return matches[0]
+
+    def cors(self, headers: Headers) -> Fields:
+        """The fields that let a page of an allowed origin read the answer."""
+        origin = headers.get("origin")
+        if not origin or not self._is_origin_allowed(origin):
+            return ()
+        return (
+            ("access-control-allow-origin", origin),
+            ("access-control-expose-headers", _EXPOSED),
+            ("vary", "origin"),
+        )
+
+    def preflight(self, headers: Headers, methods: tuple[str, ...]) -> Fields:
+        """The answer to OPTIONS: the methods of a path, and what an allowed origin may send."""
+        allowed = ", ".join(methods)
+        if not self._is_origin_allowed(headers.get("origin")):
+            return (("allow", allowed),)
+        wanted = headers.get("access-control-request-headers")
+        return (
+            ("allow", allowed),
+            ("access-control-allow-methods", allowed),
+            ("access-control-allow-headers", wanted or _DEFAULT_HEADERS),
+            ("access-control-max-age", "600"),
+        )
+
+    def _is_origin_allowed(self, origin: str) -> bool:
+        """Whether a page may read answers: its scheme and host count, its port does not."""
+        try:
+            wanted = urlsplit(origin)
+        except ValueError:
+            return False
+        allowed = (urlsplit(item) for item in self._config.cors_origins)
+        return any(
+            (wanted.scheme, wanted.hostname) == (item.scheme, item.hostname) for item in allowed
+        )
 
 
 def is_json(headers: Headers) -> bool:
     """Whether a body may be taken for JSON.
 
-    curl's -d says x-www-form-urlencoded, and some clients say nothing; so may any web page, without
-    asking first, but a page names its origin.
+    curl's -d sends x-www-form-urlencoded, and some clients send no type. A web page can send both
+    without a preflight, but then its request has an origin.
     """
     media_type = headers.get("content-type").partition(";")[0].strip().lower()
     if media_type in ("", "application/x-www-form-urlencoded"):
         return "origin" not in headers
     return media_type == "application/json" or media_type.endswith("+json")
-
-
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\]+)(?::[0-9]{0,5})?")  # a name, a port
-
-
-def _is_local(head: Head, config: Config) -> bool:
-    """Whether the Host header names this machine; HTTP/1.0 may leave it out."""
-    if "host" not in head.headers:
-        return True
-    if (match := _HOST.fullmatch(head.headers.get("host"))) is None:
-        return False
-    name = match[1].strip("[]").lower()
-    return name in ("localhost", "127.0.0.1", "::1", config.host.lower()) or name.endswith(
-        ".localhost"
-    )

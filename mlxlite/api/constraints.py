@@ -1,75 +1,76 @@
 """What an answer may and must be: the functions to call, the schema or grammar to match. Pure."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import orjson
 
 from mlxlite.api.conversation import Tool, array_of, function_of
-from mlxlite.api.fields import json_object, parse, shallow, text, wrong
+from mlxlite.api.fields import Field, Given, supported
+from mlxlite.api.readers import json_object, parse, shallow, text, wrong
 from mlxlite.http.errors import APIError, Cause, bad, clip
 from mlxlite.output.grammar import Constraint, Kind
 
-CONSTRAINTS = (
-    *("response_format", "structured_outputs", "json_schema", "grammar"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-)
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, and which of them may and must be called.
+
+    `choice` is "auto", "none", "required" or {"name": …}, from the field `param`. Raises APIError
+    400 where it fits no tool.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: Any = "auto"
+    is_parallel: bool = True
+    param: str = "tool_choice"
+
+    def __post_init__(self) -> None:
+        if self.is_forced and not self.tools:
+            raise bad(f"'{self.param}' needs 'tools'.", self.param)
+        if self.is_forced and not self.callable:
+            name = clip(self.choice["name"])
+            raise bad(f"there is no tool {name!r} in 'tools'.", self.param)
+
+    @property
+    def is_forced(self) -> bool:
+        return self.choice not in ("auto", "none")
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """The tools that may be called."""
+        if self.choice == "none":
+            return ()
+        if isinstance(self.choice, dict):
+            return tuple(tool for tool in self.tools if tool.name == self.choice["name"])
+        return self.tools
+
+    @property
+    def max_calls(self) -> int | None:
+        return None if self.is_parallel else 1
+
+    def constraints(self) -> list[tuple[Constraint, str]]:
+        """What calls must match, where they are forced or strict, and the field that asks."""
+        tools = self.callable
+        if not self.is_forced and not any(tool.is_strict for tool in tools):
+            return []
+        listed = [
+            {"name": tool.name, "parameters": tool.parameters}
+            if tool.is_strict or self.is_forced
+            else {"name": tool.name, "parameters": {"type": "object"}}
+            for tool in tools
+        ]
+        is_single = not self.is_parallel or isinstance(self.choice, dict)
+        wanted = {"tools": listed, "is_single": is_single, "is_auto": not self.is_forced}
+        constraint = Constraint(Kind.TOOLS, orjson.dumps(wanted).decode())
+        return [(constraint, self.param if self.is_forced else "tools")]
 
 
-def tools_of(read: Mapping[str, Any]) -> tuple[Tool, ...]:
-    """The tools that may be called. Raises APIError 400."""
-    for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
-        if name in read and old in read and read[name] != read[old]:
-            raise bad(f"'{old}' and its newer form '{name}' disagree.", old)
-    tools: tuple[Tool, ...] = read.get("tools") or read.get("functions") or ()
-    choice, name = _choice(read)
-    if choice == "none":
-        return ()
-    if choice not in ("auto", None) and not tools:
-        raise bad(f"'{name}' needs 'tools'.", name)
-    if isinstance(choice, dict):
-        tools = tuple(tool for tool in tools if tool.name == choice["name"])
-        if not tools:
-            raise bad(f"there is no tool {clip(choice['name'])!r} in 'tools'.", name)
-    return tools
-
-
-def _choice(read: Mapping[str, Any]) -> tuple[Any, str]:
-    name = "tool_choice" if "tool_choice" in read else "function_call"
-    return read.get(name), name
-
-
-def constraint_of(read: Mapping[str, Any]) -> tuple[Constraint, str] | None:
-    """What the answer must match, and the field that says so. Raises APIError 400."""
-    given = [(read[name], name) for name in CONSTRAINTS if read.get(name) is not None]
-    tools = tools_of(read)
-    choice, name = _choice(read)
-    if choice not in ("auto", "none", None):
-        is_single = read.get("parallel_tool_calls") is False or isinstance(choice, dict)
-        given.append((_calls(tools, is_single=is_single, is_auto=False), name))
-    elif any(tool.is_strict for tool in tools):
-        is_single = read.get("parallel_tool_calls") is False
-        given.append((_calls(tools, is_single=is_single, is_auto=True), "tools"))
-    if len(given) > 1:
-        names = " and ".join(f"'{name}'" for _, name in given)
-        raise bad(f"{names} exclude each other.", given[1][1])
-    for other in ("ignore_eos", "min_tokens"):
-        if given and read.get(other):
-            raise bad(f"'{other}' cannot be had with '{given[0][1]}'.", other)
-    return given[0] if given else None
-
-
-def _calls(tools: tuple[Tool, ...], *, is_single: bool, is_auto: bool) -> Constraint:
-    """What calls of these tools look like. Not `is_auto`: and that there must be one."""
-    listed = [
-        {
-            "name": tool.name,
-            "parameters": tool.parameters if tool.is_strict or not is_auto else {"type": "object"},
-        }
-        for tool in tools
-    ]
-    text = {"tools": listed, "is_single": is_single, "is_auto": is_auto}
-    return Constraint(Kind.TOOLS, orjson.dumps(text).decode())
+def take_constraints(given: Given) -> list[tuple[Constraint, str]]:
+    """The constraints of a request, each with its field."""
+    found = given.take_each(CONSTRAINT_FIELDS)
+    return [(constraint, name) for name, constraint in found.items()]
 
 
 def response_format(value: Any, param: str) -> Constraint | None:
@@ -151,3 +152,16 @@ def tool_choice(value: Any, param: str) -> Any:
     choice = json_object(value, param)
     function = choice.get("function", choice)
     return {"name": text(json_object(function, param).get("name"), f"{param}.name")}
+
+
+_NEEDS = "; needs the extra `grammar`"
+CONSTRAINT_FIELDS: Final[Mapping[str, Field]] = {
+    "response_format": supported(response_format, "text, json_object, json_schema" + _NEEDS),
+    "structured_outputs": supported(structured_outputs, "json, regex, choice or grammar" + _NEEDS),
+    "json_schema": supported(json_schema, "a schema (llama-server)" + _NEEDS),
+    "grammar": supported(grammar, "GBNF or Lark (llama-server)" + _NEEDS),
+    "guided_json": supported(json_schema, "vLLM's older names" + _NEEDS),
+    "guided_regex": supported(regex, "the same"),
+    "guided_choice": supported(choice, "the same"),
+    "guided_grammar": supported(grammar, "the same"),
+}

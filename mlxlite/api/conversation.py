@@ -14,7 +14,7 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Final, TypeAlias
 
-from mlxlite.api.fields import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
+from mlxlite.api.readers import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
 from mlxlite.http.errors import bad
 from mlxlite.vision.images import MAX_IMAGES, Source
 

@@ -1,22 +1,37 @@
-"""One entry of the API: its path, its methods, its dialect's errors."""
+"""One operation of the API, as the router, the OpenAPI document and the metrics read it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mlxlite.http import errors
-from mlxlite.http.connection import ErrorBody, Exchange
+from mlxlite.api.fields import Field
+from mlxlite.api.service import Service
+from mlxlite.http.connection import Exchange
+from mlxlite.http.errors import ErrorBody, error_body
+
+Handler = Callable[[Service, Exchange, bytes], None]
+JSON = "application/json"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What is at a path: `handlers` by method; HEAD comes with GET. Open routes need no key."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A method of a path; `{id}` in the path is the rest of it.
 
-    label: str
-    handlers: dict[str, Callable[[Exchange, bytes], None]]
-    is_open: bool = False
-    error_body: ErrorBody = errors.error_body  # how its dialect tells an error
+    `handle` answers a request whose body is complete, or raises APIError. `fields` are those of the
+    body, of which `required` must be given; `answer_schema` names what a 200 holds.
+    """
+
+    method: str
+    path: str
+    summary: str
+    handle: Handler
+    fields: Mapping[str, Field] | None = None
+    required: tuple[str, ...] = ()
+    answer_schema: str = "Object"
+    media_type: str = JSON
+    is_open: bool = False  # needs no API key
+    error_body: ErrorBody = error_body  # errors in the form of the endpoint's dialect
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        head = ("HEAD",) if "GET" in self.handlers else ()
-        return (*self.handlers, *head, "OPTIONS")
+    def is_stream(self) -> bool:
+        """Whether the answer may be an event stream."""
+        return self.fields is not None and "stream" in self.fields

@@ -1,146 +1,37 @@
-"""JSON values to checked ones: readers of fields, tables of them, and the 400s that name them.
+"""Tables of request fields, and the reading of a body by them. Pure.
 
-A dialect's request is a table: for each field it knows how it is read and what becomes of it. A
-field works, is accepted and changes nothing by its nature, or is refused: a value that asks for
-something gives a 400 naming it, while null and the value that means «off» pass. Pure.
+A dialect's request is a table: for each field, how it is read and what becomes of it. A field is
+supported, changes nothing by its nature, or is not supported: then a value that asks for something
+is a 400 that names it, while null and the value that means «off» pass. The parser, the OpenAPI
+document and the documentation read the same tables.
+
+Nothing is dropped in silence: fields that a table does not have are in `Given.ignored`, and those
+that it supports must be taken by the parser, or `Given.close` fails (tested for each field).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
-import orjson
+from mlxlite.api.readers import Reader, integer, json_object, number, only
+from mlxlite.engine.sampling_params import Param
+from mlxlite.http.errors import bad, clip
 
-from mlxlite.http.errors import APIError, Cause, bad, clip
-
-MAX_DEPTH = 100  # of a schema; what writes one as text fails at 255
-
-
-def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """An object that is no deeper than what reads it, or writes it again, can bear."""
-    given = json_object(value, param)
-    level: list[Any] = [given]
-    for _ in range(max_depth):
-        holders = [item for item in level if isinstance(item, dict | list)]
-        level = [x for item in holders for x in (item.values() if isinstance(item, dict) else item)]
-        if not level:
-            return given
-    raise bad(f"'{param}' is nested more than {max_depth} deep.", param)
-
-
-# --- readers: a JSON value to a checked one, or a 400 -----------------------------------------
-
-Reader = Callable[[Any, str], Any]
-
-
-# --- readers that both dialects need ----------------------------------------------------------
-
-
-def nested(table: Mapping[str, Reader], *required: str) -> Reader:
-    """An object of known fields; null is as good as absent."""
-
-    def read(value: Any, param: str) -> dict[str, Any]:
-        given = json_object(value, param)
-        need(given, param, *required)
-        return {
-            name: reader(given[name], f"{param}.{name}")
-            for name, reader in table.items()
-            if given.get(name) is not None
-        }
-
-    return read
-
-
-def need(given: Mapping[str, Any], param: str, *names: str) -> None:
-    """Raises APIError 400 for what an object does not have."""
-    for name in names:
-        if given.get(name) is None:
-            raise bad(f"'{param}.{name}' is required.", f"{param}.{name}")
-
-
-def one_of(*words: str) -> Reader:
-    def read(value: Any, param: str) -> str:
-        if value not in words:
-            raise bad(f"'{param}' must be one of {', '.join(words)}.", param)
-        return str(value)
-
-    return read
-
-
-def parts(value: Any, param: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The typed objects of an array: type, object, and what an error calls it."""
-    if not isinstance(value, list):
-        raise wrong(param, "a string or an array", value)
-    for i, item in enumerate(value):
-        name = f"{param}[{i}]"
-        part = json_object(item, name)
-        yield text(part.get("type"), f"{name}.type"), part, name
-
-
-def unsupported(kind: str, param: str) -> APIError:
-    message = f"{clip(kind)!r} is not supported in '{param}'."
-    return APIError(Cause.UNSUPPORTED, message, param=f"{param}.type")
-
-
-def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> dict[str, Any]:
-    """An object of one type, which it need not say if it is the default."""
-    given = json_object(value, param)
-    found = text(default if given.get("type") is None else given["type"], f"{param}.type")
-    if found != kind:
-        raise unsupported(found, param)
-    return given
-
-
-def _one(value: Any, param: str) -> int:
-    off(1)(value, param)
-    return 1
-
-
-MAX_PROMPTS = 256  # in one request
-Text = str | tuple[int, ...]  # a prompt, or its token ids
-
-
-def _token_ids(value: list[Any], param: str) -> tuple[int, ...]:
-    read = integer(0, 2**31 - 1)
-    return tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
-
-
-def _one_text(value: Any, param: str) -> Text:
-    if isinstance(value, list):
-        value = _token_ids(value, param)
-    elif not isinstance(value, str):
-        raise wrong(param, "a string or an array of token ids", value)
-    if not value:
-        raise bad(f"'{param}' must not be empty.", param)
-    return value if isinstance(value, tuple) else str(value)
-
-
-def _texts(value: Any, param: str) -> tuple[Text, ...]:
-    """A string, token ids, or an array of either."""
-    is_one = isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and not isinstance(value[0], str | list)
-    )
-    if is_one:
-        return (_one_text(value, param),)
-    if not isinstance(value, list):
-        raise wrong(param, "a string or an array", value)
-    if not 0 < len(value) <= MAX_PROMPTS:
-        raise bad(f"'{param}' must hold 1 to {MAX_PROMPTS} items, not {len(value)}.", param)
-    return tuple(_one_text(item, f"{param}[{i}]") for i, item in enumerate(value))
+MAX_TOKEN_MAP = 1024  # tokens in logit_bias (vLLM has no bound, OpenAI's is about 300)
 
 
 class Use(Enum):
     """What becomes of a field."""
 
-    WORKS = "works"
-    ACCEPTED = "accepted"  # it changes nothing by its nature
-    REFUSED = "400"  # a value that asks for something is refused
+    SUPPORTED = "works"
+    NO_OP = "accepted"  # it changes nothing by its nature
+    UNSUPPORTED = "400"  # for a value that asks for something
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One request field: how it is read, and what the README says of it."""
+    """One request field: how it is read, and its note in the documentation."""
 
     read: Reader
     use: Use
@@ -148,169 +39,123 @@ class Field:
     alias_of: str | None = None
 
 
-def _ignored(value: Mapping[str, Any], table: Mapping[str, Field]) -> tuple[str, ...]:
-    return tuple(sorted(name for name in value if name not in table))
+def supported(read: Reader, note: str, alias_of: str | None = None) -> Field:
+    return Field(read, Use.SUPPORTED, note, alias_of)
 
 
-# A context of a million token ids, or any text that fits one. Reading JSON holds the interpreter:
-# 60 MiB of empty arrays, which is 20 million of them, stopped every stream for 10 s.
-MAX_VALUES = 1 << 20
-_BEFORE_VALUES = (b",", b"[", b"{")  # in strings too, where few of them are
+def no_op(read: Reader, note: str = "not used") -> Field:
+    return Field(read, Use.NO_OP, note)
 
 
-def parse(data: bytes) -> Any:
-    """Any JSON of no more than `MAX_VALUES`. Raises ValueError, of which JSONDecodeError is one."""
-    if len(data) > MAX_VALUES and sum(map(data.count, _BEFORE_VALUES)) >= MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES} values")
-    return orjson.loads(data)
+def unsupported(*values: Any, note: str = "") -> Field:
+    return Field(only(*values), Use.UNSUPPORTED, note)
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object from a body. Raises APIError 400."""
-    if not body.strip():
-        raise bad("The request body is empty; a JSON object is expected.")
-    try:
-        value = parse(body)
-    except orjson.JSONDecodeError as error:
-        raise bad(f"The request body is not valid JSON: {error}") from None
-    except ValueError as error:
-        raise bad(f"The request body holds {error}.") from None
-    if not isinstance(value, dict):
-        raise bad("The request body must be a JSON object.")
-    return value
+def unsupported_each(names: str, *values: Any) -> dict[str, Field]:
+    return dict.fromkeys(names.split(), unsupported(*values))
 
 
-R = TypeVar("R", bound=Reader)
-_SCHEMAS = "json_schema"  # a reader's attribute: what it takes, as JSON Schema says it
+def table_of(params: type[Any]) -> dict[str, Field]:
+    """The request fields that a dataclass declares: those of its fields that have a `Param`."""
+    table: dict[str, Field] = {}
+    for item in fields(params):
+        if (param := item.metadata.get("param")) is not None:
+            read = _reader_of(item.type, param)
+            table[item.name] = supported(read, param.note)
+            for alias in param.aliases:
+                table[alias] = supported(read, "the same", item.name)
+    return table
 
 
-def describes(**rules: Any) -> Callable[[R], R]:
-    """Say in JSON Schema what a reader takes."""
-
-    def note(reader: R) -> R:
-        setattr(reader, _SCHEMAS, rules)
-        return reader
-
-    return note
-
-
-def schema(reader: Reader) -> dict[str, Any]:
-    """What a reader takes, null included; everything where it does not say."""
-    rules = dict(getattr(reader, _SCHEMAS, {}))
-    if "type" in rules:
-        own = rules["type"]
-        rules["type"] = [*([own] if isinstance(own, str) else own), "null"]
-    return rules
+def _reader_of(type_: Any, param: Param) -> Reader:
+    plain = number(param.low, param.high, is_low_open=param.is_low_open)
+    if type_ is float:
+        return plain
+    if type_ is int:
+        return _converted(integer(param.low, param.high), param)
+    return _token_map(plain)
 
 
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
-    names |= {dict: "an object", list: "an array"}
-    return names.get(type(value), "null")
+def _converted(read_number: Reader, param: Param) -> Reader:
+    if (convert := param.convert) is None:
+        return read_number
 
-
-def wrong(param: str, expected: str, value: Any) -> APIError:
-    return bad(f"'{param}' must be {expected}, not {_kind(value)}.", param)
-
-
-@describes(type="string")
-def text(value: Any, param: str) -> str:
-    if not isinstance(value, str):
-        raise wrong(param, "a string", value)
-    return value
-
-
-@describes(type="boolean")
-def flag(value: Any, param: str) -> bool:
-    if not isinstance(value, bool):
-        raise wrong(param, "a boolean", value)
-    return value
-
-
-@describes(type="object")
-def json_object(value: Any, param: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise wrong(param, "an object", value)
-    return value
-
-
-def integer(low: int, high: int) -> Reader:
-    @describes(type="integer", minimum=low, maximum=high)
-    def read(value: Any, param: str) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # JavaScript clients write 20.0
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise wrong(param, "an integer", value)
-        if not low <= value <= high:
-            raise bad(f"'{param}' must be from {low} to {high}, not {value}.", param)
-        return value
+    def read(value: Any, name: str) -> int | None:
+        try:
+            return convert(read_number(value, name))
+        except ValueError as error:
+            raise bad(f"'{name}' {error}", name) from None
 
     return read
 
 
-def number(low: float, high: float, *, is_low_open: bool = False) -> Reader:
-    lowest = {"exclusiveMinimum": low} if is_low_open else {"minimum": low}
+def _token_map(read_number: Reader) -> Reader:
+    """OpenAI's map of token ids, which are strings in JSON, to numbers."""
 
-    @describes(type="number", maximum=high, **lowest)
-    def read(value: Any, param: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise wrong(param, "a number", value)
-        if not low <= value <= high or (is_low_open and value == low):
-            above = "above" if is_low_open else "from"
-            raise bad(f"'{param}' must be {above} {low:g} to {high:g}, not {value}.", param)
-        return float(value)
-
-    return read
-
-
-def off(*values: Any) -> Reader:
-    """A field that is not supported: only a value that asks for nothing passes."""
-
-    def read(value: Any, param: str) -> None:
-        # Types too: False == 0 must not let a wrong one through.
-        if not any(
-            value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in values
-        ):
-            message = f"'{param}' is not supported by this server."
-            raise APIError(Cause.UNSUPPORTED, message, param=param)
+    def read(value: Any, param: str) -> tuple[tuple[int, float], ...]:
+        if value == []:
+            return ()
+        given = json_object(value, param)
+        if len(given) > MAX_TOKEN_MAP:
+            raise bad(f"'{param}' may hold at most {MAX_TOKEN_MAP} tokens.", param)
+        for name in given:
+            if not (name.isascii() and name.isdigit() and len(name) <= 10):
+                raise bad(f"'{param}' must be keyed by token ids, not {clip(name)!r}.", param)
+        pairs = given.items()
+        return tuple((int(name), read_number(item, f"{param}.{name}")) for name, item in pairs)
 
     return read
 
 
-def works(read: Reader, note: str, alias_of: str | None = None) -> Field:
-    return Field(read, Use.WORKS, note, alias_of)
+class Given:
+    """The supported fields that a body has, checked, under their first names."""
+
+    def __init__(self, values: dict[str, Any], ignored: tuple[str, ...]) -> None:
+        self._values = values
+        self.ignored = ignored  # names that the table does not have
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The field's value, once; `default` where the request has none."""
+        value = self._values.pop(name, None)
+        return default if value is None else value
+
+    def take_each(self, names: Mapping[str, Any]) -> dict[str, Any]:
+        """The given ones of these."""
+        found = {name: self.take(name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def close(self) -> None:
+        """Every field has been taken: one that was accepted and forgotten is our bug."""
+        assert not self._values, f"fields were read and not used: {sorted(self._values)}"
 
 
-def accepted(read: Reader, note: str = "not used") -> Field:
-    return Field(read, Use.ACCEPTED, note)
-
-
-def refused(*values: Any, note: str = "") -> Field:
-    return Field(off(*values), Use.REFUSED, note)
-
-
-def refused_each(names: str, *values: Any) -> dict[str, Field]:
-    return dict.fromkeys(names.split(), refused(*values))
-
-
-def read_fields(value: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
-    """The given fields of a table, checked, under their first names. Raises APIError 400."""
+def read_fields(value: Mapping[str, Any], table: Mapping[str, Field], *required: str) -> Given:
+    """The given fields of a table, checked. Raises APIError 400."""
     read: dict[str, Any] = {}
-    names: dict[str, str] = {}  # under which each came first
+    names: dict[str, str] = {}  # under which each was given first
     for name, item in value.items():
-        if item is not None and (entry := table.get(name)):
-            key, new = entry.alias_of or name, entry.read(item, name)
-            other = names.setdefault(key, name)
-            old = read.setdefault(key, new)
-            if old is None:
-                read[key] = new
-            elif new is not None and new != old:
-                raise bad(f"'{name}' and its other name '{other}' disagree.", name)
-    return read
+        if item is None or (entry := table.get(name)) is None:
+            continue
+        new = entry.read(item, name)
+        if entry.use is not Use.SUPPORTED:
+            continue
+        key = entry.alias_of or name
+        other, old = names.setdefault(key, name), read.setdefault(key, new)
+        if old is None:
+            read[key] = new
+        elif new is not None and new != old:
+            raise bad(f"'{name}' and its other name '{other}' disagree.", name)
+    for name in required:
+        if name not in read:
+            raise bad(f"'{name}' is required.", name)
+    return Given(read, tuple(sorted(name for name in value if name not in table)))
 
 
 def markdown(table: Mapping[str, Field]) -> str:
-    """A table as the README's."""
+    """A table as the documentation has it."""
     lines = ["| field | | |", "| --- | --- | --- |"]
     for name, entry in table.items():
         lines.append(f"| `{name}` | {entry.use.value} | {entry.note} |")

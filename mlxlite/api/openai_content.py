@@ -6,7 +6,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mlxlite.api.conversation import _ROLES, SHOWS, Message, Part, Role, ToolCall, bounded, turn
-from mlxlite.api.fields import Reader, json_object, one_of, parse, parts, text, unsupported, wrong
+from mlxlite.api.readers import (
+    Reader,
+    json_object,
+    one_of,
+    parse,
+    parts,
+    text,
+    unsupported_type,
+    wrong,
+)
 from mlxlite.http.errors import APIError, Cause, bad, clip
 from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
 
@@ -164,7 +173,7 @@ def said_of(value: Any, param: str, pictures: Mapping[str, Reader] = NO_PICTURES
         elif (key := _TEXT_PARTS.get(kind)) is not None:
             yield text(part.get(key), f"{name}.{key}")
         else:
-            raise unsupported(kind, name)
+            raise unsupported_type(kind, name)
 
 
 def texts_of(value: Any, param: str) -> str:

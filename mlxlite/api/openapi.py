@@ -1,107 +1,22 @@
-"""The server's description of itself: an OpenAPI 3.1 document, from the tables of fields. Pure.
+"""The OpenAPI 3.1 document, made of the endpoints and their tables of fields. Pure.
 
-What a field may hold comes from its reader, so that the document cannot say what the parser does
-not (tested: generated requests never find an answer that is not in here).
+What a field may hold is described by its reader, so that the document and the parser cannot differ
+(tested: generated requests never find an answer that is not in here).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
 from mlxlite import __version__
-from mlxlite.api.endpoints.anthropic_messages import COUNT_FIELDS, MESSAGES_FIELDS
-from mlxlite.api.endpoints.completions import COMPLETION_FIELDS
-from mlxlite.api.endpoints.embeddings import EMBEDDING_FIELDS
-from mlxlite.api.endpoints.responses import RESPONSES_FIELDS
-from mlxlite.api.endpoints.tokenize import DETOKENIZE_FIELDS, TOKENIZE_FIELDS
-from mlxlite.api.fields import Field, Use, schema, text, works
-from mlxlite.api.request import FIELDS
+from mlxlite.api.endpoint import JSON, Endpoint
+from mlxlite.api.fields import Field, Use
+from mlxlite.api.readers import schema
+from mlxlite.api.service import Service
+from mlxlite.http.connection import Exchange
 
-JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
-_CANCEL_FIELDS: Final[Mapping[str, Field]] = {"id": works(text, "which; default: all")}
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method of one path; `answer` names what a 200 holds, `needs` fields are required."""
-
-    path: str
-    method: str
-    summary: str
-    answer: str
-    table: Mapping[str, Field] | None = None
-    needs: tuple[str, ...] = ()
-    is_stream: bool = False
-    is_open: bool = False
-    media_type: str = JSON
-
-
-OPERATIONS: Final[Sequence[Operation]] = (
-    Operation(
-        "/v1/chat/completions",
-        "post",
-        "A chat completion",
-        "ChatCompletion",
-        FIELDS,
-        ("messages",),
-        is_stream=True,
-    ),
-    Operation(
-        "/v1/completions",
-        "post",
-        "A text completion",
-        "Completion",
-        COMPLETION_FIELDS,
-        ("prompt",),
-        is_stream=True,
-    ),
-    Operation(
-        "/v1/responses",
-        "post",
-        "A response (OpenAI's newer dialect)",
-        "Response",
-        RESPONSES_FIELDS,
-        ("input",),
-        is_stream=True,
-    ),
-    Operation("/v1/responses/{id}", "get", "A stored response", "Response"),
-    Operation("/v1/responses/{id}", "delete", "Forget a stored response", "Object"),
-    Operation(
-        "/v1/messages",
-        "post",
-        "A message (Anthropic's dialect)",
-        "Message",
-        MESSAGES_FIELDS,
-        ("messages", "max_tokens"),
-        is_stream=True,
-    ),
-    Operation(
-        "/v1/messages/count_tokens",
-        "post",
-        "How many tokens a message would read",
-        "Object",
-        COUNT_FIELDS,
-        ("messages",),
-    ),
-    Operation(
-        "/v1/embeddings", "post", "Vectors of texts", "Embeddings", EMBEDDING_FIELDS, ("input",)
-    ),
-    Operation("/tokenize", "post", "A text's tokens", "Object", TOKENIZE_FIELDS),
-    Operation("/detokenize", "post", "Tokens' text", "Object", DETOKENIZE_FIELDS, ("tokens",)),
-    Operation("/v1/models", "get", "The served model, as a list", "Object"),
-    Operation("/v1/models/{id}", "get", "The served model", "Object"),
-    Operation("/v1/cancel", "post", "End answers", "Object", _CANCEL_FIELDS),
-    Operation("/v1/cache", "get", "The prefix cache in numbers", "Object"),
-    Operation("/v1/cache", "delete", "Forget all prefixes", "Object"),
-    Operation("/v1/status", "get", "Queue, rows, memory, cache", "Object"),
-    Operation("/version", "get", "The server's version", "Object", is_open=True),
-    Operation("/openapi.json", "get", "This document", "Object", is_open=True),
-    Operation("/health", "get", "Whether it can answer", "Object", is_open=True),
-    Operation("/metrics", "get", "For Prometheus", "Text", is_open=True, media_type="text/plain"),
-)
 
 
 def _object(required: str = "", **properties: Any) -> dict[str, Any]:
@@ -188,11 +103,27 @@ _ERRORS: Final = (
 )
 
 
-def document() -> bytes:
+def openapi_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
+    """`/openapi.json`, which describes these endpoints and itself."""
+
+    def handle(_service: Service, exchange: Exchange, _body: bytes) -> None:
+        exchange.respond(200, document((*endpoints, own)))
+
+    own = Endpoint(
+        method="GET",
+        path="/openapi.json",
+        summary="This document",
+        handle=handle,
+        is_open=True,
+    )
+    return own
+
+
+def document(endpoints: Sequence[Endpoint]) -> bytes:
     """The document, as JSON."""
     paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
     return orjson.dumps(
         {
             "openapi": "3.1.0",
@@ -206,40 +137,40 @@ def document() -> bytes:
     )
 
 
-def _operation(operation: Operation) -> dict[str, Any]:
-    answer = {operation.media_type: {"schema": _ref(operation.answer)}}
-    if operation.is_stream:
+def _operation(endpoint: Endpoint) -> dict[str, Any]:
+    answer: dict[str, Any] = {endpoint.media_type: {"schema": _ref(endpoint.answer_schema)}}
+    if endpoint.is_stream:
         answer[EVENTS] = {}  # a schema would be of the whole stream, or of each event: tools differ
     error = {"description": "An error", "content": {JSON: {"schema": _ref("Error")}}}
     shown: dict[str, Any] = {
-        "summary": operation.summary,
+        "summary": endpoint.summary,
         "responses": {"200": {"description": "The answer", "content": answer}}
         | dict.fromkeys(_ERRORS, error),
     }
-    if operation.path == "/health":
+    if endpoint.path == "/health":
         shown["responses"]["503"] = {"description": "Not now", "content": answer}
-    if not operation.is_open:
+    if not endpoint.is_open:
         shown["security"] = [{"key": []}, {}]
-    if "{id}" in operation.path:
+    if "{id}" in endpoint.path:
         id = {"name": "id", "in": "path", "required": True, "schema": _STRING}
         shown["parameters"] = [id]
-    if operation.table is not None:
-        body = {"schema": _body(operation.table, operation.needs)}
-        is_needed = bool(operation.needs)
+    if endpoint.fields is not None:
+        body = {"schema": _body(endpoint.fields, endpoint.required)}
+        is_needed = bool(endpoint.required)
         shown["requestBody"] = {"required": is_needed, "content": {JSON: body}}
     return shown
 
 
-def _body(table: Mapping[str, Field], needs: tuple[str, ...]) -> dict[str, Any]:
+def _body(fields: Mapping[str, Field], required: tuple[str, ...]) -> dict[str, Any]:
     properties = {
         name: schema(entry.read) | {"description": entry.note}
-        for name, entry in table.items()
-        if entry.use is not Use.REFUSED
+        for name, entry in fields.items()
+        if entry.use is not Use.UNSUPPORTED
     }
-    for name in needs:  # null is as good as absent
+    for name in required:  # null is as good as absent
         if "type" in (rules := properties[name]):
             rules["type"] = [kind for kind in rules["type"] if kind != "null"]
-    return {"type": "object", "required": list(needs), "properties": properties}
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
 def _ref(name: str) -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""Bodies to prompts: the part of a request that costs time and needs no loop, so it has a thread.
+"""Requests to prompts: the part of a request that costs time and needs no event loop. Pure.
 
-Parses, renders through the model's template or tokenizer, and cuts into blocks for the prefix
-cache, which is where it is decided whose prefixes a request may find. Raises APIError for all that
-is the client's mistake; holds nothing. Pictures take longer, and one that is fetched as long as
-somebody else's server likes: they are for threads of their own, which is what `HasPictures` says.
+Renders through the model's template or tokenizer, compiles what the answer must match, and cuts the
+prompt into blocks for the prefix cache, which decides whose prefixes a request may share. Raises
+APIError for all that is the client's mistake; holds nothing.
 """
 
 import hashlib
@@ -12,9 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from mlxlite.api.fields import Text
 from mlxlite.api.openai_content import image_errors
-from mlxlite.api.request import ChatRequest, Options
+from mlxlite.api.readers import Text
+from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, Cause, bad
@@ -28,35 +27,28 @@ from mlxlite.vision.fetch import Limits
 from mlxlite.vision.images import ImageError, LoadedImage, Source, load
 
 
-class HasPictures(Exception):
-    """The same once more, please, with `is_patient`: in a thread that may take long."""
-
-
-def render(model: Model, request: ChatRequest, config: Config, *, is_patient: bool) -> Prompt:
-    """A chat's prompt. Raises APIError and, unless `is_patient`, HasPictures."""
+def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prompt]:
+    """A chat's one prompt; loads its images, which may take long. Raises APIError."""
     messages: list[Mapping[str, Any]] = [m.as_template() for m in request.messages]
     if model.markers.is_harmony:
         messages = [with_thinking(message) for message in messages]
     arguments = _with_tools(model, request)
-    pictures = _pictures(model, request.sources, config, is_patient=is_patient)
+    pictures = _pictures(model, request.sources, config)
     more = {"pictures": pictures} if pictures else {}
+    is_continuation = request.is_continuation
     try:
-        return model.render(messages, arguments, is_continuation=request.is_continuation, **more)
+        return [model.render(messages, arguments, is_continuation=is_continuation, **more)]
     except PromptError as error:
         raise bad(str(error), "messages") from error
     except ImageError as error:  # also of one that is decoded only now
         raise bad(str(error), error.param or "messages") from error
 
 
-def _pictures(
-    model: Model, sources: tuple[Source, ...], config: Config, *, is_patient: bool
-) -> tuple[LoadedImage, ...]:
+def _pictures(model: Model, sources: tuple[Source, ...], config: Config) -> tuple[LoadedImage, ...]:
     if not sources:
         return ()
     if model.vision_unavailable_reason is not None:
         raise APIError(Cause.UNSUPPORTED, model.vision_unavailable_reason, param=sources[0].param)
-    if not is_patient:
-        raise HasPictures
     limits = Limits(
         max_images=config.max_images,
         max_pixels=config.max_image_pixels,
@@ -108,30 +100,29 @@ def listener(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[],
     )
 
 
-def cacheable(
-    model: Model, prompt: Prompt, request: Options, tenant: bytes, config: Config
+def complete(
+    model: Model, prompt: Prompt, request: Request, tenant: bytes, config: Config
 ) -> Prompt:
-    """A prompt with what its answer must match, in blocks unless it is to be computed anew.
+    """A prompt with the grammar of its answer, and with blocks unless the cache is not to be used.
 
     Raises APIError for what cannot be matched.
     """
+    grammar, blocks = None, None
     if request.constraint is not None or request.thinking_budget is not None:
         constraint, param = request.constraint or (None, "thinking_budget")
         try:
-            found = model.compile(
+            grammar = model.compile(
                 constraint, is_thinking=prompt.starts_in_reasoning, budget=request.thinking_budget
             )
         except ConstraintError as error:
             raise bad(f"'{param}': {error}", param) from error
-        prompt = replace(prompt, grammar=found)
-    if not config.enable_prefix_caching or not request.cache_prompt:
-        return prompt
-    scope = _cache_scope(model, tenant, request.cache_salt, config)
-    blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.message_starts)
-    return replace(prompt, blocks=blocks)
+    if config.enable_prefix_caching and request.cache_prompt:
+        scope = _cache_scope(model, tenant, request.cache_salt, config)
+        blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.message_starts)
+    return replace(prompt, grammar=grammar, blocks=blocks)
 
 
-def _encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
+def encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
     """Token ids of a text, with what the tokenizer puts around one. Raises APIError."""
     if not isinstance(text, str):
         for token in text:

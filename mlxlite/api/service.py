@@ -1,16 +1,50 @@
-"""What the endpoints share: the server's phase, and the loaded model with its engine."""
+"""What the endpoints share: the server's phase, its models, its threads, and the running answers.
 
+The endpoints work on this and never on the server. It holds no socket and no MLX object; all of it
+but `in_thread` belongs to the event loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import quote
 
+from mlxlite.api.stored_responses import StoredResponses
+from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
+from mlxlite.errors import bearable, trace_of
+from mlxlite.http.connection import Exchange
+from mlxlite.http.errors import APIError, Cause, clip, later
+from mlxlite.metrics import Metrics
 from mlxlite.models.interface import Model
+
+log = logging.getLogger("mlxlite.api")
+
+LONG_BODY_BYTES = 32 << 10  # a longer body renders beside the short ones, not before them
+_MAX_IGNORED_NAMES = 256  # logged once each; bounds the table
+_MAX_SHOWN_NAMES = 32  # in one answer, each of at most so many characters
+_MAX_IGNORED_NAME = 64
+T = TypeVar("T")
+
+
+class Phase(Enum):
+    """A server's life; only READY answers what needs the model."""
+
+    NEW = "new"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "error"
+    DRAINING = "draining"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What `/v1/models` tells of the served model."""
+    """A served model as `/v1/models` lists it. `created` is in Unix seconds."""
 
     id: str
     created: int
@@ -26,20 +60,123 @@ class ModelCard:
         }
 
 
-class Phase(Enum):
-    """A server's life; only READY answers what needs the model."""
-
-    NEW = "new"
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "error"
-    DRAINING = "draining"
-
-
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What there is once the model is loaded."""
+    """A loaded model and the engine that runs it."""
 
     model: Model
     engine: Engine
     card: ModelCard
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An answer that is being generated."""
+
+    id: str
+    sequence_ids: tuple[int, ...]
+
+
+class Service:
+    """The state behind the endpoints."""
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.phase = Phase.NEW
+        self.ready: Ready | None = None  # once the model is loaded
+        self.stored_responses = StoredResponses()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.running: dict[Exchange, Running] = {}
+        self.num_sequences = 0  # so far; the next one's id follows
+        self._executors: tuple[Executor, ...] = ()
+        self._ignored_names: set[str] = set()
+
+    # --- models -----------------------------------------------------------------------------
+
+    def need_model(self) -> Ready:
+        """The loaded model. Raises APIError 503 where there is none (yet)."""
+        if self.phase is Phase.READY and self.ready is not None:
+            return self.ready
+        message, retry_after_s = {
+            Phase.DRAINING: ("the server is shutting down", 5),
+            Phase.FAILED: ("the model has failed; see /health", 30),
+        }.get(self.phase, ("the model is loading", 2))
+        raise later(Cause.UNAVAILABLE, message, retry_after_s)
+
+    def check_model(self, wanted: str | None) -> None:
+        """Any name is answered by the served model, unless `--strict-model-id`."""
+        served = self.need_model().model.id
+        if self.config.strict_model_id and wanted not in (None, served):
+            message = f"the model {clip(str(wanted))!r} does not exist here; see /v1/models"
+            raise APIError(Cause.NO_MODEL, message, param="model")
+
+    # --- threads and tasks ------------------------------------------------------------------
+
+    def start_threads(self) -> None:
+        """One thread for short bodies, in order of arrival; one for long ones; two for images."""
+        self._executors = tuple(
+            ThreadPoolExecutor(num, thread_name_prefix="mlxlite-render") for num in (1, 1, 2)
+        )
+
+    def stop_threads(self) -> None:
+        for executor in self._executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(
+        self, num_bytes: int, work: Callable[..., T], *args: Any, has_images: bool = False
+    ) -> T:
+        """Call `work` in a thread: for short bodies, for long ones, or for those with images."""
+        number = 2 if has_images else int(num_bytes > LONG_BODY_BYTES)
+        call = partial(_call, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._executors[number], call)
+
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
+    ) -> None:
+        """Run a task; an exception that ends it is logged and passed to `on_error`."""
+
+        def done(task: asyncio.Task[None]) -> None:
+            self.tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a task died: %s", trace_of(error))
+                on_error(error)
+
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(done)
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def tenant(self, exchange: Exchange) -> bytes:
+        """Requests of one tenant share cached prefixes: all, or those of one API key."""
+        return exchange.key if self.config.prefix_cache_scope == "key" else b""
+
+    def cancel(self, running: Running) -> None:
+        """End the sequences of an answer at the next step."""
+        if self.ready is not None:
+            for id in running.sequence_ids:
+                self.ready.engine.cancel(id)
+
+    def note_ignored(self, exchange: Exchange, names: tuple[str, ...]) -> None:
+        """Unknown fields: named in a header of each answer, logged once each."""
+        if not names:
+            return
+        self.metrics.ignored_fields(len(names))
+        # Quoted, then cut: clients bound a response's head (Node: 16 KiB).
+        shown = [quote(name)[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
+        exchange.extra_headers.append(("x-mlxlite-ignored", ",".join(shown)))
+        for name in shown:
+            if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:
+                self._ignored_names.add(name)
+                log.warning("unknown request field ignored: %s (logged once)", name)
+
+
+def _call(work: Callable[..., T], *args: Any) -> T:
+    """Call `work` in a thread; its exception is made one that a future can carry."""
+    try:
+        return work(*args)
+    except BaseException as error:
+        if (bare := bearable(error)) is error:
+            raise
+        raise bare from error

@@ -1,6 +1,6 @@
-"""Conversations: what was said up to each stored answer, for requests that go on from it. Pure.
+"""Stored responses: the messages up to each answer, for requests that continue it. Pure.
 
-Bounded by number and by bytes; the oldest go first. Never: writes to a disk, or knows a dialect.
+Bounded by number and by bytes; never on disk.
 """
 
 from collections import OrderedDict
@@ -20,10 +20,10 @@ class _Kept:
     num_bytes: int
 
 
-class Conversations:
-    """Answers by id, with all that was said up to them; the oldest go first when there are many.
+class StoredResponses:
+    """Answers by id, with the messages before them; the oldest are dropped when there are many.
 
-    What turns of one conversation share, pictures too, is counted for each of them.
+    Messages that several answers share, images too, are counted for each of them.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Conversations:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, id: str) -> tuple[Message, ...] | None:
-        """What was said up to this answer, with it."""
+    def load(self, id: str) -> tuple[Message, ...] | None:
+        """The messages up to this answer, and the answer."""
         kept = self._kept.get(id)
         return None if kept is None else kept.messages
 
@@ -47,7 +47,7 @@ class Conversations:
         kept = self._kept.get(id)
         return None if kept is None else kept.body
 
-    def put(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
+    def store(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
         """Keep one more; one that is larger than the bound is not kept, and costs no other."""
         self.delete(id)
         num_bytes = sum(message.num_bytes for message in messages) + len(body)

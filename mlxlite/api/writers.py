@@ -210,3 +210,13 @@ def stream_failure(error: APIError) -> bytes:
     """Both forms: OpenAI's clients read the data line, the launching app the other."""
     frames = sse_data(error.body()) + sse_field("error", error.line())
     return frames + SSE_DONE
+
+
+def retold(choice: Choice) -> tuple[Delta, Delta, Delta]:
+    """What a choice has said, as one that streams says it: thoughts, then text, then calls."""
+    thought, said = "".join(choice.thoughts), "".join(choice.texts)
+    return (
+        Delta(thought, 0, channel=Channel.REASONING),
+        Delta(said, 0, tuple(choice.drawn)),
+        Delta("", 0, calls=tuple(choice.calls)),
+    )

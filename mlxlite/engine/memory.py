@@ -4,8 +4,6 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlxlite.config.options import Config
-
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -55,15 +53,13 @@ class Memory:
         return max(0, bisect_right(range(wanted + 1), self.budget_bytes, key=self.row) - 1)
 
 
-PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache unless it is told otherwise
+PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache by default
 _DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
 
 
-def _prefix_bytes(config: Config, memory: Memory) -> int:
-    """What the prefix cache may hold, while what runs leaves it."""
-    if not config.enable_prefix_caching:
-        return 0
-    wanted, budget = config.prefix_bytes(), memory.budget_bytes
+def prefix_bytes(memory: Memory, wanted: int | None) -> int:
+    """What the prefix cache may hold, where running sequences leave it; `wanted` None: a share."""
+    budget = memory.budget_bytes
     if wanted is None:
         return _DEFAULT_PREFIX_BYTES if budget is None else int(budget * PREFIX_SHARE)
     return wanted if budget is None else min(wanted, budget)

@@ -1,6 +1,54 @@
-"""How one sequence's tokens are drawn."""
+"""Sampling parameters: how one sequence's tokens are drawn, and how requests set them.
 
-from dataclasses import dataclass
+A field of `SamplingParams` that declares a `Param` is thereby a field of every dialect's requests,
+with its range, its aliases, its JSON Schema and its row in the documentation. What a parameter does
+is in `runner.sampler`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_CONTEXT_SIZE = 8192  # tokens that penalties look back on, kept for each row
+_MAX_INT = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """How requests set one parameter: a number in `[low, high]`, or token ids with such numbers.
+
+    `convert` maps the number to the parameter's value, None for the default; it raises ValueError
+    with the rest of a sentence.
+    """
+
+    note: str
+    low: float
+    high: float
+    is_low_open: bool = False
+    convert: Callable[[int], int | None] | None = None
+    aliases: tuple[str, ...] = ()
+
+
+def param(default: Any, note: str, low: float, high: float, **rest: Any) -> Any:
+    """A dataclass field that requests can set; `rest` are the other fields of `Param`."""
+    return field(default=default, metadata={"param": Param(note, low, high, **rest)})
+
+
+def _top_k(number: int) -> int:
+    """-1 is vLLM's «off»."""
+    return max(number, 0)
+
+
+def _seed(number: int) -> int | None:
+    """-1 is llama-server's «random»."""
+    return None if number == -1 else number % 2**64
+
+
+def _context_size(number: int) -> int:
+    """-1 is llama-server's «all of them»."""
+    if number == 0:
+        raise ValueError("must be at least 1, or -1 for all.")
+    return max(number, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,23 +60,49 @@ class SamplingParams:
     whatever else is in the batch.
 
     Repetition looks at prompt and output, presence and frequency at the output alone (vLLM), each
-    at the last `penalty_window` tokens of them; 0 is all. `top_logprobs` None asks for no logprobs,
-    0 for the drawn token's alone.
+    at the last `repetition_context_size` tokens of them; 0 is all. `top_logprobs` None asks for no
+    logprobs, 0 for the drawn token's alone; each dialect has its own fields for it.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0  # [0, 2**64)
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_window: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    min_tokens: int = 0  # no end-of-sequence token before so many
+    temperature: float = param(1.0, "0 is greedy; default: the model's, else 1", 0, 100)
+    top_p: float = param(1.0, "default: the model's, else 1 (off)", 0, 1, is_low_open=True)
+    top_k: int = param(
+        0,
+        "0 or -1 is off; default: the model's, else off",
+        -1,
+        _MAX_INT,
+        convert=lambda k: max(k, 0),
+    )
+    min_p: float = param(0.0, "0 is off; default: the model's, else off", 0, 1)
+    seed: int = param(
+        0,
+        "64 bits; -1 is random; the same draw alone or in a batch",
+        -(2**63),
+        2**64 - 1,
+        convert=_seed,
+    )
+    repetition_penalty: float = param(
+        1.0,
+        "over prompt and output; 1 is off",
+        0,
+        100,
+        is_low_open=True,
+        aliases=("repeat_penalty",),
+    )
+    presence_penalty: float = param(0.0, "over the output", -2, 2)
+    frequency_penalty: float = param(0.0, "over the output", -2, 2)
+    repetition_context_size: int = param(
+        0,
+        "how many of the last tokens penalties look at; default, and -1: all",
+        -1,
+        MAX_CONTEXT_SIZE,
+        convert=_context_size,
+        aliases=("repeat_last_n",),
+    )
+    logit_bias: tuple[tuple[int, float], ...] = param((), "token id to -100..100", -100, 100)
+    xtc_probability: float = param(0.0, "0 is off", 0, 1)
+    xtc_threshold: float = param(0.1, "default 0.1", 0, 1)
+    min_tokens: int = param(0, "no end-of-sequence token before this many tokens", 0, _MAX_INT)
     top_logprobs: int | None = None
 
     @property

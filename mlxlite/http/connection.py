@@ -1,15 +1,14 @@
-"""One socket, one request at a time: bytes to http1, its events to the server, answers back.
+"""One connection, one request at a time: from its bytes to the application and back.
 
-This module decides how long a peer may take, how far it may lag, and what happens when it goes
-away; what an answer says is the server's. It must never wait, and never hold more than its bounds:
-a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows
-nobody. A peer that sends its EOF is taken as gone, as nginx and uvicorn take it.
+Decides how long a peer may take, how far it may lag, and what happens when it disconnects; the
+content of an answer is the application's. It must never wait, and never hold more than its bounds:
+a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows no
+other connection. A peer's EOF is a disconnect, as in nginx and uvicorn.
 
-Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After the client is lost its
-answer goes nowhere and the server is told at once, whatever the request was doing (tested).
+Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After a disconnect its answer is
+dropped and the application is notified at once, whatever the request was doing (tested).
 
-Reading order: `Client` (one connection), `Exchange` (one request and its answer), `AnswerSink`
-(a sequence's outputs into an exchange).
+Reading order: `Client` (one connection), `Exchange` (one request and its answer).
 """
 
 import asyncio
@@ -18,10 +17,10 @@ import secrets
 from collections.abc import Callable
 from email.utils import formatdate
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlxlite.errors import trace_of
-from mlxlite.http.errors import APIError, Cause, error_body, our_fault
+from mlxlite.http.errors import APIError, Cause, ErrorBody, error_body, our_fault
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed
 from mlxlite.http.sse import sse_comment
 
@@ -40,7 +39,6 @@ MAX_PIPELINED_BYTES = 64 << 10  # beyond it reading stops until the present answ
 MAX_AT_ONCE = 16  # pipelined requests that are answered before everybody else has a turn
 _NEVER = float("inf")
 Fields = tuple[tuple[str, str], ...]
-ErrorBody = Callable[[APIError, str], bytes]  # the error and the request's id
 JSON: Fields = (("content-type", "application/json"),)
 EVENTS: Fields = (
     ("content-type", "text/event-stream; charset=utf-8"),
@@ -57,45 +55,55 @@ def _new_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
-class App(Protocol):
-    """What a connection needs of the server. `admit` and `handle` may raise APIError."""
+class Application(Protocol):
+    """What answers requests. `on_head` and `on_body` may raise APIError."""
 
+    def on_head(self, exchange: "Exchange") -> None:
+        """A request's head has arrived: refuse it, or let its body follow."""
+        ...
+
+    def on_body(self, exchange: "Exchange", body: bytes) -> None:
+        """The body of a request that was let in is complete."""
+        ...
+
+    def on_disconnect(self, exchange: "Exchange") -> None:
+        """The client disconnected before its answer was complete."""
+        ...
+
+
+class Observer(Protocol):
+    """Counts connections and answers; `metrics.Metrics` is one."""
+
+    def connection_opened(self) -> None: ...
+    def connection_closed(self) -> None: ...
+    def http(self, route: str, method: str, status: int) -> None: ...
+
+
+class Connections(Protocol):
+    """All connections of a listener, as one of them sees it."""
+
+    app: Application
+    observer: Observer
     limits: Limits
     num_held_bytes: int  # of bodies that are not read yet
 
-    def make_room(self) -> None:
-        """Bodies are more than `MAX_BODIES` together: somebody has to come again later."""
-        ...
-
     def joined(self, client: "Client") -> APIError | None:
-        """A connection came; an error is all that it will be told."""
+        """Count a connection in; an error is all that it gets."""
         ...
 
     def left(self, client: "Client") -> None: ...
 
-    def admit(self, exchange: "Exchange") -> None:
-        """A request's head is there."""
-        ...
-
-    def handle(self, exchange: "Exchange", body: bytes) -> None:
-        """An admitted request's body is there."""
-        ...
-
-    def answering(self, exchange: "Exchange", status: int) -> Fields:
-        """An answer begins; the header fields that it must carry."""
-        ...
-
-    def lost(self, exchange: "Exchange") -> None:
-        """The client went away before its answer was complete."""
+    def make_room(self) -> None:
+        """Bodies are more than `MAX_BODIES` together: reject one."""
         ...
 
 
 class Client(asyncio.Protocol):
     """One connection: feeds bytes to http1 and its events to the server, one request at a time."""
 
-    def __init__(self, app: App) -> None:
-        self.app = app
-        self.http = Connection(app.limits)
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+        self.http = Connection(connections.limits)
         self._exchange: Exchange | None = None
         self._is_pumping = False
         self._is_lingering = False
@@ -125,7 +133,7 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if (error := self.app.joined(self)) is not None:
+        if (error := self.connections.joined(self)) is not None:
             self._refuse(error)
 
     def data_received(self, data: bytes) -> None:
@@ -139,8 +147,8 @@ class Client(asyncio.Protocol):
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
         self.http.receive_data(data)
         self._pump()
-        if self.app.num_held_bytes > MAX_BODIES * self.app.limits.max_body_bytes:
-            self.app.make_room()
+        if self.connections.num_held_bytes > MAX_BODIES * self.connections.limits.max_body_bytes:
+            self.connections.make_room()
 
     def _body_came(self, exchange: "Exchange", num_bytes: int) -> None:
         """A piece buys time, but no more than a body takes that is not made to drip."""
@@ -150,11 +158,11 @@ class Client(asyncio.Protocol):
         self._deadline = min(perf_counter() + BODY_TIMEOUT_S, latest)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.app.left(self)
+        self.connections.left(self)
         if self._exchange is not None:
             self._exchange.is_lost = True
             self._exchange.release()
-            self.app.lost(self._exchange)
+            self.connections.app.on_disconnect(self._exchange)
 
     def pause_writing(self) -> None:
         self._write_deadline = perf_counter() + WRITE_TIMEOUT_S
@@ -175,7 +183,7 @@ class Client(asyncio.Protocol):
                     self._body_since, self._num_body_bytes = perf_counter(), 0
                     self._deadline = self._body_since + BODY_TIMEOUT_S
                     self._exchange = Exchange(self, head)
-                    self._guard(self._exchange, self.app.admit)
+                    self._guard(self._exchange, self.connections.app.on_head)
                     if not self._is_lingering:
                         self.write(self.http.continue_100())
                 case Body(data):
@@ -183,7 +191,7 @@ class Client(asyncio.Protocol):
                     num_left -= 1
                     self._deadline = _NEVER
                     self._exchange.has_body = True
-                    self._guard(self._exchange, self.app.handle, data)
+                    self._guard(self._exchange, self.connections.app.on_body, data)
                 case Malformed(status, message):
                     self._malformed(APIError(Cause.MALFORMED, message, status=status))
                 case _:
@@ -247,7 +255,9 @@ class Client(asyncio.Protocol):
         """Close, but not before the peer has had time to read: unread input would reset it away."""
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
-        self.http = Connection(self.app.limits)  # what has come of a body is not kept so long
+        self.http = Connection(
+            self.connections.limits
+        )  # what has come of a body is not kept so long
         self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -299,9 +309,9 @@ class Exchange:
         is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         self.request_id = given if is_usable else _new_request_id()
         self.label = "other"  # the route, for the metrics
+        self.route: Any = None  # the application's: from `on_head` to `on_body`
         self.key = b""  # the API key that let it in
         self.error_body: ErrorBody = error_body
-        self.sequence_ids: tuple[int, ...] = ()
         self.extra_headers: list[tuple[str, str]] = []
         self.has_body = False  # the request has been read to its end
         self.is_kept = False  # whoever reads the body says when it is read
@@ -319,7 +329,8 @@ class Exchange:
         own: Fields = (("date", formatdate(usegmt=True)), ("x-request-id", self.request_id))
         if self.error_body is not error_body:
             own += (("request-id", self.request_id),)  # as Anthropic calls it
-        return (*own, *self._client.app.answering(self, status), *self.extra_headers, *extra)
+        self._client.connections.observer.http(self.label, self.head.method, status)
+        return (*own, *self.extra_headers, *extra)
 
     def respond(self, status: int, body: bytes, headers: Fields = JSON) -> None:
         """The whole answer at once; void after another one."""
@@ -339,12 +350,12 @@ class Exchange:
     def hold(self, num_bytes: int) -> None:
         """More of the body is in memory."""
         self.num_held += num_bytes
-        self._client.app.num_held_bytes += num_bytes
+        self._client.connections.num_held_bytes += num_bytes
 
     def release(self, *, is_read: bool = False) -> None:
         """The body is in memory no more; void while somebody still reads it."""
         if is_read or not self.is_kept:
-            self._client.app.num_held_bytes -= self.num_held
+            self._client.connections.num_held_bytes -= self.num_held
             self.num_held = 0
 
     def abandon(self, error: APIError) -> None:

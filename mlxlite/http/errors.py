@@ -4,7 +4,7 @@ Each is a `Cause`, with its status, `type` and `code` in one place. An `APIError
 of an HTTP answer, or the last frame of a stream; it is never a traceback.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -63,6 +63,9 @@ class APIError(Exception):
     def line(self) -> bytes:
         """The launching app's form of an error in mid-stream."""
         return orjson.dumps({"message": self.message})
+
+
+ErrorBody = Callable[[APIError, str], bytes]  # the error and the request's id
 
 
 def error_body(error: APIError, request_id: str) -> bytes:

@@ -440,7 +440,7 @@ class _Counts:
     """
 
     def __init__(self, rows: list[Draw], num_vocab: int) -> None:
-        windows = [row.params.penalty_window for row in rows]
+        windows = [row.params.repetition_context_size for row in rows]
         prompt = np.zeros((len(rows), num_vocab), np.float32)
         output = np.zeros((len(rows), num_vocab), np.float32)
         ring = np.zeros((len(rows), max(1, *windows)), np.int32)

@@ -754,8 +754,8 @@ def history(arguments: Any) -> list[Any]:
 
 
 def test_arguments_in_the_history_reach_the_template_as_objects(server: mlxlite.Server):
-    assert server.served is not None
-    model = server.served.model
+    assert server.service.ready is not None
+    model = server.service.ready.model
     texts = set()
     for arguments in ('{"city": "Paris"}', '{ "city" :"Paris" }', {"city": "Paris"}):
         request = parse_chat(json.dumps({"messages": history(arguments)}).encode())

@@ -11,23 +11,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import arrived, with_value
 
-from mlxlite.api.constraints import CONSTRAINTS
+from mlxlite.api.constraints import CONSTRAINT_FIELDS
 from mlxlite.api.conversation import MAX_TOOLS, Message, Role, Tool, ToolCall
 from mlxlite.api.endpoints.admin import CancelRequest, parse_cancel
-from mlxlite.api.endpoints.chat_completions import chat_of, field_table, parse_chat
-from mlxlite.api.fields import MAX_DEPTH, MAX_VALUES, Use
+from mlxlite.api.endpoints.chat_completions import FIELDS, parse_chat
+from mlxlite.api.fields import MAX_TOKEN_MAP, Use, markdown
+from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
 from mlxlite.api.request import (
     EFFORTS,
-    FIELDS,
-    MAX_LOGIT_BIAS,
-    MAX_PENALTY_WINDOW,
     MAX_STOP_BYTES,
     MAX_STOP_STRINGS,
     ChatRequest,
 )
 from mlxlite.api.writers import StreamOptions
-from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.sampling_params import MAX_CONTEXT_SIZE, SamplingParams
 from mlxlite.http.errors import APIError
 from mlxlite.output.grammar import Constraint, Kind
 from mlxlite.vision.images import Source
@@ -69,7 +68,7 @@ _TOKENS_RIGHT = [(1, 1), (4096, 4096), (20.0, 20), (-1, None), (2**31 - 1, 2**31
 _TOKENS_WRONG = [0, -2, 1.5, "5", True, [5], {}, 2**31, 2**70, 1e300]
 _TEXT_WRONG: list[Any] = [5, 1.5, True, ["a"], {}]
 _FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
-_BIASES = {str(id): 1 for id in range(MAX_LOGIT_BIAS)}
+_BIASES = {str(id): 1 for id in range(MAX_TOKEN_MAP)}
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,9 @@ def _repetition() -> Works:
 
 
 def _window() -> Works:
-    right = [(1, 1), (64, 64), (20.0, 20), (-1, 0), (MAX_PENALTY_WINDOW, MAX_PENALTY_WINDOW)]
-    wrong = [0, -2, MAX_PENALTY_WINDOW + 1, 1.5, "5", True, [], {}]
-    return Works("penalty_window", right, wrong)
+    right = [(1, 1), (64, 64), (20.0, 20), (-1, 0), (MAX_CONTEXT_SIZE, MAX_CONTEXT_SIZE)]
+    wrong = [0, -2, MAX_CONTEXT_SIZE + 1, 1.5, "5", True, [], {}]
+    return Works("repetition_context_size", right, wrong)
 
 
 def _share(attribute: str) -> Works:
@@ -221,7 +220,7 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "min_p": Works("min_p", [(0, 0.0), (0.05, 0.05), (1, 1.0)], [-0.1, 1.1, "0", False, [], {}]),
     "seed": Works(
         "seed",
-        [(0, 0), (7, 7), (-1, None), (2**64 - 1, 2**64 - 1), (-(2**63), -(2**63)), (7.0, 7)],
+        [(0, 0), (7, 7), (-1, None), (2**64 - 1, 2**64 - 1), (-(2**63), 2**63), (7.0, 7)],
         [0.5, "7", True, [], {}],
     ),
     "stop": _stop(),
@@ -294,12 +293,12 @@ CASES: dict[str, Works | Accepted | Refused] = {
             ([], ()),
             ({"5": 1}, ((5, 1.0),)),
             ({"0": -100, "151935": 100, "7": 0.5}, ((0, -100.0), (151935, 100.0), (7, 0.5))),
-            (_BIASES, tuple((id, 1.0) for id in range(MAX_LOGIT_BIAS))),
+            (_BIASES, tuple((id, 1.0) for id in range(MAX_TOKEN_MAP))),
         ],
         [
             *([[5, 1]], [5], "5", 5, True),
             *({"a": 1}, {"-1": 1}, {"": 1}, {"1.5": 1}, {" 5": 1}, {"٣": 1}, {"²": 1}, {"+5": 1}),
-            _BIASES | {str(MAX_LOGIT_BIAS): 1},
+            _BIASES | {str(MAX_TOKEN_MAP): 1},
         ],
     ),
     "xtc_probability": _share("xtc_probability"),
@@ -502,7 +501,7 @@ ASKING = [
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_the_table_has_a_case_of_its_use(name: str) -> None:
-    kinds = {Use.WORKS: Works, Use.ACCEPTED: Accepted, Use.REFUSED: Refused}
+    kinds = {Use.SUPPORTED: Works, Use.NO_OP: Accepted, Use.UNSUPPORTED: Refused}
     assert name in CASES, f"a new field: give {name} its values here"
     assert isinstance(CASES[name], kinds[FIELDS[name].use])
 
@@ -514,10 +513,10 @@ def test_there_is_no_case_without_a_field() -> None:
 @pytest.mark.parametrize(("name", "case", "value", "expected"), WORKING)
 def test_a_field_that_works_arrives(name: str, case: Works, value: Any, expected: Any) -> None:
     request = parse(**case.also, **{name: value})
-    assert getattr(request, case.attribute) == expected
-    assert type(getattr(request, case.attribute)) is type(expected)
+    assert arrived(request, case.attribute) == expected
+    assert type(arrived(request, case.attribute)) is type(expected)
     without = parse(**case.also)
-    assert request == replace(without, **{case.attribute: expected}), "and nothing else does"
+    assert request == with_value(without, case.attribute, expected), "and nothing else does"
 
 
 @pytest.mark.parametrize(("name", "case", "value"), WRONG)
@@ -591,7 +590,7 @@ ASKS: dict[str, Any] = {
 
 
 def test_every_field_that_constrains_is_asked_below() -> None:
-    assert ASKS.keys() == {*CONSTRAINTS, "tools"}
+    assert ASKS.keys() == {*CONSTRAINT_FIELDS, "tools"}
 
 
 @pytest.mark.parametrize("one", ASKS)
@@ -618,7 +617,8 @@ def test_what_must_match_ends_where_it_ends(name: str) -> None:
         assert error.param == other
         assert f"'{other}'" in error.message
         assert f"'{name}'" in error.message
-    assert parse(**ask, ignore_eos=False, min_tokens=0) == parse(**ask)
+    off = parse(**ask, ignore_eos=False, min_tokens=0)
+    assert with_value(off, "min_tokens", None) == parse(**ask)
 
 
 def test_a_budget_of_thought_goes_with_all_of_these() -> None:
@@ -864,15 +864,17 @@ def test_all_that_the_launching_app_sends_is_accepted() -> None:
         model="m",
         is_stream=True,
         max_tokens=512,
-        temperature=0.7,
-        top_k=20,
-        top_p=0.8,
-        min_p=0.05,
-        seed=7,
-        repetition_penalty=1.12,
-        presence_penalty=0.1,
-        frequency_penalty=-0.2,
-        logit_bias=((42, -1.5),),
+        sampling={
+            "temperature": 0.7,
+            "top_k": 20,
+            "top_p": 0.8,
+            "min_p": 0.05,
+            "seed": 7,
+            "repetition_penalty": 1.12,
+            "presence_penalty": 0.1,
+            "frequency_penalty": -0.2,
+            "logit_bias": ((42, -1.5),),
+        },
         template_kwargs={"enable_thinking": False},
         stop=("</s>", "User:"),
         cache_prompt=True,
@@ -902,7 +904,7 @@ def test_all_that_open_webui_sends_is_known(body: dict[str, Any]) -> None:
 
 
 def test_the_readmes_table_has_a_row_for_every_field() -> None:
-    rows = field_table().splitlines()[2:]
+    rows = markdown(FIELDS).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(FIELDS)
     assert all(row.count("|") == 4 for row in rows), "a pipe in a note would break the table"
 
@@ -937,9 +939,9 @@ def test_top_logprobs_need_logprobs() -> None:
 def test_min_tokens_are_at_most_max_tokens() -> None:
     for name in ("max_tokens", "max_completion_tokens", "n_predict"):
         assert refusal(min_tokens=6, **{name: 5}).param == "min_tokens"
-        assert parse(min_tokens=5, **{name: 5}).min_tokens == 5
-    assert parse(min_tokens=6, n_predict=-1).min_tokens == 6
-    assert parse(min_tokens=6).min_tokens == 6
+        assert parse(min_tokens=5, **{name: 5}).sampling["min_tokens"] == 5
+    assert parse(min_tokens=6, n_predict=-1).sampling["min_tokens"] == 6
+    assert parse(min_tokens=6).sampling["min_tokens"] == 6
 
 
 def test_stream_options_need_a_stream() -> None:
@@ -1268,7 +1270,7 @@ def test_junk_in_a_part_is_read_or_refused(one: Any, other: Any, kind: str) -> N
     ]
     for part in parts:
         with suppress(APIError):
-            request = chat_of({"messages": [{"role": "user", "content": [part]}]})
+            request = parse(messages=[{"role": "user", "content": [part]}])
             assert len(request.sources) <= 1
 
 
@@ -1499,7 +1501,7 @@ def test_an_error_repeats_little_of_what_was_sent() -> None:
 
 
 def test_the_last_of_two_equal_names_counts() -> None:
-    assert parse_chat(_chat(more=b',"top_k":5,"top_k":6')).top_k == 6
+    assert parse_chat(_chat(more=b',"top_k":5,"top_k":6')).sampling == {"top_k": 6}
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -1507,13 +1509,13 @@ def test_the_last_of_two_equal_names_counts() -> None:
 
 def test_a_silent_request_samples_by_the_models_defaults() -> None:
     defaults = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.1)
-    assert SILENT.sampling(defaults, seed=5) == replace(defaults, seed=5)
+    assert SILENT.sampling_params(defaults, seed=5) == replace(defaults, seed=5)
 
 
 def test_zero_is_an_answer_and_not_silence() -> None:
     defaults = SamplingParams(temperature=0.6, top_p=0.9, top_k=40, min_p=0.1)
     request = parse(temperature=0, top_p=1, top_k=-1, min_p=0, seed=0)
-    assert request.sampling(defaults, seed=5) == SamplingParams(temperature=0.0)
+    assert request.sampling_params(defaults, seed=5) == SamplingParams(temperature=0.0)
 
 
 def test_every_sampling_setting_reaches_the_sampler() -> None:
@@ -1543,14 +1545,14 @@ def test_every_sampling_setting_reaches_the_sampler() -> None:
         repetition_penalty=1.1,
         presence_penalty=0.2,
         frequency_penalty=0.3,
-        penalty_window=64,
+        repetition_context_size=64,
         logit_bias=((5, 1.0),),
         xtc_probability=0.4,
         xtc_threshold=0.2,
         min_tokens=3,
         top_logprobs=4,
     )
-    assert request.sampling(SamplingParams(), seed=5) == params
+    assert request.sampling_params(SamplingParams(), seed=5) == params
     names = {item.name for item in fields(SamplingParams)}
     default = SamplingParams()
     same = [name for name in names if getattr(params, name) == getattr(default, name)]
@@ -1558,8 +1560,8 @@ def test_every_sampling_setting_reaches_the_sampler() -> None:
 
 
 def test_a_negative_seed_is_taken_modulo_two_to_the_64() -> None:
-    assert parse(seed=-2).sampling(SamplingParams(), seed=5).seed == 2**64 - 2
-    assert parse(seed=-1).sampling(SamplingParams(), seed=5).seed == 5
+    assert parse(seed=-2).sampling_params(SamplingParams(), seed=5).seed == 2**64 - 2
+    assert parse(seed=-1).sampling_params(SamplingParams(), seed=5).seed == 5
 
 
 # --- cancel -------------------------------------------------------------------------------------

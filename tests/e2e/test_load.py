@@ -44,8 +44,8 @@ async def assert_back_to_zero(served: Served) -> None:
     await until(lambda: served.num_clients == 0, "every connection is closed")
     load = served.engine.load
     assert (load.num_waiting, load.num_running, load.num_bytes) == (0, 0, 0)
-    assert served.server.num_held_bytes == 0
-    assert not served.server._routes._exchanges
+    assert served.num_held_bytes == 0
+    assert not served.server.service.running
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
         (value,) = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
         assert float(value) == 0
@@ -194,7 +194,7 @@ def test_two_hundred_that_vanish_at_any_moment_leave_nothing_and_cost_nobody_a_t
             assert served.num_ended("error") == 0
             await steady.close()
             await assert_back_to_zero(served)
-            runner, ids = served.runner, range(2, served.server._routes._num_sequences + 1)
+            runner, ids = served.runner, range(2, served.server.service.num_sequences + 1)
             met = Counter(_when(runner, id) for id in ids)
             assert min(met[phase] for phase in ("queue", "prefill", "decode")) > 0, met
 

@@ -21,14 +21,15 @@ from live import serving  # noqa: E402
 from schemathesis.specs.openapi import checks  # noqa: E402
 
 import mlxlite  # noqa: E402
+from mlxlite.api.endpoints import ENDPOINTS  # noqa: E402
+from mlxlite.api.endpoints.chat_completions import FIELDS  # noqa: E402
 from mlxlite.api.endpoints.responses import _STATUSES  # noqa: E402
-from mlxlite.api.openapi import EVENTS, document  # noqa: E402
-from mlxlite.api.request import FIELDS  # noqa: E402
+from mlxlite.api.openapi import EVENTS, document, openapi_endpoint  # noqa: E402
 from mlxlite.config.options import DEMO_ID  # noqa: E402
 
 KEY = "a-key"
 AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
-DOCUMENT: dict[str, Any] = json.loads(document())
+DOCUMENT: dict[str, Any] = json.loads(document((*ENDPOINTS, openapi_endpoint(ENDPOINTS))))
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -95,9 +96,7 @@ def test_every_route_is_in_the_document_and_nothing_else_is(server: mlxlite.Serv
         for method in operations
     }
     routed = {
-        (route.label, method)
-        for route in server._routes.table.values()
-        for method in route.handlers
+        (route.path, method) for route in server.app.routes.values() for method in route.endpoints
     }
     assert described == routed
 
@@ -107,7 +106,7 @@ def test_the_document_says_which_paths_need_no_key(server: mlxlite.Server) -> No
         path: not any("security" in operation for operation in operations.values())
         for path, operations in DOCUMENT["paths"].items()
     }
-    routed = {route.label: route.is_open for route in server._routes.table.values()}
+    routed = {endpoint.path: endpoint.is_open for endpoint in server.app.endpoints}
     assert described == routed
 
 

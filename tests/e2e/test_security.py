@@ -148,7 +148,7 @@ def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_said(
         process.kill(signal.SIGTERM)
         assert process.wait(GONE_S) == 0
         logged = process.stdout + process.stderr
-    assert " INFO mlxlite.connection: req_" in logged
+    assert " INFO mlxlite.api: req_" in logged
     for secret in (*KEYS.values(), WRONG):
         assert secret not in logged
         assert not [text for text in told if secret in text]

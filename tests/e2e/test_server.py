@@ -147,9 +147,8 @@ def test_a_failed_load_leaves_nothing_behind(error: Exception) -> None:
         with pytest.raises(LoadError, match="no"):
             async with server:
                 pytest.fail("it was never ready")
-        assert server.phase is Phase.DRAINING
-        assert server._listener is not None
-        assert not server._listener.is_serving()
+        assert server.service.phase is Phase.DRAINING
+        assert not server.listener.is_serving
 
     test()
 
@@ -806,7 +805,7 @@ def test_an_answer_that_cannot_even_fail_is_cut_and_leaves_nothing(
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await asyncio.wait_for(wire.rest(), 2)
             await until(lambda: served.num_live == 0)
-            assert not served.server._routes._exchanges
+            assert not served.server.service.running
             await until(lambda: served.num_clients == 0)
             async with await served.wire() as other:
                 assert (await other.chat("hello")).status == 200
@@ -824,7 +823,7 @@ def test_a_body_that_turns_into_nonsense_is_refused_in_its_own_dialect(
         async with serving(max_body_mb=1) as served, await served.wire() as wire:
             fields = {"transfer_encoding": "chunked", "x_request_id": "mine"}
             await wire.send(request("POST", path, **fields) + b"2\r\n{}\r\n")
-            await until(lambda: any(client.is_busy for client in served.server._clients))
+            await until(lambda: any(client.is_busy for client in served.clients))
             await wire.send(piece)
             answer = await wire.answer()
             assert answer.status in (400, 413)
@@ -1487,7 +1486,7 @@ def test_a_page_from_elsewhere_may_not_whatever_it_calls_itself(raw: bytes, orig
                     answer = await asyncio.wait_for(wire.answer(), 2)
             async with await served.wire() as wire:
                 assert (await wire.chat("x")).status == 200, "the server serves on"
-            assert served.server.phase is Phase.READY
+            assert served.server.service.phase is Phase.READY
             assert answer is not None, "it got no answer"
             assert answer.status in (200, 204)
             assert not [name for name, _ in answer.headers if "access-control" in name]
@@ -1541,7 +1540,7 @@ async def test_pipelining_without_end_is_bounded_and_loses_nothing() -> None:
         await wire.open_stream("x")
         num = 3 * MAX_PIPELINED_BYTES // len(request("GET", "/health")) + 1
         sending = asyncio.ensure_future(wire.send(request("GET", "/health") * num))
-        (client,) = served.server._clients
+        (client,) = served.clients
         await until(lambda: not client._transport.is_reading(), "reading pauses")
         assert client.http.num_buffered < MAX_PIPELINED_BYTES + (1 << 18)
         served.runner.release()
@@ -1555,7 +1554,7 @@ async def test_pipelining_without_end_is_bounded_and_loses_nothing() -> None:
 async def test_whoever_pipelines_a_lot_takes_turns_with_everybody_else() -> None:
     async with serving() as served, await served.wire() as wire:
         assert (await wire.get("/health")).status == 200
-        (client,) = served.server._clients
+        (client,) = served.clients
         other = await served.wire()
         raw, num = request("GET", "/health"), 2000
         client.data_received(raw * num)  # as one read of the loop may
@@ -1688,7 +1687,7 @@ async def _idle(clock: Clock, send: bytes, limit_s: float) -> None:
         await wire.send(send)
         await until(lambda: served.num_clients == 1)
         if send:
-            (client,) = served.server._clients
+            (client,) = served.clients
             await until(lambda: client.http.num_buffered or client.is_busy)
         await pass_time(served, clock, limit_s - 0.1)
         assert served.num_clients == 1
@@ -1710,7 +1709,7 @@ def test_a_head_that_drips_has_no_more_time_than_one_that_stops(clock: Clock) ->
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
             (await wire.get("/health"))
-            (client,) = served.server._clients
+            (client,) = served.clients
             for num, byte in enumerate(b"GET /he", 1):
                 await wire.send(bytes([byte]))
                 await until(lambda num=num: client.http.num_buffered == num)
@@ -1739,9 +1738,9 @@ def test_a_body_that_stops_gets_a_408(clock: Clock) -> None:
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
             await wire.send(chat_request("hello")[:-5])
-            await until(lambda: any(client.is_busy for client in served.server._clients))
+            await until(lambda: any(client.is_busy for client in served.clients))
             await pass_time(served, clock, BODY_TIMEOUT_S - 1)
-            (client,) = served.server._clients
+            (client,) = served.clients
             before = client._deadline
             await wire.send(b"x")
             await until(lambda: client._deadline > before, "a byte buys time")
@@ -1762,8 +1761,8 @@ def test_a_body_that_drips_gets_a_408_in_the_end(clock: Clock) -> None:
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
             await wire.send(request("POST", CHAT, content_length=str(1 << 20)))
-            await until(lambda: any(client.is_busy for client in served.server._clients))
-            (client,) = served.server._clients
+            await until(lambda: any(client.is_busy for client in served.clients))
+            (client,) = served.clients
             began = clock.now
             step_s = BODY_TIMEOUT_S - 1
             while clock.now - began < BODY_GRACE_S - step_s:
@@ -1788,8 +1787,8 @@ def test_a_large_body_may_take_its_time(clock: Clock) -> None:
             piece = b" " * 10 * MIN_BODY_RATE  # what 10 s at the least allow
             num = 3 * int(BODY_GRACE_S / 10)
             await wire.send(request("POST", CHAT, content_length=str(num * len(piece) + len(body))))
-            await until(lambda: any(client.is_busy for client in served.server._clients))
-            (client,) = served.server._clients
+            await until(lambda: any(client.is_busy for client in served.clients))
+            (client,) = served.clients
             for n in range(1, num + 1):
                 await wire.send(piece)
                 await until(lambda n=n: client._num_body_bytes == n * len(piece))
@@ -1977,7 +1976,7 @@ async def test_a_client_that_goes_while_its_prompt_is_rendered_never_gets_a_row(
         served.model.gate.clear()
         wire = await served.wire()
         await wire.send(chat_request("hello"))
-        await until(lambda: any(client.is_busy for client in served.server._clients))
+        await until(lambda: any(client.is_busy for client in served.clients))
         await wire.close()
         await until(lambda: served.num_clients == 0)
         served.model.gate.set()
@@ -1991,7 +1990,7 @@ async def test_a_client_that_goes_in_mid_body_is_no_error() -> None:
     async with serving() as served:
         wire = await served.wire()
         await wire.send(chat_request("hello")[:-5])
-        await until(lambda: any(client.is_busy for client in served.server._clients))
+        await until(lambda: any(client.is_busy for client in served.clients))
         wire.abort()
         await until(lambda: served.num_clients == 0)
         async with await served.wire() as other:
@@ -2241,7 +2240,7 @@ async def test_a_runner_that_cannot_be_reset_makes_health_fail_and_nobody_waits(
         served.runner.reset_error = RuntimeError("the device is gone")
         served.runner.error = RuntimeError("the device hangs")
         assert (await wire.rest())[-1] == DONE
-        await until(lambda: served.server.phase is Phase.FAILED)
+        await until(lambda: served.server.service.phase is Phase.FAILED)
         health = await control.get("/health")
         assert health.status == 503
         assert health.json["status"] == "error"
@@ -2309,7 +2308,7 @@ async def test_at_stop_a_prompt_that_is_still_rendered_gets_an_answer_too() -> N
     async with serving() as served, await served.wire() as wire:
         served.model.gate.clear()
         await wire.send(chat_request("hello"))
-        await until(lambda: any(client.is_busy for client in served.server._clients))
+        await until(lambda: any(client.is_busy for client in served.clients))
         await served.server.stop()
         answer = await wire.answer()
         assert answer.status == 503
@@ -2323,9 +2322,9 @@ async def test_while_it_stops_new_requests_are_sent_away() -> None:
         # Both on one connection: the second is read when the first is answered.
         served.model.gate.clear()
         await wire.send(chat_request("hello"))
-        await until(lambda: any(client.is_busy for client in served.server._clients))
+        await until(lambda: any(client.is_busy for client in served.clients))
         stopping = asyncio.ensure_future(served.server.stop())
-        await until(lambda: served.server.phase is Phase.DRAINING)
+        await until(lambda: served.server.service.phase is Phase.DRAINING)
         served.model.gate.set()
         answer = await wire.answer()
         assert answer.status == 503

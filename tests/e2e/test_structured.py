@@ -810,7 +810,7 @@ def test_streams_that_are_left_in_the_middle_leave_nothing_behind():
 
 
 def matchers_of(server: mlxlite.Server) -> dict[int, Any]:
-    assert server.served is not None
-    runner = server.served.engine._runner
+    assert server.service.ready is not None
+    runner = server.service.ready.engine._runner
     assert isinstance(runner, ModelRunner)
     return runner._matchers

@@ -158,8 +158,8 @@ def test_a_long_input_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     @in_a_loop
     async def test() -> None:
         async with mlxlite.Server(Config(port=0, shutdown_grace_s=0.05)) as server:
-            assert server.served is not None
-            runner = server.served.engine._runner
+            assert server.service.ready is not None
+            runner = server.service.ready.engine._runner
             assert isinstance(runner, ModelRunner)
             inputs = [list(text_tokens(NUM_LONG)), list(text_tokens(NUM_LONG - 1, 5)), [5]]
             for pooling in ("last", "mean"):
@@ -180,8 +180,8 @@ def test_who_goes_in_the_middle_of_an_input_leaves_no_state(
     @in_a_loop
     async def test() -> None:
         async with mlxlite.Server(Config(port=0, shutdown_grace_s=0.05)) as server:
-            assert server.served is not None
-            runner = server.served.engine._runner
+            assert server.service.ready is not None
+            runner = server.service.ready.engine._runner
             assert isinstance(runner, ModelRunner)
             half_done = []
             embed = runner.embed
@@ -194,7 +194,7 @@ def test_who_goes_in_the_middle_of_an_input_leaves_no_state(
             monkeypatch.setattr(runner, "embed", counting)
             tokens = tuple(text_tokens(NUM_LONG))
             is_wanted = iter([True, True, False])
-            found = await server.served.engine.embedder.embed(
+            found = await server.service.ready.engine.embedder.embed(
                 [tokens], is_mean=False, is_wanted=lambda: next(is_wanted)
             )
             assert found is None

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxlite.api.conversation import Tool
-from mlxlite.api.endpoints.chat_completions import prepare_chat
-from mlxlite.api.render import listener
+from mlxlite.api.endpoints.chat_completions import parse_chat
+from mlxlite.api.render import listener, render_chat
 from mlxlite.config.options import Config
 from mlxlite.output.events import Channel
 from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyChannels, with_thinking
@@ -212,7 +212,8 @@ def test_a_request_with_tools_reaches_the_format():
         {"type": "function", "function": {"name": "weather", "parameters": SCHEMAS["weather"]}}
     ]
     body = json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": tools}).encode()
-    request, prompt = prepare_chat(model, body, b"", Config())
+    request = parse_chat(body)
+    (prompt,) = render_chat(model, request, Config())
     channels = listener(model, request, prompt)()
     pieces = [*channels.push(THINK + CALL), *channels.flush()]
     (call,) = [call for piece in pieces for call in piece.calls]

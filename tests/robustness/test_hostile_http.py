@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.fuzz import PARSERS, SEEDS, TARGETS, mutated
-from mlxlite.api.request import FIELDS
+from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.http import connection
 from mlxlite.http.connection import (
     BODY_TIMEOUT_S,
@@ -65,8 +65,8 @@ def assert_at_rest(served: Served) -> None:
     load = served.engine.load
     assert (load.num_waiting, load.num_running, load.num_bytes) == (0, 0, 0)
     assert served.num_live == 0
-    assert served.server.num_held_bytes == 0
-    assert not served.server._routes._exchanges
+    assert served.num_held_bytes == 0
+    assert not served.server.service.running
     assert not served.runner.prompts
 
 
@@ -204,7 +204,7 @@ def test_what_never_ends_is_cut_without_a_word(
     async def test() -> None:
         async with besieged(caplog) as served, await served.wire() as wire:
             await wire.send(raw)
-            await until(lambda: any(c.http.num_buffered for c in served.server._clients))
+            await until(lambda: any(c.http.num_buffered for c in served.clients))
             await assert_serves_on(served)
             await pass_time(served, clock, HEADER_TIMEOUT_S + 1)
             assert await wire.is_cut()
@@ -339,7 +339,7 @@ def test_what_is_too_large_is_refused_and_the_refusal_can_be_read_by_who_sends_o
             assert answer.status == status
             assert answer.error["code"] == "malformed_request"
             assert answer["connection"] == "close"
-            (client,) = served.server._clients
+            (client,) = served.clients
             assert client.http.num_buffered == 0, "what comes after it is dropped"
             with suppress(ConnectionError):
                 await sending
@@ -349,9 +349,9 @@ def test_what_is_too_large_is_refused_and_the_refusal_can_be_read_by_who_sends_o
 
 async def _upload(served: Served, wire: Wire, num_bytes: int) -> None:
     """Most of a body of the largest size, once its head has been read."""
-    num_busy = sum(client.is_busy for client in served.server._clients)
+    num_busy = sum(client.is_busy for client in served.clients)
     await wire.send(POST + b"Content-Length: 1048576\r\n\r\n")
-    await until(lambda: sum(client.is_busy for client in served.server._clients) > num_busy)
+    await until(lambda: sum(client.is_busy for client in served.clients) > num_busy)
     await wire.send(b" " * num_bytes)
 
 
@@ -364,19 +364,19 @@ def test_bodies_are_bounded_together_and_who_says_little_is_served(
             wires = [await served.wire() for _ in range(MAX_BODIES + 1)]
             for n, wire in enumerate(wires[:-1], 1):
                 await _upload(served, wire, 1_040_000 + n)
-                await until(lambda n=n: served.server.num_held_bytes > n * 1_040_000)
+                await until(lambda n=n: served.num_held_bytes > n * 1_040_000)
             await _upload(served, wires[-1], 1_048_000)
             assert (await wires[-2].answer()).status == 503, "the largest so far"
-            await until(lambda: served.server.num_held_bytes >= 7 * 1_040_000 + 1_048_000)
+            await until(lambda: served.num_held_bytes >= 7 * 1_040_000 + 1_048_000)
             await assert_serves_on(served)
-            room = (MAX_BODIES << 20) - served.server.num_held_bytes
+            room = (MAX_BODIES << 20) - served.num_held_bytes
             said = "x" * (room + 1000)
             raw = chat_request(said, max_tokens=1)
             async with await served.wire() as wire:
                 await wire.send(raw[:100])
-                await until(lambda: any(c.http.num_buffered for c in served.server._clients))
+                await until(lambda: any(c.http.num_buffered for c in served.clients))
                 await wire.send(raw[100:300])
-                await until(lambda: sum(c.is_busy for c in served.server._clients) == 9)
+                await until(lambda: sum(c.is_busy for c in served.clients) == 9)
                 await wire.send(raw[300:])
                 answer = await wire.answer()
                 assert answer.json["choices"][0]["message"]["content"] == "x"
@@ -384,7 +384,7 @@ def test_bodies_are_bounded_together_and_who_says_little_is_served(
             assert answer.status == 503, "the largest now"
             assert answer["retry-after"] == "5"
             assert answer["connection"] == "close"
-            assert served.server.num_held_bytes == 7 * 1_040_000 + sum(range(8))
+            assert served.num_held_bytes == 7 * 1_040_000 + sum(range(8))
             for wire in wires:
                 await wire.close()
 
@@ -392,7 +392,7 @@ def test_bodies_are_bounded_together_and_who_says_little_is_served(
 
 
 def _busy(served: Served) -> list[Client]:
-    return [client for client in served.server._clients if client.is_busy]
+    return [client for client in served.clients if client.is_busy]
 
 
 def test_a_body_counts_until_it_is_read(caplog: pytest.LogCaptureFixture) -> None:
@@ -407,7 +407,7 @@ def test_a_body_counts_until_it_is_read(caplog: pytest.LogCaptureFixture) -> Non
                 await wire.send(head)
                 await until(lambda num=num: len(_busy(served)) == num)
                 await wire.send(body)
-                await until(lambda num=num: served.server.num_held_bytes == num * len(body))
+                await until(lambda num=num: served.num_held_bytes == num * len(body))
             assert not any(client.num_waiting_bytes for client in _busy(served))
             await wires[8].send(head)
             await until(lambda: len(_busy(served)) == 9)
@@ -417,7 +417,7 @@ def test_a_body_counts_until_it_is_read(caplog: pytest.LogCaptureFixture) -> Non
             served.model.gate.set()
             for wire in wires[:8]:
                 assert (await wire.answer()).status == 400
-            await until(lambda: served.server.num_held_bytes == 0)
+            await until(lambda: served.num_held_bytes == 0)
             served.model.render_error = None
             for wire in wires:
                 await wire.close()
@@ -542,7 +542,7 @@ def test_a_hundred_that_drip_their_heads_or_bodies_are_cut_and_nobody_waits_for_
             wires = [await served.wire() for _ in range(100)]
             for i, wire in enumerate(wires):
                 await wire.send(body if i % 2 else head)
-            await until(lambda: sum(c.is_busy for c in served.server._clients) == 50)
+            await until(lambda: sum(c.is_busy for c in served.clients) == 50)
             step_s = HEADER_TIMEOUT_S / 5
             for step in range(4):
                 for wire in wires:
@@ -749,7 +749,7 @@ def test_who_pipelines_and_never_reads_is_cut_at_the_bound(
             wire._writer.transport.pause_reading()
             sending = asyncio.ensure_future(wire.send(request("GET", "/metrics") * 20_000))
             await until(lambda: served.num_clients == 1)
-            (client,) = served.server._clients
+            (client,) = served.clients
             await until(lambda: client._transport.is_closing(), "it is cut")
             assert client.http.num_buffered < 20_000 * len(SECOND)
             with suppress(ConnectionError):

@@ -465,7 +465,7 @@ EOS = frozenset({3, 11})
 def adjusted(params: SamplingParams, logits: Logits, tokens: list[int], num_drawn: int) -> Logits:
     """The plain reference: what a row's scores are after its prompt and what it has drawn."""
     scores = logits.astype(np.float32).copy()
-    window = params.penalty_window
+    window = params.repetition_context_size
     output = tokens[len(tokens) - num_drawn :]
     context, output = (part[-window:] if window else part for part in (tokens, output))
     for id in set(context):
@@ -506,7 +506,7 @@ class Row:
 
 WINDOWS = (0, 1, 4, 7)
 PENALTIES = tuple(
-    SamplingParams(temperature, seed=window, penalty_window=window, **penalty)
+    SamplingParams(temperature, seed=window, repetition_context_size=window, **penalty)
     for temperature in (0.0, 0.9)
     for window in WINDOWS
     for penalty in (
@@ -545,7 +545,7 @@ def test_penalties_are_those_of_the_reference_while_rows_come_and_go(seed: int):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_rows_that_leave_take_their_counts_with_them_and_none_is_penalised_for_another(window: int):
-    penalised = SamplingParams(0.0, repetition_penalty=2.0, penalty_window=window)
+    penalised = SamplingParams(0.0, repetition_penalty=2.0, repetition_context_size=window)
     logits = mx.array(np.array([[3.0, 2.0, 1.0]] * 2, np.float32))
     sampler = sampler_of(3, Draw(penalised, (0,)), Draw(GREEDY, (0,)))
     assert sampler(logits)[0].tolist() == [1, 0]
@@ -703,7 +703,7 @@ def test_logprobs_of_half_precision_logits_are_taken_in_float32():
 
 OTHERS = (
     SamplingParams(0.8, seed=21, repetition_penalty=1.4),
-    SamplingParams(0.0, presence_penalty=0.9, frequency_penalty=0.4, penalty_window=4),
+    SamplingParams(0.0, presence_penalty=0.9, frequency_penalty=0.4, repetition_context_size=4),
     SamplingParams(0.8, seed=22, logit_bias=((5, 3.0), (6, -100.0))),
     SamplingParams(0.0, logit_bias=((5, 3.0),)),
     SamplingParams(1.0, seed=23, min_tokens=6),
@@ -736,11 +736,13 @@ def test_every_setting_draws_the_same_in_a_company_of_all_the_others(params: Sam
 
 
 GROUPS = (
-    SamplingParams(0.8, top_k=5, xtc_probability=0.5, repetition_penalty=1.3, penalty_window=3),
+    SamplingParams(
+        0.8, top_k=5, xtc_probability=0.5, repetition_penalty=1.3, repetition_context_size=3
+    ),
     SamplingParams(0.8, top_k=64, min_p=0.1, logit_bias=((3, 2.0), (7, -100.0))),
     SamplingParams(1.2, top_k=70, top_p=0.9, presence_penalty=0.5, min_tokens=5),
     SamplingParams(1.2, top_k=66, xtc_probability=0.5, xtc_threshold=0.02),
-    SamplingParams(1.0, top_p=0.8, min_p=0.02, frequency_penalty=0.7, penalty_window=6),
+    SamplingParams(1.0, top_p=0.8, min_p=0.02, frequency_penalty=0.7, repetition_context_size=6),
     SamplingParams(0.9, min_p=0.05, xtc_probability=0.9, xtc_threshold=0.03, min_tokens=4),
     SamplingParams(1.0, top_k=1, repetition_penalty=1.5, top_logprobs=2),
 )

@@ -571,6 +571,16 @@ class Served:
         return self.engine.num_live
 
     @property
+    def clients(self) -> set[Client]:
+        """Open connections, as the server has them."""
+        return self.server.listener.clients
+
+    @property
+    def num_held_bytes(self) -> int:
+        """Of bodies that are not read yet."""
+        return self.server.listener.num_held_bytes
+
+    @property
     def num_clients(self) -> int:
         return int(self.server.metrics.connections.number)
 
@@ -600,9 +610,9 @@ async def serving(
         return model, runner
 
     async with new_server(load, **settings) as server:
-        assert server.served is not None
+        assert server.service.ready is not None
         try:
-            yield Served(server, server.served.engine, model, runner)
+            yield Served(server, server.service.ready.engine, model, runner)
         finally:
             model.gate.set()
             runner.release()
@@ -650,13 +660,13 @@ class SlowReader:
 @asynccontextmanager
 async def slow_reader(served: Served) -> AsyncIterator[SlowReader]:
     num_clients = served.num_clients
-    others = set(served.server._clients)
+    others = set(served.clients)
     with closing(socket.socket()) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         sock.connect(("127.0.0.1", served.server.port))
         sock.setblocking(False)
         await until(lambda: served.num_clients == num_clients + 1)
-        (client,) = served.server._clients - others
+        (client,) = served.clients - others
         theirs = client._transport.get_extra_info("socket")
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         yield SlowReader(sock, client)

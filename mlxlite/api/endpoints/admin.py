@@ -1,46 +1,76 @@
-"""Models, health, status, cache, cancel, version: answers about the server itself."""
+"""Models, health, metrics, status, cache, cancel, version: answers about the server itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Final
 
 import orjson
 
 from mlxlite import __version__
-from mlxlite.api.fields import parse_object, text
-from mlxlite.api.service import ModelCard
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.fields import Field, read_fields, supported
+from mlxlite.api.readers import parse_object, text
+from mlxlite.api.service import ModelCard, Phase, Service
 from mlxlite.engine.step import Load
+from mlxlite.http.connection import JSON, Exchange
+from mlxlite.http.errors import APIError, Cause, clip
 from mlxlite.prefix_cache.operations import CacheStats
+
+_PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8"),)
+CANCEL_FIELDS: Final[Mapping[str, Field]] = {"id": supported(text, "which; default: all")}
+
+# --- models -----------------------------------------------------------------------------------
 
 
 def model_list(cards: list[ModelCard]) -> bytes:
     return orjson.dumps({"object": "list", "data": [card.as_json() for card in cards]})
 
 
-def model_card(card: ModelCard) -> bytes:
-    return orjson.dumps(card.as_json())
+def _models(service: Service, exchange: Exchange, _body: bytes) -> None:
+    exchange.respond(200, model_list([service.need_model().card]))
 
 
-def health(status: str, batching: str | None = None, reason: str | None = None) -> bytes:
-    body = {"status": status, "batching": batching, "reason": reason}
-    return orjson.dumps({name: value for name, value in body.items() if value is not None})
+def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
+    card = service.need_model().card
+    name = exchange.head.path.removeprefix("/v1").removeprefix("/models/")
+    if name != card.id:
+        message = f"the model {clip(name)!r} does not exist here; see /v1/models"
+        raise APIError(Cause.NO_MODEL, message, param="model")
+    exchange.respond(200, orjson.dumps(card.as_json()))
 
 
-def cache_stats(stats: CacheStats, *, is_cleared: bool = False) -> bytes:
-    """The prefix cache in numbers; what was there, where it is cleared."""
-    asked, hit = stats.num_asked, stats.num_hit
-    body = {
-        "object": "prefix_cache",
-        "bytes": stats.num_bytes,
-        "max_bytes": stats.max_bytes,
-        "disk_bytes": stats.disk_bytes,
-        "max_disk_bytes": stats.max_disk_bytes,
-        "queried_tokens": asked,
-        "hit_tokens": hit,
-        "hit_rate": hit / asked if asked else 0.0,
-        "evictions": stats.num_evicted,
-        "disk_loads": stats.num_from_disk,
-    }
-    return orjson.dumps(body | ({"status": "cleared"} if is_cleared else {}))
+# --- health, metrics, status ------------------------------------------------------------------
+
+
+def _health(service: Service, exchange: Exchange, _body: bytes) -> None:
+    engine = service.ready.engine if service.ready is not None else None
+    reason = engine.trouble(perf_counter()) if engine is not None else None
+    is_ok = service.phase is Phase.READY and reason is None
+    body: dict[str, Any] = {"status": "ok", "batching": _batching(service)}
+    if not is_ok:
+        status = Phase.FAILED if reason is not None else service.phase
+        body = {"status": status.value} | ({} if reason is None else {"reason": reason})
+    headers = JSON if is_ok else (*JSON, ("retry-after", "2"))
+    exchange.respond(200 if is_ok else 503, orjson.dumps(body), headers)
+
+
+def _batching(service: Service) -> str:
+    size = service.config.max_batch_size
+    continuous = str(service.config.enable_continuous_batching).lower()
+    return f"enabled (max batch: {size}, continuous: {continuous})" if size > 0 else "disabled"
+
+
+def _metrics(service: Service, exchange: Exchange, _body: bytes) -> None:
+    metrics = service.metrics
+    if service.ready is not None:
+        load = service.ready.engine.load
+        metrics.prefix_cache(service.ready.engine.cache_stats)
+        metrics.memory(load.num_bytes, load.max_bytes)
+    if "application/json" in exchange.head.headers.get("accept"):
+        exchange.respond(200, orjson.dumps(metrics.seed_json(service.config.max_batch_size)))
+    else:
+        exchange.respond(200, metrics.render_prometheus(), _PROMETHEUS)
 
 
 def status(
@@ -52,7 +82,7 @@ def status(
     max_queue: int,
     fingerprint: str,
 ) -> bytes:
-    """What the server is at: queue, rows, memory, cache, versions."""
+    """Queue, rows, memory, cache, versions."""
     return orjson.dumps(
         {
             "object": "status",
@@ -60,35 +90,111 @@ def status(
             "queue": {"waiting": load.num_waiting, "max": max_queue},
             "rows": {"running": load.num_running, "max": max_rows, "steps": load.num_steps},
             "memory": {"bytes": load.num_bytes, "max_bytes": load.max_bytes},
-            "prefix_cache": orjson.Fragment(cache_stats(cache)),
+            "prefix_cache": cache_stats(cache),
             "versions": {"mlxlite": __version__},
         }
     )
 
 
-def version() -> bytes:
-    return orjson.dumps({"version": __version__})
+def _status(service: Service, exchange: Exchange, _body: bytes) -> None:
+    ready, config = service.need_model(), service.config
+    body = status(
+        ready.card,
+        ready.engine.load,
+        ready.engine.cache_stats,
+        max_rows=max(1, config.max_batch_size),
+        max_queue=config.max_queue,
+        fingerprint=f"fp_{ready.model.fingerprint}",
+    )
+    exchange.respond(200, body)
 
 
-def cancelled(num_cancelled: int) -> bytes:
-    status = "cancelled" if num_cancelled else "no_active_generation"
-    return orjson.dumps({"status": status, "cancelled_count": num_cancelled})
+def _version(_service: Service, exchange: Exchange, _body: bytes) -> None:
+    exchange.respond(200, orjson.dumps({"version": __version__}))
 
 
-def json_body(value: Mapping[str, float | int]) -> bytes:
-    """Plain numbers as JSON (the seed's metrics)."""
-    return orjson.dumps(value)
+# --- the prefix cache -------------------------------------------------------------------------
+
+
+def cache_stats(stats: CacheStats) -> dict[str, Any]:
+    asked, hit = stats.num_asked, stats.num_hit
+    return {
+        "object": "prefix_cache",
+        "bytes": stats.num_bytes,
+        "max_bytes": stats.max_bytes,
+        "disk_bytes": stats.disk_bytes,
+        "max_disk_bytes": stats.max_disk_bytes,
+        "queried_tokens": asked,
+        "hit_tokens": hit,
+        "hit_rate": hit / asked if asked else 0.0,
+        "evictions": stats.num_evicted,
+        "disk_loads": stats.num_from_disk,
+    }
+
+
+def _cache(service: Service, exchange: Exchange, _body: bytes) -> None:
+    exchange.respond(200, orjson.dumps(cache_stats(service.need_model().engine.cache_stats)))
+
+
+def _clear_cache(service: Service, exchange: Exchange, _body: bytes) -> None:
+    """Clears memory at the next step, and files soon after; the answer is the state before."""
+    engine = service.need_model().engine
+    body = cache_stats(engine.cache_stats) | {"status": "cleared"}
+    engine.clear_cache()
+    exchange.respond(200, orjson.dumps(body))
+
+
+# --- cancel -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """Which stream to end; None is all of them."""
+    """The answer to end; None is all of them."""
 
     id: str | None
 
 
 def parse_cancel(body: bytes) -> CancelRequest:
     """`{}` or `{"id": "chatcmpl-…"}`; an empty body is `{}`. Raises APIError 400."""
-    value = parse_object(body) if body.strip() else {}
-    id = value.get("id")
-    return CancelRequest(None if id is None else text(id, "id"))
+    given = read_fields(parse_object(body) if body.strip() else {}, CANCEL_FIELDS)
+    return CancelRequest(given.take("id"))
+
+
+def _cancel(service: Service, exchange: Exchange, body: bytes) -> None:
+    service.need_model()
+    wanted = parse_cancel(body).id
+    found = [running for running in service.running.values() if wanted in (None, running.id)]
+    for running in found:
+        service.cancel(running)
+    state = "cancelled" if found else "no_active_generation"
+    exchange.respond(200, orjson.dumps({"status": state, "cancelled_count": len(found)}))
+
+
+def _get(path: str, summary: str, handle: Any, **more: Any) -> Endpoint:
+    return Endpoint(method="GET", path=path, summary=summary, handle=handle, **more)
+
+
+ENDPOINTS: Final = (
+    _get("/v1/models", "The served model, as a list", _models),
+    _get("/v1/models/{id}", "The served model", _model),
+    _get("/v1/cache", "The prefix cache in numbers", _cache),
+    Endpoint(method="DELETE", path="/v1/cache", summary="Forget all prefixes", handle=_clear_cache),
+    Endpoint(
+        method="POST",
+        path="/v1/cancel",
+        summary="End answers",
+        handle=_cancel,
+        fields=CANCEL_FIELDS,
+    ),
+    _get("/v1/status", "Queue, rows, memory, cache", _status),
+    _get("/version", "The server's version", _version, is_open=True),
+    _get("/health", "Whether it can answer", _health, is_open=True),
+    _get(
+        "/metrics",
+        "For Prometheus",
+        _metrics,
+        is_open=True,
+        answer_schema="Text",
+        media_type="text/plain",
+    ),
+)

@@ -1,18 +1,18 @@
-"""Anthropic's Messages: read as a chat, written in its own words; and what dialects share. Pure.
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages, parsed and written.
 
-A dialect (the other one is `responses`) is a table of fields, a parser to the `ChatRequest` that
-every chat becomes, and a writer of its answers. A writer is a small state machine: an answer is a
-list of blocks (here) or items (there), of which at most one is open; thoughts, text and calls open
-what they need, and what is open is closed before another begins or the answer ends.
+The writer is a small state machine: an answer is a list of blocks, of which at most one is open;
+reasoning, text and calls open what they need, and an open block is closed before another begins or
+the answer ends.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.constraints import json_schema
+from mlxlite.api.constraints import ToolUse, json_schema
 from mlxlite.api.conversation import (
     Message,
     Part,
@@ -24,9 +24,19 @@ from mlxlite.api.conversation import (
     function_of,
     turn,
 )
+from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import (
     Field,
-    accepted,
+    Given,
+    no_op,
+    read_fields,
+    supported,
+    unsupported,
+    unsupported_each,
+)
+from mlxlite.api.generate import Dialect, answer, parse_and_render
+from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
+from mlxlite.api.readers import (
     flag,
     integer,
     json_object,
@@ -34,83 +44,39 @@ from mlxlite.api.fields import (
     nested,
     number,
     of_kind,
-    off,
     one_of,
+    only,
     parse_object,
     parts,
-    read_fields,
-    refused,
-    refused_each,
     text,
-    unsupported,
-    works,
+    unsupported_type,
     wrong,
 )
-from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
-from mlxlite.api.render import cacheable, render
+from mlxlite.api.render import render_chat
 from mlxlite.api.request import (
-    EFFORT,
-    FIELDS,
+    GENERATION_FIELDS,
+    MODEL,
     ONE_CHOICE,
-    OWN,
+    TEMPLATE_FIELDS,
     ChatRequest,
-    chat_options,
+    effort,
+    shared_options,
+    sole_constraint,
     template_kwargs,
 )
+from mlxlite.api.service import Service
 from mlxlite.api.writers import Choice, Envelope, parts_of
-from mlxlite.config.options import Config
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
+from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
 from mlxlite.models.interface import Model
 from mlxlite.output.events import Arguments, Call, CallPart, Channel, Delta, Done, Opened, Progress
 from mlxlite.vision.images import Source, source_of, source_of_base64
 
-
-def prepare_messages(
-    model: Model, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
-) -> tuple[ChatRequest, Prompt]:
-    """The same for Anthropic's dialect."""
-    from mlxlite.api.endpoints.anthropic_messages import parse_messages
-
-    request = parse_messages(body)
-    prompt = render(model, request, config, is_patient=is_patient)
-    return request, cacheable(model, prompt, request, tenant, config)
-
-
-def prepare_count(
-    model: Model, body: bytes, config: Config, *, is_patient: bool = False
-) -> tuple[ChatRequest, int]:
-    """How many tokens a message's prompt has."""
-    from mlxlite.api.endpoints.anthropic_messages import parse_count_tokens
-
-    request = parse_count_tokens(body)
-    return request, len(render(model, request, config, is_patient=is_patient).tokens)
-
-
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
 
-
-def check_together(read: Mapping[str, Any], max_name: str) -> None:
-    """What single fields cannot know of one another. Raises APIError 400."""
-    most = read.get("max_tokens")
-    if most is not None and read.get("min_tokens", 0) > most:
-        raise bad(f"'min_tokens' must not be more than '{max_name}'.", "min_tokens")
-    if read.get("stream_options") is not None and not read.get("stream"):
-        raise bad("'stream_options' needs 'stream': true.", "stream_options")
-
-
-def retold(choice: Choice) -> tuple[Delta, Delta, Delta]:
-    """What a choice has said, as one that streams says it: thoughts, then text, then calls."""
-    thought, said = "".join(choice.thoughts), "".join(choice.texts)
-    return (
-        Delta(thought, 0, channel=Channel.REASONING),
-        Delta(said, 0, tuple(choice.drawn)),
-        Delta("", 0, calls=tuple(choice.calls)),
-    )
-
-
-# --- Messages: requests -----------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------
 
 
 def _turns(value: Any, param: str) -> tuple[Message, ...]:
@@ -151,7 +117,7 @@ def _said(kind: str, block: Mapping[str, Any], param: str) -> Part:
             return text(block.get("text"), f"{param}.text")
         case "image":
             return _image(block, param)
-    raise unsupported(kind, param)
+    raise unsupported_type(kind, param)
 
 
 def _image(block: Mapping[str, Any], param: str) -> Source:
@@ -166,7 +132,7 @@ def _image(block: Mapping[str, Any], param: str) -> Source:
             case "url":
                 return source_of(text(given.get("url"), f"{param}.url"), param)
             case kind:
-                raise unsupported(kind, param)
+                raise unsupported_type(kind, param)
 
 
 def _tool_result(block: Mapping[str, Any], param: str) -> Message:
@@ -195,7 +161,7 @@ def _assistant(content: Any, param: str) -> Message:
             case "redacted_thinking":
                 text(block.get("data"), f"{name}.data")  # no one but Anthropic can read it
             case _:
-                raise unsupported(kind, name)
+                raise unsupported_type(kind, name)
     said = "\n".join(texts) if texts or not calls else None
     reasoning = "\n".join(filter(None, thoughts)) or None
     return Message(Role.ASSISTANT, said, reasoning=reasoning, tool_calls=tuple(calls))
@@ -205,7 +171,7 @@ _read_thinking: Final = nested(
     {
         "type": one_of("disabled", "enabled", "adaptive"),
         "budget_tokens": integer(MIN_THINKING, 2**31 - 1),
-        "display": off("summarized"),
+        "display": only("summarized"),
     },
     "type",
 )
@@ -233,17 +199,14 @@ _read_choice: Final = nested(
 )
 
 
-def _tool_choice(value: Any, param: str) -> dict[str, Any]:
-    """In a chat's words: what must be called, and whether several times."""
+def _tool_choice(value: Any, param: str) -> tuple[Any, bool]:
+    """The choice as a chat has it, and whether several calls may follow one another."""
     given = _read_choice(value, param)
     if given["type"] == "tool":
         need(given, param, "name")
     words = {"any": "required", "tool": {"name": given.get("name")}}
-    wanted = words.get(given["type"], given["type"])
-    return {
-        "tool_choice": wanted,
-        "parallel_tool_calls": not given.get("disable_parallel_tool_use"),
-    }
+    choice = words.get(given["type"], given["type"])
+    return choice, not given.get("disable_parallel_tool_use")
 
 
 _read_format: Final = nested(
@@ -256,92 +219,89 @@ def _edits(value: Any, param: str) -> None:
     """Claude Code asks for all thoughts to be kept, which they are."""
     for kind, edit, name in parts(value, param):
         if not kind.startswith("clear_thinking") or edit.get("keep") not in _ALL:
-            raise unsupported(kind, name)
+            raise unsupported_type(kind, name)
 
 
-MESSAGES_FIELDS: Final[Mapping[str, Field]] = {
-    "model": FIELDS["model"],
-    "messages": works(_turns, "text, image, thinking, tool_use and tool_result blocks"),
-    "system": works(texts_of, "a string or text blocks"),
-    "max_tokens": works(integer(1, 2**31 - 1), "required, but not to count tokens"),
-    "temperature": works(number(0, 1), "0 is greedy; default: the model's, else 1"),
-    "top_p": FIELDS["top_p"],
-    "top_k": FIELDS["top_k"],
-    "stop_sequences": FIELDS["stop_sequences"],
-    "stream": FIELDS["stream"],
-    "thinking": works(
+FIELDS: Final[Mapping[str, Field]] = {
+    **GENERATION_FIELDS,
+    **TEMPLATE_FIELDS,
+    "messages": supported(_turns, "text, image, thinking, tool_use and tool_result blocks"),
+    "system": supported(texts_of, "a string or text blocks"),
+    "max_tokens": supported(integer(1, 2**31 - 1), "required, but not to count tokens"),
+    "temperature": supported(number(0, 1), "0 is greedy; default: the model's, else 1"),
+    "thinking": supported(
         _thinking,
         "`enable_thinking` for the chat template; `budget_tokens` is checked but not enforced",
     ),
-    "output_config": works(
-        nested({"effort": EFFORT, "format": _read_format}),
-        "`effort` is handed to the chat template; `format` json_schema needs the extra `grammar`",
+    "output_config": supported(
+        nested({"effort": effort, "format": _read_format}),
+        "`effort` is an argument of the chat template; `format` json_schema needs the extra "
+        "`grammar`",
     ),
-    "metadata": accepted(json_object),
-    "service_tier": accepted(text),
-    "inference_geo": accepted(text),
-    "cache_control": accepted(json_object, "prefixes are cached anyway"),
-    "context_management": accepted(
+    "metadata": no_op(json_object),
+    "service_tier": no_op(text),
+    "inference_geo": no_op(text),
+    "cache_control": no_op(json_object, "prefixes are cached anyway"),
+    "context_management": no_op(
         nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
     ),
-    "speed": refused("standard"),
-    "tools": works(array_of(_tool), "functions; Anthropic's own tools are refused"),
-    "tool_choice": works(
+    "speed": unsupported("standard"),
+    "tools": supported(array_of(_tool), "functions; Anthropic's own tools are refused"),
+    "tool_choice": supported(
         _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
     ),
-    "mcp_servers": refused([]),
-    **refused_each("container output_format"),
+    "mcp_servers": unsupported([]),
+    **unsupported_each("container output_format"),
     "n": ONE_CHOICE,
-    **OWN,
 }
 COUNT_FIELDS: Final[Mapping[str, Field]] = {
-    name: MESSAGES_FIELDS[name]
-    for name in (
-        *("model", "messages", "system", "thinking", "output_config", "cache_control"),
-        *("context_management", "tools", "tool_choice", "mcp_servers"),
-        *("chat_template_kwargs", "chat_template"),
-    )
+    "model": MODEL,
+    **TEMPLATE_FIELDS,
+    **{
+        name: FIELDS[name]
+        for name in (
+            *("messages", "system", "thinking", "output_config", "cache_control"),
+            *("context_management", "tools", "tool_choice", "mcp_servers"),
+        )
+    },
 }
 
 
 def parse_messages(body: bytes) -> ChatRequest:
     """Validate a Messages body. Raises APIError 400 naming the field at fault."""
-    return _messages_request(body, MESSAGES_FIELDS, ("messages", "max_tokens"))
+    return _request(read_fields(parse_object(body), FIELDS, "messages", "max_tokens"))
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
-    """What makes a prompt, and nothing else."""
-    return _messages_request(body, COUNT_FIELDS, ("messages",))
+    """A body that only makes a prompt. Raises APIError 400."""
+    return _request(read_fields(parse_object(body), COUNT_FIELDS, "messages"))
 
 
-def _messages_request(
-    body: bytes, table: Mapping[str, Field], required: Sequence[str]
-) -> ChatRequest:
-    value = parse_object(body)
-    read = read_fields(value, table)
-    for name in required:
-        if name not in read:
-            raise bad(f"'{name}' is required.", name)
-    check_together(read, "max_tokens")
-    thinking = read.get("thinking", {})
-    most = read.get("max_tokens")
-    if most is not None and thinking.get("budget_tokens", 0) >= most:
+def _request(given: Given) -> ChatRequest:
+    options = shared_options(given)
+    thinking, max_tokens = given.take("thinking", {}), options["max_tokens"]
+    if max_tokens is not None and thinking.get("budget_tokens", 0) >= max_tokens:
         message = "'thinking.budget_tokens' must be less than 'max_tokens'."
         raise bad(message, "thinking.budget_tokens")
     is_thinking = thinking["type"] != "disabled" if thinking else None
-    effort = read.get("output_config", {}).get("effort")
-    system = read.get("system")
+    output, system = given.take("output_config", {}), given.take("system")
+    use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
+    schema = output.get("format", {}).get("schema")
+    formats = [] if schema is None else [(schema, "output_config.format")]
     lead = (Message(Role.SYSTEM, system),) if system else ()
-    terms = read | read.get("tool_choice", {})
-    terms["response_format"] = read.get("output_config", {}).get("format", {}).get("schema")
-    return ChatRequest(
-        **chat_options(value, terms, table, "output_config.format"),
-        messages=lead + read["messages"],
-        template_kwargs=template_kwargs(read, effort, is_thinking),
+    request = ChatRequest(
+        **options,
+        constraint=sole_constraint(options, formats + use.constraints()),
+        messages=lead + given.take("messages"),
+        template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
+        tools=use.callable,
+        max_calls=use.max_calls,
     )
+    given.close()
+    return request
 
 
-# --- Messages: answers ------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------
 
 _ERROR_TYPES: Final = {
     401: "authentication_error",
@@ -366,11 +326,6 @@ def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
     if request_id is not None:
         answer["request_id"] = request_id
     return orjson.dumps(answer)
-
-
-def token_count(num_tokens: int) -> bytes:
-    """The answer to `count_tokens`."""
-    return orjson.dumps({"input_tokens": num_tokens})
 
 
 def _end(done: Done) -> dict[str, str | None]:
@@ -492,3 +447,47 @@ class MessagesWriter:
             content.append({"type": "text", "text": said})
         content += [_use(call, orjson.loads(call.arguments)) for call in choice.calls]
         return orjson.dumps(self._message(content, total, choice.done))
+
+
+def _writer(
+    envelope: Envelope, _request: ChatRequest, _model: Model, prompts: Sequence[Prompt]
+) -> MessagesWriter:
+    return MessagesWriter(envelope, len(prompts[0].tokens))
+
+
+async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
+    model, config = service.need_model().model, service.config
+
+    def count(request: ChatRequest) -> int:
+        return len(render_chat(model, request, config)[0].tokens)
+
+    request, num_tokens = await parse_and_render(service, body, parse_count_tokens, count)
+    service.note_ignored(exchange, request.ignored)
+    exchange.respond(200, orjson.dumps({"input_tokens": num_tokens}))
+
+
+def _handle_count(service: Service, exchange: Exchange, body: bytes) -> None:
+    answer(service, exchange, partial(_count, service, exchange, body))
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/v1/messages",
+        summary="A message (Anthropic's dialect)",
+        fields=FIELDS,
+        required=("messages", "max_tokens"),
+        answer_schema="Message",
+        error_body=anthropic_error,
+        handle=Dialect(parse=parse_messages, writer=_writer, id_prefix="msg_").handle,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/messages/count_tokens",
+        summary="How many tokens a message would read",
+        fields=COUNT_FIELDS,
+        required=("messages",),
+        error_body=anthropic_error,
+        handle=_handle_count,
+    ),
+)

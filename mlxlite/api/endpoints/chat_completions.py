@@ -1,15 +1,43 @@
 """POST /v1/chat/completions: OpenAI's chat, parsed and written."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.constraints import tools_of
+from mlxlite.api.constraints import (
+    CONSTRAINT_FIELDS,
+    ToolUse,
+    function_list,
+    take_constraints,
+    tool_choice,
+    tool_list,
+)
 from mlxlite.api.conversation import Role
-from mlxlite.api.fields import markdown, parse_object, read_fields
-from mlxlite.api.render import cacheable, render
-from mlxlite.api.request import FIELDS, ChatRequest, check_together, options_of
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.fields import (
+    Field,
+    Given,
+    read_fields,
+    supported,
+    unsupported,
+    unsupported_each,
+)
+from mlxlite.api.generate import Dialect
+from mlxlite.api.openai_content import messages_of
+from mlxlite.api.readers import flag, one_of, parse_object
+from mlxlite.api.request import (
+    COMPLETION_FIELDS,
+    MAX_TOP_LOGPROBS,
+    TEMPLATE_FIELDS,
+    TOP_LOGPROBS,
+    UNSUPPORTED_FIELDS,
+    ChatRequest,
+    effort,
+    shared_options,
+    sole_constraint,
+    template_kwargs,
+)
 from mlxlite.api.writers import (
     Choice,
     Envelope,
@@ -23,7 +51,6 @@ from mlxlite.api.writers import (
     timings_json,
     usage_json,
 )
-from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import SSE_DONE, sse_data
@@ -39,6 +66,96 @@ from mlxlite.output.events import (
     Opened,
     Progress,
 )
+
+FIELDS: Final[Mapping[str, Field]] = {
+    "messages": supported(
+        messages_of,
+        "string, null or parts: text, and images of users and tools; every role; tool history",
+    ),
+    **COMPLETION_FIELDS,
+    **CONSTRAINT_FIELDS,
+    **TEMPLATE_FIELDS,
+    "reasoning_effort": supported(
+        effort, "an argument of the chat template; `none` also sets `enable_thinking` to false"
+    ),
+    "reasoning_format": supported(
+        one_of("auto", "none", "split", "deepseek"), "`none`: in the content; else apart from it"
+    ),
+    "continue_final_message": supported(flag, "a trailing assistant message is continued anyway"),
+    "add_generation_prompt": supported(flag, "false only with `continue_final_message`"),
+    "logprobs": supported(flag, "of the drawn tokens, before any sampling setting"),
+    "top_logprobs": supported(TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+    "tools": supported(tool_list, "functions; how they are called is the model's own format"),
+    "tool_choice": supported(
+        tool_choice, "`required` and a name are enforced where the model's calls are JSON"
+    ),
+    "functions": supported(function_list, "the older form of `tools`"),
+    "function_call": supported(tool_choice, "the older form of `tool_choice`"),
+    "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
+    "modalities": unsupported(["text"]),
+    "verbosity": unsupported("medium"),
+    **unsupported_each("echo", False),
+    **UNSUPPORTED_FIELDS,
+}
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
+    given = read_fields(parse_object(body), FIELDS, "messages")
+    options = shared_options(given)
+    options["sampling"] |= _logprobs(given)
+    use = _tool_use(given)
+    request = ChatRequest(
+        **options,
+        constraint=sole_constraint(options, take_constraints(given) + use.constraints()),
+        messages=given.take("messages"),
+        template_kwargs=template_kwargs(given, given.take("reasoning_effort")),
+        continue_final=_continues(given),
+        tools=use.callable,
+        max_calls=use.max_calls,
+        splits_reasoning=given.take("reasoning_format") != "none",
+    )
+    given.close()
+    if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
+        message = "'continue_final_message' needs an assistant's message at the end."
+        raise bad(message, "continue_final_message")
+    return request
+
+
+def _logprobs(given: Given) -> dict[str, Any]:
+    wanted, num_top = given.take("logprobs", False), given.take("top_logprobs", 0)
+    if num_top and not wanted:
+        raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+    return {"top_logprobs": num_top} if wanted else {}
+
+
+def _tool_use(given: Given) -> ToolUse:
+    """Tools and their choice, by their newer or their older names. Raises APIError 400."""
+    taken: dict[str, Any] = {}
+    for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
+        value, older = given.take(name), given.take(old)
+        if value is not None and older is not None and value != older:
+            raise bad(f"'{old}' and its newer form '{name}' disagree.", old)
+        taken |= {name: value, old: older}
+    param = "function_call" if taken["tool_choice"] is None else "tool_choice"
+    return ToolUse(
+        tools=taken["tools"] or taken["functions"] or (),
+        choice=taken[param] or "auto",
+        is_parallel=given.take("parallel_tool_calls", True),
+        param=param,
+    )
+
+
+def _continues(given: Given) -> bool | None:
+    """Whether the last message is to be continued; None: where it is the assistant's."""
+    wanted, prompted = given.take("continue_final_message"), given.take("add_generation_prompt")
+    if wanted and prompted:
+        message = "'continue_final_message' and 'add_generation_prompt' exclude each other."
+        raise bad(message, "continue_final_message")
+    if prompted is False and not wanted:
+        message = "'add_generation_prompt': false is only possible with 'continue_final_message'."
+        raise bad(message, "add_generation_prompt")
+    return False if prompted else wanted
 
 
 class ChatWriter:
@@ -164,61 +281,26 @@ class ChatWriter:
         return orjson.dumps(answer)
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
-    return chat_of(parse_object(body))
-
-
-def chat_of(value: dict[str, Any]) -> ChatRequest:
-    """The same for a parsed one."""
-    read = read_fields(value, FIELDS)
-    check_together(read)
-    if read.get("top_logprobs") and not read.get("logprobs"):
-        raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
-    if "messages" not in read:
-        raise bad("'messages' is required.", "messages")
-    kwargs = dict(read.get("chat_template_kwargs", {}))
-    if (effort := read.get("reasoning_effort")) is not None:
-        # As llama-server and vLLM: templates know one or the other of these.
-        kwargs = {"enable_thinking": effort != "none", "reasoning_effort": effort} | kwargs
-    top_logprobs = read.get("top_logprobs", 0) if read.get("logprobs") else None
-    request = ChatRequest(
-        **options_of(value, read, FIELDS),
-        top_logprobs=top_logprobs,
-        messages=read["messages"],
-        template_kwargs=kwargs,
-        continue_final=_continues(read),
-        tools=tools_of(read),
-        max_calls=1 if read.get("parallel_tool_calls") is False else None,
-        splits_reasoning=read.get("reasoning_format", "auto") != "none",
+def _writer(
+    envelope: Envelope, request: ChatRequest, model: Model, prompts: Sequence[Prompt]
+) -> ChatWriter:
+    return ChatWriter(
+        envelope,
+        model.token_bytes,
+        request.stream_options,
+        num_choices=request.num_choices,
+        has_logprobs=request.has_logprobs,
     )
-    if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
-        message = "'continue_final_message' needs an assistant's message at the end."
-        raise bad(message, "continue_final_message")
-    return request
 
 
-def _continues(read: Mapping[str, Any]) -> bool | None:
-    """What the request says of its last message. Raises APIError 400."""
-    wanted, prompted = read.get("continue_final_message"), read.get("add_generation_prompt")
-    if wanted and prompted:
-        message = "'continue_final_message' and 'add_generation_prompt' exclude each other."
-        raise bad(message, "continue_final_message")
-    if prompted is False and not wanted:
-        message = "'add_generation_prompt': false is only possible with 'continue_final_message'."
-        raise bad(message, "add_generation_prompt")
-    return False if prompted else wanted
-
-
-def field_table() -> str:
-    """`FIELDS` as the README's Markdown table."""
-    return markdown(FIELDS)
-
-
-def prepare_chat(
-    model: Model, body: bytes, tenant: bytes, config: Config, *, is_patient: bool = False
-) -> tuple[ChatRequest, Prompt]:
-    """A chat's body to its prompt: the part of a request that costs time and needs no loop."""
-    request = parse_chat(body)
-    prompt = render(model, request, config, is_patient=is_patient)
-    return request, cacheable(model, prompt, request, tenant, config)
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/v1/chat/completions",
+        summary="A chat completion",
+        fields=FIELDS,
+        required=("messages",),
+        answer_schema="ChatCompletion",
+        handle=Dialect(parse=parse_chat, writer=_writer, id_prefix="chatcmpl-").handle,
+    ),
+)

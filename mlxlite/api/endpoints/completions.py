@@ -1,29 +1,26 @@
-"""Requests without a chat: completions, embeddings, tokenize, detokenize. Pure.
-
-Each is a table of fields and a parser, as a chat is (`request`), and a way to answer: JSON bytes
-out of dataclasses. A prompt is text or token ids; a request may hold several.
-"""
+"""POST /v1/completions: OpenAI's text completion, of one or several prompts."""
 
 import codecs
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import orjson
 
-from mlxlite.api.fields import (
-    Field,
-    Text,
-    _texts,
-    flag,
-    integer,
-    parse_object,
-    read_fields,
-    refused,
-    works,
+from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.fields import Field, read_fields, supported, unsupported
+from mlxlite.api.generate import Dialect
+from mlxlite.api.readers import Text, flag, integer, parse_object, texts
+from mlxlite.api.render import encode
+from mlxlite.api.request import (
+    COMPLETION_FIELDS,
+    UNSUPPORTED_FIELDS,
+    Request,
+    shared_options,
+    sole_constraint,
 )
-from mlxlite.api.render import _encode, cacheable
-from mlxlite.api.request import FIELDS, Options, check_together, options_of
+from mlxlite.api.service import Service
 from mlxlite.api.writers import (
     MIN_LOGPROB,
     Choice,
@@ -38,73 +35,73 @@ from mlxlite.api.writers import (
 )
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Logprobs, Prompt, Usage
+from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import SSE_DONE
 from mlxlite.models.interface import Model
 from mlxlite.output.events import Delta, Done, Progress
 
+MAX_COMPLETION_LOGPROBS = 20  # OpenAI's bound is 5, vLLM's 20
+
+FIELDS: Final[Mapping[str, Field]] = {
+    "prompt": supported(texts, "a string, token ids, or up to 256 of either"),
+    **COMPLETION_FIELDS,
+    **CONSTRAINT_FIELDS,
+    "logprobs": supported(integer(0, MAX_COMPLETION_LOGPROBS), "how many rivals to report"),
+    "echo": supported(flag, "the prompt's text first; not together with `logprobs`"),
+    "best_of": unsupported(1, note="only 1"),
+    "suffix": unsupported("", note="no fill-in-the-middle"),
+    **UNSUPPORTED_FIELDS,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionRequest(Options):
-    """A completion as asked for. The choices of prompt i are n·i to n·i + n - 1."""
+class CompletionRequest(Request):
+    """A completion as asked for. The choices of prompt i are n·i to n·i + n - 1.
+
+    `echoes` are the texts that the choices begin with, one for each prompt.
+    """
 
     prompt_field: ClassVar[str] = "prompt"
     prompts: tuple[Text, ...]
     is_echo: bool = False
-
-
-def prepare_completion(
-    model: Model, body: bytes, tenant: bytes, config: Config
-) -> tuple[CompletionRequest, list[Prompt], list[str]]:
-    """A completion's prompts, and the text that each choice begins with."""
-    request = parse_completion(body)
-    prompts, echoes = [], []
-    for text in request.prompts:
-        tokens = _encode(model, text, "prompt")
-        echo = ""
-        if request.is_echo:
-            echo = text if isinstance(text, str) else model.detokenize(tokens)
-        prompts.append(cacheable(model, Prompt(tokens), request, tenant, config))
-        echoes += [echo] * request.num_choices
-    return request, prompts, echoes
-
-
-MAX_COMPLETION_LOGPROBS = 20  # OpenAI's bound is 5, vLLM's 20
-# --- completions ------------------------------------------------------------------------------
-
-_NOT_IN_COMPLETIONS = frozenset(
-    (
-        *("messages", "chat_template_kwargs", "reasoning_effort", "continue_final_message"),
-        *("add_generation_prompt", "top_logprobs", "tool_choice", "tools", "reasoning_format"),
-        *("function_call", "functions", "modalities", "verbosity", "chat_template"),
-        "parallel_tool_calls",
-    )
-)
-COMPLETION_FIELDS: Final[Mapping[str, Field]] = {
-    "prompt": works(_texts, "a string, token ids, or up to 256 of either"),
-    **{name: entry for name, entry in FIELDS.items() if name not in _NOT_IN_COMPLETIONS},
-    "logprobs": works(integer(0, MAX_COMPLETION_LOGPROBS), "how many rivals to report"),
-    "echo": works(flag, "the prompt's text first; not together with `logprobs`"),
-    "best_of": refused(1, note="only 1"),
-    "suffix": refused("", note="no fill-in-the-middle"),
-}
+    echoes: tuple[str, ...] = ()
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Validate a completion's body. Raises APIError 400 naming the field at fault."""
-    value = parse_object(body)
-    read = read_fields(value, COMPLETION_FIELDS)
-    if "prompt" not in read:
-        raise bad("'prompt' is required.", "prompt")
-    check_together(read)
-    if read.get("echo") and read.get("logprobs") is not None:
+    given = read_fields(parse_object(body), FIELDS, "prompt")
+    options = shared_options(given)
+    is_echo, num_logprobs = given.take("echo", False), given.take("logprobs")
+    if is_echo and num_logprobs is not None:
         raise bad("'echo' cannot have 'logprobs': those of a prompt are not computed.", "echo")
-    return CompletionRequest(
-        **options_of(value, read, COMPLETION_FIELDS),
-        top_logprobs=read.get("logprobs"),
-        prompts=read["prompt"],
-        is_echo=read.get("echo", False),
+    if num_logprobs is not None:
+        options["sampling"]["top_logprobs"] = num_logprobs
+    request = CompletionRequest(
+        **options,
+        constraint=sole_constraint(options, take_constraints(given)),
+        prompts=given.take("prompt"),
+        is_echo=is_echo,
     )
+    given.close()
+    return request
+
+
+def _with_echoes(
+    service: Service, _exchange: Exchange, request: CompletionRequest
+) -> CompletionRequest:
+    model = service.need_model().model
+    if not request.is_echo:
+        return replace(request, echoes=("",) * len(request.prompts))
+    echoes = (
+        text if isinstance(text, str) else model.detokenize(encode(model, text, "prompt"))
+        for text in request.prompts
+    )
+    return replace(request, echoes=tuple(echoes))
+
+
+def _render(model: Model, request: CompletionRequest, _config: Config) -> list[Prompt]:
+    return [Prompt(encode(model, text, "prompt")) for text in request.prompts]
 
 
 class CompletionWriter:
@@ -204,3 +201,29 @@ class CompletionWriter:
         ]
         answer |= {"usage": usage_json(total), "timings": timings_json(total)}
         return orjson.dumps(answer)
+
+
+def _writer(
+    envelope: Envelope, request: CompletionRequest, model: Model, _prompts: Sequence[Prompt]
+) -> CompletionWriter:
+    echoes = [echo for echo in request.echoes for _ in range(request.num_choices)]
+    return CompletionWriter(envelope, model.token_bytes, request.stream_options, echoes=echoes)
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/v1/completions",
+        summary="A text completion",
+        fields=FIELDS,
+        required=("prompt",),
+        answer_schema="Completion",
+        handle=Dialect(
+            parse=parse_completion,
+            writer=_writer,
+            id_prefix="cmpl-",
+            render=_render,
+            resume=_with_echoes,
+        ).handle,
+    ),
+)

@@ -1,53 +1,39 @@
 """POST /v1/embeddings: texts to vectors."""
 
 import base64
+import logging
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.fields import (
-    Field,
-    Text,
-    _ignored,
-    _texts,
-    accepted,
-    integer,
-    parse_object,
-    read_fields,
-    text,
-    works,
-)
-from mlxlite.api.render import _encode
-from mlxlite.api.request import FIELDS
-from mlxlite.http.errors import bad
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.fields import Field, no_op, read_fields, supported
+from mlxlite.api.generate import answer, context_exceeded
+from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
+from mlxlite.api.render import encode
+from mlxlite.api.request import MODEL
+from mlxlite.api.service import Service
+from mlxlite.errors import FOREIGN, trace_of
+from mlxlite.http.connection import Exchange
+from mlxlite.http.errors import APIError, Cause, bad
 from mlxlite.models.interface import Model
 
-# --- embeddings -------------------------------------------------------------------------------
+log = logging.getLogger("mlxlite.api")
 
-
-def _encoding(value: Any, param: str) -> str:
-    if value not in ("float", "base64"):
-        raise bad(f"'{param}' must be 'float' or 'base64'.", param)
-    return str(value)
-
-
-def _pooling(value: Any, param: str) -> str:
-    if value not in ("last", "mean"):
-        raise bad(f"'{param}' must be 'last' or 'mean'.", param)
-    return str(value)
-
-
-EMBEDDING_FIELDS: Final[Mapping[str, Field]] = {
-    "model": FIELDS["model"],
-    "input": works(_texts, "a string, token ids, or up to 256 of either"),
-    "encoding_format": works(_encoding, "`float` (default) or `base64`"),
-    "dimensions": works(integer(1, 2**20), "the first so many, normalised again"),
-    "pooling": works(_pooling, "`last` (default): the last token's state; `mean`: of all tokens"),
-    "user": accepted(text),
+FIELDS: Final[Mapping[str, Field]] = {
+    "model": MODEL,
+    "input": supported(texts, "a string, token ids, or up to 256 of either"),
+    "encoding_format": supported(one_of("float", "base64"), "`float` (default) or `base64`"),
+    "dimensions": supported(integer(1, 2**20), "only the first ones, normalised again"),
+    "pooling": supported(
+        one_of("last", "mean"), "`last` (default): the last token's state; `mean`: of all tokens"
+    ),
+    "user": no_op(text),
 }
 
 
@@ -56,25 +42,31 @@ class EmbeddingRequest:
     """Texts to turn into vectors of length 1."""
 
     inputs: tuple[Text, ...]
-    is_base64: bool
-    dimensions: int | None
-    is_mean: bool
-    ignored: tuple[str, ...]
+    model: str | None = None
+    is_base64: bool = False
+    dimensions: int | None = None
+    is_mean: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 def parse_embedding(body: bytes) -> EmbeddingRequest:
     """Raises APIError 400 naming the field at fault."""
-    value = parse_object(body)
-    read = read_fields(value, EMBEDDING_FIELDS)
-    if "input" not in read:
-        raise bad("'input' is required.", "input")
-    return EmbeddingRequest(
-        read["input"],
-        read.get("encoding_format") == "base64",
-        read.get("dimensions"),
-        read.get("pooling") == "mean",
-        _ignored(value, EMBEDDING_FIELDS),
+    given = read_fields(parse_object(body), FIELDS, "input")
+    request = EmbeddingRequest(
+        model=given.take("model"),
+        inputs=given.take("input"),
+        is_base64=given.take("encoding_format") == "base64",
+        dimensions=given.take("dimensions"),
+        is_mean=given.take("pooling") == "mean",
+        ignored=given.ignored,
     )
+    given.close()
+    return request
+
+
+def _prepare(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
+    request = parse_embedding(body)
+    return request, [encode(model, text, "input") for text in request.inputs]
 
 
 def embeddings(
@@ -102,6 +94,40 @@ def embeddings(
     return orjson.dumps({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-def prepare_embedding(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
-    request = parse_embedding(body)
-    return request, [_encode(model, text, "input") for text in request.inputs]
+async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
+    ready = service.need_model()
+    request, inputs = await service.in_thread(len(body), _prepare, ready.model, body)
+    service.note_ignored(exchange, request.ignored)
+    for tokens in inputs:
+        if len(tokens) > ready.card.context_size:
+            raise context_exceeded(len(tokens), ready.card.context_size, "input")
+    try:
+        vectors = await ready.engine.embedder.embed(
+            inputs, is_mean=request.is_mean, is_wanted=lambda: not exchange.is_lost
+        )
+    except NotImplementedError as error:
+        raise APIError(Cause.NOT_OFFERED, f"no embeddings: {error}") from None
+    except FOREIGN as error:
+        log.error("an embedding failed: %s", trace_of(error))
+        kind = type(error).__name__
+        raise APIError(Cause.MODEL_FAILED, f"the model failed: {kind}") from None
+    if vectors is not None:
+        work = partial(embeddings, request, vectors, ready.model.id, sum(map(len, inputs)))
+        exchange.respond(200, await service.in_thread(len(body), work))
+
+
+def _handle(service: Service, exchange: Exchange, body: bytes) -> None:
+    answer(service, exchange, lambda: _embed(service, exchange, body))
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/v1/embeddings",
+        summary="Vectors of texts",
+        fields=FIELDS,
+        required=("input",),
+        answer_schema="Embeddings",
+        handle=_handle,
+    ),
+)

@@ -1,7 +1,7 @@
-"""OpenAI's Responses: read as a chat, written as items and events, kept for the next turn. Pure.
+"""POST /v1/responses, GET and DELETE of a stored one: OpenAI's Responses, parsed and written.
 
-As a dialect it is like Messages (`dialects`). What it adds is a memory: a request may name an
-earlier answer in `previous_response_id`, and goes on from what `conversations` has kept of it.
+A request may continue a stored response by `previous_response_id`. The writer is a state machine
+like that of Anthropic's Messages: items instead of blocks, of which at most one is open.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.constraints import response_format
+from mlxlite.api.constraints import ToolUse, response_format
 from mlxlite.api.conversation import (
     SHOWS,
     Message,
@@ -22,45 +22,54 @@ from mlxlite.api.conversation import (
     function_of,
     turn,
 )
-from mlxlite.api.endpoints.anthropic_messages import check_together, retold
+from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import (
     Field,
+    Given,
+    no_op,
+    read_fields,
+    supported,
+    unsupported,
+    unsupported_each,
+)
+from mlxlite.api.generate import Dialect
+from mlxlite.api.openai_content import NO_PICTURES, input_image, role_of, said_of, texts_of
+from mlxlite.api.readers import (
     Reader,
-    accepted,
     flag,
     integer,
     json_object,
     need,
     nested,
     of_kind,
-    off,
     one_of,
+    only,
     parse,
     parse_object,
     parts,
-    read_fields,
-    refused,
-    refused_each,
     shallow,
     text,
-    unsupported,
-    works,
+    unsupported_type,
     wrong,
 )
-from mlxlite.api.openai_content import NO_PICTURES, input_image, role_of, said_of, texts_of
-from mlxlite.api.render import cacheable, render
 from mlxlite.api.request import (
-    EFFORT,
-    FIELDS,
+    GENERATION_FIELDS,
+    MAX_TOKENS,
     ONE_CHOICE,
-    OWN,
+    STOP,
+    TEMPLATE_FIELDS,
+    TOP_LOGPROBS,
     ChatRequest,
-    chat_options,
+    effort,
+    shared_options,
+    sole_constraint,
+    stream_options,
     template_kwargs,
 )
-from mlxlite.api.writers import Choice, Envelope, TokenBytes, logprobs_json, parts_of
-from mlxlite.config.options import Config
+from mlxlite.api.service import Service
+from mlxlite.api.writers import Choice, Envelope, TokenBytes, logprobs_json, parts_of, retold
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
+from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, Cause, bad, clip
 from mlxlite.http.sse import sse_event
 from mlxlite.models.interface import Model
@@ -77,31 +86,7 @@ from mlxlite.output.events import (
     Progress,
 )
 
-
-def prepare_response(
-    model: Model,
-    body: bytes,
-    tenant: bytes,
-    config: Config,
-    recall: Callable[[str], tuple[Message, ...] | None],
-    *,
-    is_patient: bool = False,
-) -> "tuple[ResponsesRequest, Prompt]":
-    """The same for OpenAI's Responses; `recall` knows what was said up to an earlier one."""
-    from mlxlite.api.endpoints.responses import parse_responses
-
-    request = parse_responses(body)
-    if (id := request.previous_response_id) is not None:
-        if (history := recall(id)) is None:
-            message = f"there is no response {clip(id)!r} here (any more)"
-            raise APIError(Cause.NOT_FOUND, message, param="previous_response_id")
-        request = request.after(history)
-    prompt = render(model, request, config, is_patient=is_patient)
-    return request, cacheable(model, prompt, request, tenant, config)
-
-
 MAX_METADATA = 16  # pairs, OpenAI's bound
-
 
 # --- requests ---------------------------------------------------------------------------------
 
@@ -125,7 +110,7 @@ def _input(value: Any, param: str) -> tuple[Message, ...]:
     for kind, item, name in parts(value, param):
         reader = _ITEMS.get(kind)
         if reader is None:
-            raise unsupported(kind, name)
+            raise unsupported_type(kind, name)
         _add(turns, reader(item, name))
     if not turns:
         raise bad(f"'{param}' must hold at least one message.", param)
@@ -228,56 +213,48 @@ def _format(value: Any, param: str) -> dict[str, Any]:
     return wanted
 
 
-RESPONSES_FIELDS: Final[Mapping[str, Field]] = {
-    "model": FIELDS["model"],
-    "input": works(
-        _input, "a string or items: messages, pictures in them, calls and their outputs, reasoning"
+FIELDS: Final[Mapping[str, Field]] = {
+    **GENERATION_FIELDS,
+    **TEMPLATE_FIELDS,
+    "input": supported(
+        _input, "a string or items: messages, images in them, calls and their outputs, reasoning"
     ),
-    "instructions": works(text, "a system message before all others"),
-    "previous_response_id": works(text, "the conversation that goes on, if it is still stored"),
-    "store": works(flag, "default true; the oldest are dropped first"),
-    "max_output_tokens": FIELDS["max_output_tokens"],
-    "temperature": FIELDS["temperature"],
-    "top_p": FIELDS["top_p"],
-    "top_k": FIELDS["top_k"],
-    "stop": FIELDS["stop"],
-    "stop_sequences": FIELDS["stop_sequences"],
-    "stream": FIELDS["stream"],
-    "stream_options": accepted(FIELDS["stream_options"].read, "no padding"),
-    "include": works(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
-    "top_logprobs": works(FIELDS["top_logprobs"].read, f"needs `{_LOGPROBS}` in `include`"),
-    "reasoning": works(
+    "instructions": supported(text, "a system message before all others"),
+    "previous_response_id": supported(text, "the conversation to continue, if still stored"),
+    "store": supported(flag, "default true; the oldest are dropped first"),
+    "max_output_tokens": replace(MAX_TOKENS, alias_of="max_tokens"),
+    "stop": STOP,
+    "stream_options": supported(stream_options, "no padding"),
+    "include": supported(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
+    "top_logprobs": supported(TOP_LOGPROBS, f"needs `{_LOGPROBS}` in `include`"),
+    "reasoning": supported(
         nested(
-            {"effort": EFFORT, "mode": off("standard")}
-            | dict.fromkeys(("summary", "generate_summary", "context"), off("auto"))
+            {"effort": effort, "mode": only("standard")}
+            | dict.fromkeys(("summary", "generate_summary", "context"), only("auto"))
         ),
-        "`effort` is handed to the chat template",
+        "`effort` is an argument of the chat template",
     ),
-    "text": works(
-        nested({"format": _format, "verbosity": off("medium")}),
+    "text": supported(
+        nested({"format": _format, "verbosity": only("medium")}),
         "`format`: text, json_object, json_schema; needs the extra `grammar`; no `verbosity`",
     ),
-    "metadata": works(_metadata, "given back"),
-    "truncation": refused("disabled", note="a prompt that is too long is refused"),
-    "background": refused(False),
-    "tools": works(array_of(_tool), "functions; OpenAI's own tools are refused"),
-    "tool_choice": works(
+    "metadata": supported(_metadata, "repeated in the answer"),
+    "truncation": unsupported("disabled", note="a prompt that is too long is refused"),
+    "background": unsupported(False),
+    "tools": supported(array_of(_tool), "functions; OpenAI's own tools are refused"),
+    "tool_choice": supported(
         _tool_choice, "`required` and a name are enforced where the model's calls are JSON"
     ),
-    "parallel_tool_calls": FIELDS["parallel_tool_calls"],
-    "max_tool_calls": accepted(integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"),
-    "context_management": refused([]),
-    **refused_each("conversation prompt moderation"),
+    "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
+    "max_tool_calls": supported(integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"),
+    "context_management": unsupported([]),
+    **unsupported_each("conversation prompt moderation"),
     "n": ONE_CHOICE,
-    "prompt_cache_options": accepted(json_object),
-    **{
-        name: FIELDS[name]
-        for name in (
-            *("user", "service_tier", "safety_identifier"),
-            *("prompt_cache_key", "prompt_cache_retention"),
-        )
-    },
-    **OWN,
+    "prompt_cache_options": no_op(json_object),
+    **dict.fromkeys(
+        ("user", "safety_identifier", "prompt_cache_key"), supported(text, "repeated in the answer")
+    ),
+    **dict.fromkeys(("service_tier", "prompt_cache_retention"), no_op(text)),
 }
 
 
@@ -304,50 +281,70 @@ class ResponsesRequest(ChatRequest):
 def parse_responses(body: bytes) -> ResponsesRequest:
     """Validate a Responses body. Raises APIError 400 naming the field at fault."""
     value = parse_object(body)
-    read = read_fields(value, RESPONSES_FIELDS)
-    if "input" not in read:
-        raise bad("'input' is required.", "input")
-    check_together(read, "max_output_tokens")
-    has_logprobs = _LOGPROBS in read.get("include", ())
-    if read.get("top_logprobs") and not has_logprobs:
-        raise bad(f"'top_logprobs' needs {_LOGPROBS!r} in 'include'.", "top_logprobs")
-    instructions = read.get("instructions")
+    given = read_fields(value, FIELDS, "input")
+    options = shared_options(given, "max_output_tokens")
+    options["sampling"] |= _logprobs(given)
+    instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
+    wanted = given.take("text", {}).get("format", {"type": "text"})
+    schema = response_format({**wanted, "json_schema": wanted}, "text.format")
+    formats = [] if schema is None else [(schema, "text.format")]
+    choice, is_parallel = given.take("tool_choice", "auto"), given.take("parallel_tool_calls", True)
+    use = ToolUse(given.take("tools", ()), choice, is_parallel)
     lead = (Message(Role.SYSTEM, instructions),) if instructions else ()
-    wanted = read.get("text", {}).get("format", {"type": "text"})
-    inner = response_format({**wanted, "json_schema": wanted}, "text.format")
-    return ResponsesRequest(
-        **chat_options(value, {**read, "response_format": inner}, RESPONSES_FIELDS, "text.format"),
-        top_logprobs=read.get("top_logprobs", 0) if has_logprobs else None,
-        messages=lead + read["input"],
-        template_kwargs=template_kwargs(read, read.get("reasoning", {}).get("effort")),
+    request = ResponsesRequest(
+        **options,
+        constraint=sole_constraint(options, formats + use.constraints()),
+        messages=lead + given.take("input"),
+        template_kwargs=template_kwargs(given, reasoning.get("effort")),
         continue_final=False,  # a trailing assistant's message is history here
+        tools=use.callable,
+        max_calls=use.max_calls,
         instructions=instructions,
-        previous_response_id=read.get("previous_response_id"),
-        is_stored=read.get("store", True),
-        echo=_echo(read, wanted) | {"tools": value.get("tools") or []},
+        previous_response_id=given.take("previous_response_id"),
+        is_stored=given.take("store", True),
     )
-
-
-def _echo(read: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for; null where the request was silent and the model's default holds."""
-    names = (
-        *("instructions", "previous_response_id", "temperature", "top_p", "max_tool_calls"),
-        *("user", "safety_identifier", "prompt_cache_key"),
-    )
-    effort = read.get("reasoning", {}).get("effort")
-    choice = read.get("tool_choice", "auto")
-    return {name: read.get(name) for name in names} | {
-        "background": False,
-        "max_output_tokens": read.get("max_tokens"),
-        "metadata": read.get("metadata", {}),
-        "parallel_tool_calls": read.get("parallel_tool_calls", True),
-        "reasoning": {"effort": effort, "summary": None},
-        "service_tier": "default",
-        "store": read.get("store", True),
+    own = {
+        "parallel_tool_calls": is_parallel,
+        "reasoning": {"effort": reasoning.get("effort"), "summary": None},
         "text": {"format": wanted, "verbosity": "medium"},
         "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
-        "top_logprobs": read.get("top_logprobs", 0),
+        "tools": value.get("tools") or [],
+    }
+    request = replace(request, echo=_echo(request, given, own))
+    given.close()
+    return request
+
+
+def _logprobs(given: Given) -> dict[str, Any]:
+    is_wanted, num_top = _LOGPROBS in given.take("include", ()), given.take("top_logprobs", 0)
+    if num_top and not is_wanted:
+        raise bad(f"'top_logprobs' needs {_LOGPROBS!r} in 'include'.", "top_logprobs")
+    return {"top_logprobs": num_top} if is_wanted else {}
+
+
+def _echo(request: ResponsesRequest, given: Given, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The request as the answer repeats it; null where the model's default holds."""
+    return {
+        "instructions": request.instructions,
+        "previous_response_id": request.previous_response_id,
+        "temperature": request.sampling.get("temperature"),
+        "top_p": request.sampling.get("top_p"),
+        "max_tool_calls": given.take("max_tool_calls"),
+        "user": given.take("user"),
+        "safety_identifier": given.take("safety_identifier"),
+        "prompt_cache_key": given.take("prompt_cache_key"),
+        "background": False,
+        "max_output_tokens": request.max_tokens,
+        "metadata": given.take("metadata", {}),
+        "parallel_tool_calls": own["parallel_tool_calls"],
+        "reasoning": own["reasoning"],
+        "service_tier": "default",
+        "store": request.is_stored,
+        "text": own["text"],
+        "tool_choice": own["tool_choice"],
+        "top_logprobs": request.sampling.get("top_logprobs", 0),
         "truncation": "disabled",
+        "tools": own["tools"],
     }
 
 
@@ -582,6 +579,85 @@ class ResponsesWriter:
         return self.body
 
 
-def deleted(id: str) -> bytes:
-    """The answer to a deletion."""
-    return orjson.dumps({"id": id, "object": "response", "deleted": True})
+def _writer(
+    envelope: Envelope, request: ResponsesRequest, model: Model, _prompts: Sequence[Prompt]
+) -> ResponsesWriter:
+    return ResponsesWriter(envelope, model.token_bytes, request)
+
+
+# --- stored responses -------------------------------------------------------------------------
+
+
+def _stored_id(exchange: Exchange, id: str) -> str:
+    """A response's id among those of its API key: no other key can find it."""
+    return f"{exchange.key.hex()}/{id}"
+
+
+def _resume(service: Service, exchange: Exchange, request: ResponsesRequest) -> ResponsesRequest:
+    """The request in the conversation that it continues. Raises APIError 404."""
+    if (id := request.previous_response_id) is None:
+        return request
+    history = service.stored_responses.load(_stored_id(exchange, id))
+    if history is None:
+        message = f"there is no response {clip(id)!r} here (any more)"
+        raise APIError(Cause.NOT_FOUND, message, param="previous_response_id")
+    return request.after(history)
+
+
+def _store(
+    service: Service,
+    exchange: Exchange,
+    id: str,
+    request: ResponsesRequest,
+    writer: ResponsesWriter,
+) -> None:
+    if request.is_stored and writer.body is not None and writer.answer is not None:
+        messages = (*request.conversation, writer.answer)
+        service.stored_responses.store(_stored_id(exchange, id), messages, writer.body)
+
+
+def _missing(id: str) -> APIError:
+    return APIError(Cause.NOT_FOUND, f"there is no response {clip(id)!r} here")
+
+
+def _get(service: Service, exchange: Exchange, _body: bytes) -> None:
+    service.need_model()
+    id = exchange.head.path.rpartition("/")[2]
+    if (body := service.stored_responses.body(_stored_id(exchange, id))) is None:
+        raise _missing(id)
+    exchange.respond(200, body)
+
+
+def _delete(service: Service, exchange: Exchange, _body: bytes) -> None:
+    id = exchange.head.path.rpartition("/")[2]
+    if not service.stored_responses.delete(_stored_id(exchange, id)):
+        raise _missing(id)
+    exchange.respond(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/v1/responses",
+        summary="A response (OpenAI's newer dialect)",
+        fields=FIELDS,
+        required=("input",),
+        answer_schema="Response",
+        handle=Dialect(
+            parse=parse_responses, writer=_writer, id_prefix="resp_", resume=_resume, ended=_store
+        ).handle,
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/responses/{id}",
+        summary="A stored response",
+        answer_schema="Response",
+        handle=_get,
+    ),
+    Endpoint(
+        method="DELETE",
+        path="/v1/responses/{id}",
+        summary="Forget a stored response",
+        handle=_delete,
+    ),
+)

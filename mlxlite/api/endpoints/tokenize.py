@@ -1,58 +1,44 @@
-"""POST /tokenize and /detokenize: text to token ids and back."""
+"""POST /tokenize and /detokenize: text or a chat to token ids, and token ids to text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import orjson
 
 from mlxlite.api.conversation import Message
-from mlxlite.api.fields import (
-    Field,
-    _ignored,
-    _token_ids,
-    flag,
-    parse_object,
-    read_fields,
-    refused,
-    text,
-    works,
-    wrong,
-)
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.fields import Field, read_fields, supported, unsupported
+from mlxlite.api.generate import answer, parse_and_render
 from mlxlite.api.openai_content import messages_of
-from mlxlite.api.render import render
-from mlxlite.api.request import FIELDS, ChatRequest
+from mlxlite.api.readers import flag, parse_object, text, token_ids
+from mlxlite.api.render import render_chat
+from mlxlite.api.request import MODEL, TEMPLATE_FIELDS, ChatRequest
+from mlxlite.api.service import Service
 from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
+from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model, PromptError
-
-# --- tokenize ---------------------------------------------------------------------------------
+from mlxlite.vision.images import Source
 
 TOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
-    "model": FIELDS["model"],
-    "content": works(text, "text (llama-server's name)"),
-    "prompt": works(text, "text (vLLM's name)", "content"),
-    "messages": works(messages_of, "or a chat, as the model would read it"),
-    "chat_template_kwargs": FIELDS["chat_template_kwargs"],
-    "add_generation_prompt": works(flag, "after a chat; default true"),
-    "add_special": works(flag, "special tokens around a text; default false"),
-    "add_special_tokens": works(flag, "the same", "add_special"),
-    "with_pieces": works(flag, "each token with its text"),
-    "return_token_strs": works(flag, "the tokens' texts in `token_strs`"),
-    "parse_special": refused(True, note="special tokens in a text are always read as such"),
+    "model": MODEL,
+    "content": supported(text, "text (llama-server's name)"),
+    "prompt": supported(text, "text (vLLM's name)", "content"),
+    "messages": supported(messages_of, "or a chat, as the model would read it"),
+    "chat_template_kwargs": TEMPLATE_FIELDS["chat_template_kwargs"],
+    "add_generation_prompt": supported(flag, "after a chat; default true"),
+    "add_special": supported(flag, "special tokens around a text; default false"),
+    "add_special_tokens": supported(flag, "the same", "add_special"),
+    "with_pieces": supported(flag, "each token with its text"),
+    "return_token_strs": supported(flag, "the tokens' texts in `token_strs`"),
+    "parse_special": unsupported(True, note="special tokens in a text are always read as such"),
 }
-
-
-def _ids(value: Any, param: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise wrong(param, "an array of token ids", value)
-    return _token_ids(value, param)
-
-
 DETOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
-    "model": FIELDS["model"],
-    "tokens": works(lambda value, param: _ids(value, param), "token ids"),
+    "model": MODEL,
+    "tokens": supported(token_ids, "token ids"),
 }
 
 
@@ -60,6 +46,7 @@ DETOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
 class TokenizeRequest:
     """A text, or a chat, to turn into tokens."""
 
+    model: str | None
     content: str | None
     messages: tuple[Message, ...]
     template_kwargs: Mapping[str, Any]
@@ -69,23 +56,43 @@ class TokenizeRequest:
     with_strings: bool
     ignored: tuple[str, ...]
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(source for message in self.messages for source in message.sources)
+
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     """Raises APIError 400 naming the field at fault."""
-    value = parse_object(body)
-    read = read_fields(value, TOKENIZE_FIELDS)
-    if ("content" in read) == ("messages" in read):
+    given = read_fields(parse_object(body), TOKENIZE_FIELDS)
+    if ("content" in given) == ("messages" in given):
         raise bad("one of 'content', 'prompt' and 'messages' is required.", "content")
-    return TokenizeRequest(
-        read.get("content"),
-        read.get("messages", ()),
-        read.get("chat_template_kwargs", {}),
-        read.get("add_generation_prompt") is False,
-        read.get("add_special", False),
-        read.get("with_pieces", False),
-        read.get("return_token_strs", False),
-        _ignored(value, TOKENIZE_FIELDS),
+    request = TokenizeRequest(
+        model=given.take("model"),
+        content=given.take("content"),
+        messages=given.take("messages", ()),
+        template_kwargs=given.take("chat_template_kwargs", {}),
+        is_open=given.take("add_generation_prompt") is False,
+        add_special=given.take("add_special", False),
+        with_pieces=given.take("with_pieces", False),
+        with_strings=given.take("return_token_strs", False),
+        ignored=given.ignored,
     )
+    given.close()
+    return request
+
+
+def _tokens(model: Model, config: Config, request: TokenizeRequest) -> tuple[int, ...]:
+    if request.content is None:
+        chat = ChatRequest(
+            messages=request.messages,
+            template_kwargs=request.template_kwargs,
+            continue_final=True if request.is_open else None,
+        )
+        return render_chat(model, chat, config)[0].tokens
+    try:
+        return model.encode(request.content, add_special=request.add_special)
+    except PromptError as error:
+        raise bad(str(error), "content") from error
 
 
 def tokenized(
@@ -113,43 +120,61 @@ def tokenized(
 class DetokenizeRequest:
     """Token ids to turn into text."""
 
+    model: str | None
     tokens: tuple[int, ...]
     ignored: tuple[str, ...]
 
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises APIError 400 naming the field at fault."""
-    value = parse_object(body)
-    read = read_fields(value, DETOKENIZE_FIELDS)
-    if "tokens" not in read:
-        raise bad("'tokens' is required.", "tokens")
-    return DetokenizeRequest(read["tokens"], _ignored(value, DETOKENIZE_FIELDS))
+    given = read_fields(parse_object(body), DETOKENIZE_FIELDS, "tokens")
+    request = DetokenizeRequest(given.take("model"), given.take("tokens"), given.ignored)
+    given.close()
+    return request
 
 
-def detokenized(written: str) -> bytes:
-    return orjson.dumps({"content": written, "prompt": written})
+def detokenized(text: str) -> bytes:
+    return orjson.dumps({"content": text, "prompt": text})
 
 
-def prepare_tokens(
-    model: Model, body: bytes, config: Config, *, is_patient: bool = False
-) -> tuple[TokenizeRequest, tuple[int, ...]]:
-    request = parse_tokenize(body)
-    if request.content is None:
-        chat = ChatRequest(
-            messages=request.messages,
-            template_kwargs=request.template_kwargs,
-            continue_final=True if request.is_open else None,
-        )
-        return request, render(model, chat, config, is_patient=is_patient).tokens
-    try:
-        return request, model.encode(request.content, add_special=request.add_special)
-    except PromptError as error:
-        raise bad(str(error), "content") from error
-
-
-def prepare_detokenized(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
+def _detokenize(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
     request = parse_detokenize(body)
     for token in request.tokens:
         if token >= model.num_vocab:
             raise bad(f"the model has no token {token}", "tokens")
     return request, model.detokenize(request.tokens)
+
+
+async def _answer_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
+    ready = service.need_model()
+    tokens_of = partial(_tokens, ready.model, service.config)
+    request, tokens = await parse_and_render(service, body, parse_tokenize, tokens_of)
+    service.note_ignored(exchange, request.ignored)
+    work = partial(tokenized, request, tokens, ready.card.context_size, ready.model.token_bytes)
+    exchange.respond(200, await service.in_thread(len(body), work))
+
+
+async def _answer_text(service: Service, exchange: Exchange, body: bytes) -> None:
+    model = service.need_model().model
+    request, text = await service.in_thread(len(body), _detokenize, model, body)
+    service.note_ignored(exchange, request.ignored)
+    exchange.respond(200, detokenized(text))
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="POST",
+        path="/tokenize",
+        summary="A text's tokens",
+        fields=TOKENIZE_FIELDS,
+        handle=lambda *request: answer(request[0], request[1], lambda: _answer_tokens(*request)),
+    ),
+    Endpoint(
+        method="POST",
+        path="/detokenize",
+        summary="Tokens' text",
+        fields=DETOKENIZE_FIELDS,
+        required=("tokens",),
+        handle=lambda *request: answer(request[0], request[1], lambda: _answer_text(*request)),
+    ),
+)

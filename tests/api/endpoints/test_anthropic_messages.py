@@ -16,36 +16,38 @@ import openai
 import orjson
 import pytest
 from anthropic.types import Message as AnthropicMessage
-from anthropic.types import MessageTokensCount, RawMessageStreamEvent
+from anthropic.types import RawMessageStreamEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
+from tables import arrived
 
-from mlxlite.api import request
 from mlxlite.api.conversation import MAX_TOOLS, Message, Role, Tool, ToolCall
 from mlxlite.api.endpoints.anthropic_messages import (
     COUNT_FIELDS,
-    MESSAGES_FIELDS,
     MessagesWriter,
     anthropic_error,
     parse_count_tokens,
     parse_messages,
-    token_count,
 )
-from mlxlite.api.endpoints.chat_completions import chat_of
+from mlxlite.api.endpoints.anthropic_messages import (
+    FIELDS as MESSAGES_FIELDS,
+)
+from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.endpoints.responses import (
-    RESPONSES_FIELDS,
+    FIELDS as RESPONSES_FIELDS,
+)
+from mlxlite.api.endpoints.responses import (
     ResponsesRequest,
     ResponsesWriter,
-    deleted,
     parse_responses,
 )
 from mlxlite.api.fields import Field, Use, markdown
 from mlxlite.api.generate import context_exceeded
-from mlxlite.api.request import ChatRequest
-from mlxlite.api.stored_responses import MAX_CONVERSATIONS, Conversations
-from mlxlite.api.writers import Choice, Envelope
+from mlxlite.api.request import GENERATION_FIELDS, ChatRequest
+from mlxlite.api.stored_responses import MAX_CONVERSATIONS, StoredResponses
+from mlxlite.api.writers import Choice, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError, Cause
 from mlxlite.output.events import (
@@ -116,7 +118,7 @@ Parse = Callable[..., ChatRequest]
 
 
 def chat(**fields: Any) -> ChatRequest:
-    return chat_of({"messages": HELLO, **fields})
+    return parse_chat(json.dumps({"messages": HELLO, **fields}).encode())
 
 
 def must_call(is_single: bool) -> tuple[Constraint, str]:
@@ -163,7 +165,7 @@ def _share(name: str) -> Works:
     return Works(name, [(0, 0.0), (0.5, 0.5), (1, 1.0)], [-0.1, 1.1, "1", True, []])
 
 
-_WINDOW = Works("penalty_window", [(64, 64), (-1, 0)], [0, "5", True])
+_WINDOW = Works("repetition_context_size", [(64, 64), (-1, 0)], [0, "5", True])
 _REPETITION = Works("repetition_penalty", [(1.1, 1.1)], [0, "1", True])
 _FLAG_WRONG: list[Any] = [0, "true", [], {}]
 _TEXT_WRONG: list[Any] = [5, True, ["a"], {}]
@@ -327,7 +329,12 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
     "stop": Works("stop", [("a", ("a",)), (["a", "b"], ("a", "b"))], [5, [""], [5]]),
     "stop_sequences": _STOP,
     "stream": _STREAM,
-    "stream_options": Accepted([], [5, {"include_obfuscation": 1}, {}]),  # {} needs a stream
+    "stream_options": Works(
+        "stream_options",
+        [({"include_obfuscation": False}, StreamOptions())],
+        [5, {"include_obfuscation": 1}],
+        stream=True,
+    ),
     "include": Works(
         "top_logprobs",
         [([LOGPROBS], 0), ([], None), (["reasoning.encrypted_content"], None)],
@@ -402,12 +409,12 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
     "prompt": Refused([], [{"id": "pmpt_1"}]),
     "moderation": Refused([], [{"model": "m"}]),
     "parallel_tool_calls": Works("max_calls", [(True, None), (False, 1)], _FLAG_WRONG),
-    "max_tool_calls": Accepted([1], [0, "1", True]),
+    "max_tool_calls": Works("echo.max_tool_calls", [(1, 1)], [0, "1", True]),
     "prompt_cache_options": Accepted([{"mode": "implicit"}], [5]),
-    "user": Accepted(["me"], _TEXT_WRONG),
+    "user": Works("echo.user", [("me", "me")], _TEXT_WRONG),
     "service_tier": Accepted(["auto"], _TEXT_WRONG),
-    "safety_identifier": Accepted(["me"], _TEXT_WRONG),
-    "prompt_cache_key": Accepted(["key"], _TEXT_WRONG),
+    "safety_identifier": Works("echo.safety_identifier", [("me", "me")], _TEXT_WRONG),
+    "prompt_cache_key": Works("echo.prompt_cache_key", [("key", "key")], _TEXT_WRONG),
     "prompt_cache_retention": Accepted(["24h"], _TEXT_WRONG),
 }
 
@@ -425,7 +432,7 @@ EACH = [
 
 def _found(request: ChatRequest, path: str) -> Any:
     name, _, key = path.partition(".")
-    value = getattr(request, name)
+    value = arrived(request, name)
     return value[key] if key else value
 
 
@@ -439,7 +446,7 @@ def test_each_field_of_a_table_has_a_case_of_its_use(
     dialect: str, parse: Parse, table: Mapping[str, Field], cases: Mapping[str, Any]
 ) -> None:
     assert cases.keys() == table.keys()
-    uses = {Works: Use.WORKS, Accepted: Use.ACCEPTED, Refused: Use.REFUSED}
+    uses = {Works: Use.SUPPORTED, Accepted: Use.NO_OP, Refused: Use.UNSUPPORTED}
     assert {name: uses[type(case)] for name, case in cases.items()} == {
         name: entry.use for name, entry in table.items()
     }
@@ -503,12 +510,11 @@ def test_what_is_required_is_named(parse: Parse, name: str) -> None:
 
 def test_tokens_are_counted_without_max_tokens() -> None:
     assert count(system="be brief").messages == (Message(Role.SYSTEM, "be brief"), USER)
-    assert MessageTokensCount.model_validate_json(token_count(7), strict=True).input_tokens == 7
 
 
 @pytest.mark.parametrize("parse", [messages, response])
 def test_min_tokens_must_fit_in_the_most(parse: Parse) -> None:
-    assert parse(min_tokens=5, max_tokens=5, max_output_tokens=5).min_tokens == 5
+    assert parse(min_tokens=5, max_tokens=5, max_output_tokens=5).sampling["min_tokens"] == 5
     error = refusal(parse, min_tokens=6, max_tokens=5, max_output_tokens=5)
     assert error.param == "min_tokens"
 
@@ -521,7 +527,7 @@ def test_stream_options_need_a_stream() -> None:
 
 def test_top_logprobs_need_logprobs_in_include() -> None:
     assert refusal(response, top_logprobs=2).param == "top_logprobs"
-    assert response(top_logprobs=0).top_logprobs is None
+    assert "top_logprobs" not in response(top_logprobs=0).sampling
 
 
 def test_thinking_that_is_off_wins_over_effort_and_template_kwargs_over_both() -> None:
@@ -1906,73 +1912,72 @@ def turn(text: str) -> tuple[Message, ...]:
 
 
 def test_a_conversation_is_found_until_it_is_deleted() -> None:
-    kept = Conversations()
-    assert kept.get("resp_1") is kept.body("resp_1") is None
-    kept.put("resp_1", turn("hello"), b"{}")
-    assert kept.get("resp_1") == turn("hello")
+    kept = StoredResponses()
+    assert kept.load("resp_1") is kept.body("resp_1") is None
+    kept.store("resp_1", turn("hello"), b"{}")
+    assert kept.load("resp_1") == turn("hello")
     assert kept.body("resp_1") == b"{}"
     assert kept.delete("resp_1")
     assert not kept.delete("resp_1")
     assert (len(kept), kept.num_bytes) == (0, 0)
-    assert json.loads(deleted("resp_1")) == {"id": "resp_1", "object": "response", "deleted": True}
 
 
 def test_the_oldest_conversations_go_when_there_are_too_many() -> None:
-    kept = Conversations(max_entries=2)
+    kept = StoredResponses(max_entries=2)
     for i in range(3):
-        kept.put(f"resp_{i}", turn("x"))
-    assert [kept.get(f"resp_{i}") for i in range(3)] == [None, turn("x"), turn("x")]
+        kept.store(f"resp_{i}", turn("x"))
+    assert [kept.load(f"resp_{i}") for i in range(3)] == [None, turn("x"), turn("x")]
     assert kept.num_bytes == 2
 
 
 def test_as_many_conversations_are_kept_as_the_bounds_say() -> None:
-    kept = Conversations()
+    kept = StoredResponses()
     for i in range(MAX_CONVERSATIONS + 1):
-        kept.put(f"resp_{i}", ())
+        kept.store(f"resp_{i}", ())
     assert len(kept) == 1024
-    kept.put("resp_x", turn("x" * (64 * 2**20)))
-    kept.put("resp_y", turn("x" * (64 * 2**20 + 1)))
-    assert kept.get("resp_x") is not None
-    kept.put("resp_z", turn("x"))
+    kept.store("resp_x", turn("x" * (64 * 2**20)))
+    kept.store("resp_y", turn("x" * (64 * 2**20 + 1)))
+    assert kept.load("resp_x") is not None
+    kept.store("resp_z", turn("x"))
     assert (len(kept), kept.num_bytes) == (1, 1)
 
 
 def test_the_oldest_conversations_go_when_they_are_too_large() -> None:
-    kept = Conversations(max_bytes=10)
-    kept.put("resp_0", turn("éé"), b"1234")
-    kept.put("resp_1", turn("1"))
+    kept = StoredResponses(max_bytes=10)
+    kept.store("resp_0", turn("éé"), b"1234")
+    kept.store("resp_1", turn("1"))
     assert (len(kept), kept.num_bytes) == (2, 9)
-    kept.put("resp_2", turn("123"))
-    assert kept.get("resp_0") is None
+    kept.store("resp_2", turn("123"))
+    assert kept.load("resp_0") is None
     assert kept.num_bytes == 4
-    kept.put("resp_3", turn("x" * 11))
-    assert kept.get("resp_3") is None
+    kept.store("resp_3", turn("x" * 11))
+    assert kept.load("resp_3") is None
     assert len(kept) == 2  # it did not cost the others their place
 
 
 def test_a_conversation_that_is_put_again_is_counted_once() -> None:
-    kept = Conversations()
-    kept.put("resp_0", turn("12345"))
-    kept.put("resp_0", turn("123"))
+    kept = StoredResponses()
+    kept.store("resp_0", turn("12345"))
+    kept.store("resp_0", turn("123"))
     assert (len(kept), kept.num_bytes) == (1, 3)
 
 
 def test_all_text_of_a_conversation_counts() -> None:
     call = ToolCall("12", "345", {"a": ["bc", {"d": 1}], "e": "f"})
     message = Message(Role.ASSISTANT, "xy", reasoning="z", tool_calls=(call,))
-    kept = Conversations()
-    kept.put("resp_0", (message, Message(Role.TOOL, "r", name="n", tool_call_id="id")))
+    kept = StoredResponses()
+    kept.store("resp_0", (message, Message(Role.TOOL, "r", name="n", tool_call_id="id")))
     assert kept.num_bytes == 5 + 6 + 3 + 4
 
 
 def test_the_pictures_of_a_conversation_count_and_are_bounded() -> None:
     shown = Message(Role.USER, "", parts=(Source(bytes(100), None, "p"),))
-    kept = Conversations(max_bytes=250)
+    kept = StoredResponses(max_bytes=250)
     for i in range(3):
-        kept.put(f"resp_{i}", (shown,))
+        kept.store(f"resp_{i}", (shown,))
     assert (len(kept), kept.num_bytes) == (2, 202)
-    kept.put("resp_3", (shown,) * 3)
-    assert kept.get("resp_3") is None
+    kept.store("resp_3", (shown,) * 3)
+    assert kept.load("resp_3") is None
     assert len(kept) == 2
 
 
@@ -1980,18 +1985,18 @@ def test_the_pictures_of_a_conversation_count_and_are_bounded() -> None:
 def test_the_bounds_hold_whatever_is_put_and_deleted(
     calls: list[tuple[str, str, bool]],
 ) -> None:
-    kept, held = Conversations(max_entries=3, max_bytes=24), dict[str, str]()
+    kept, held = StoredResponses(max_entries=3, max_bytes=24), dict[str, str]()
     for id, text, is_deletion in calls:
         if is_deletion:
             assert kept.delete(id) == (held.pop(id, None) is not None)
         else:
-            kept.put(id, turn(text))
+            kept.store(id, turn(text))
             held.pop(id, None)
             if len(text.encode()) <= 24:
                 held[id] = text
             while len(held) > 3 or sum(len(text.encode()) for text in held.values()) > 24:
                 held.pop(next(iter(held)))
-        assert {id: kept.get(id) for id in "abcdef"} == {
+        assert {id: kept.load(id) for id in "abcdef"} == {
             id: turn(held[id]) if id in held else None for id in "abcdef"
         }
         assert kept.num_bytes == sum(len(text.encode()) for text in held.values())
@@ -2143,10 +2148,11 @@ def test_what_continue_sends_to_anthropic_is_accepted() -> None:
         messages=[said("user", block("hi")), said("assistant", block("ok")), *HELLO],
         system=[block("You are Continue.", **EPHEMERAL)],
     )
-    assert (request.stop, request.top_k, request.max_tokens) == (("```", "\n\n\n"), 40, 4096)
+    assert (request.stop, request.max_tokens) == (("```", "\n\n\n"), 4096)
+    assert request.sampling["top_k"] == 40
     assert len(request.messages) == 4
 
 
 def test_the_modules_say_what_they_offer() -> None:
     assert set(COUNT_FIELDS) < set(MESSAGES_FIELDS)
-    assert set(request.OWN) < set(MESSAGES_FIELDS) & set(RESPONSES_FIELDS)
+    assert set(GENERATION_FIELDS) < set(MESSAGES_FIELDS) & set(RESPONSES_FIELDS)

@@ -13,16 +13,22 @@ from typing import Any
 
 import pytest
 from openai.types import Completion, CreateEmbeddingResponse
+from tables import arrived, with_value
 
 from mlxlite.api.conversation import Message, Role
+from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.api.endpoints.completions import (
-    COMPLETION_FIELDS,
+    FIELDS as COMPLETION_FIELDS,
+)
+from mlxlite.api.endpoints.completions import (
     CompletionRequest,
     CompletionWriter,
     parse_completion,
 )
 from mlxlite.api.endpoints.embeddings import (
-    EMBEDDING_FIELDS,
+    FIELDS as EMBEDDING_FIELDS,
+)
+from mlxlite.api.endpoints.embeddings import (
     EmbeddingRequest,
     embeddings,
     parse_embedding,
@@ -35,9 +41,9 @@ from mlxlite.api.endpoints.tokenize import (
     parse_tokenize,
     tokenized,
 )
-from mlxlite.api.fields import MAX_PROMPTS, Field, Use, markdown
+from mlxlite.api.fields import Field, Use, markdown
 from mlxlite.api.generate import failure, total_usage
-from mlxlite.api.request import FIELDS
+from mlxlite.api.readers import MAX_PROMPTS
 from mlxlite.api.writers import (
     MIN_LOGPROB,
     Choice,
@@ -209,7 +215,7 @@ def _also(case: Works) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", COMPLETION_FIELDS)
 def test_every_field_of_a_completion_has_a_case_of_its_use(name: str) -> None:
-    kinds = {Use.WORKS: Works, Use.ACCEPTED: Accepted, Use.REFUSED: Refused}
+    kinds = {Use.SUPPORTED: Works, Use.NO_OP: Accepted, Use.UNSUPPORTED: Refused}
     assert name in COMPLETION_CASES, f"a new field: give {name} its values here"
     assert isinstance(COMPLETION_CASES[name], kinds[COMPLETION_FIELDS[name].use])
 
@@ -223,10 +229,10 @@ def test_there_is_no_case_without_a_field_of_a_completion() -> None:
 def test_a_field_that_works_arrives(name: str, case: Works, pair: tuple[Any, Any]) -> None:
     value, expected = pair
     request = parse(**_also(case), **{name: value})
-    assert getattr(request, case.attribute) == expected
-    assert type(getattr(request, case.attribute)) is type(expected)
+    assert arrived(request, case.attribute) == expected
+    assert type(arrived(request, case.attribute)) is type(expected)
     without = parse(**_also(case))
-    assert request == replace(without, **{case.attribute: expected}), "and nothing else does"
+    assert request == with_value(without, case.attribute, expected), "and nothing else does"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +276,7 @@ def test_a_chats_own_fields_are_unknown_to_a_completion(name: str) -> None:
 def test_an_echo_has_no_logprobs() -> None:
     for num in (0, 1):
         assert refusal(echo=True, logprobs=num).param == "echo"
-        assert parse(echo=False, logprobs=num).top_logprobs == num
+        assert parse(echo=False, logprobs=num).sampling["top_logprobs"] == num
     assert parse(echo=True, logprobs=None).is_echo
 
 
@@ -281,7 +287,7 @@ def test_stream_options_need_a_stream() -> None:
 
 def test_min_tokens_are_at_most_max_tokens() -> None:
     assert refusal(min_tokens=6, max_tokens=5).param == "min_tokens"
-    assert parse(min_tokens=5, max_tokens=5).min_tokens == 5
+    assert parse(min_tokens=5, max_tokens=5).sampling["min_tokens"] == 5
 
 
 TABLES: dict[str, Mapping[str, Field]] = {
@@ -457,13 +463,14 @@ def test_usage_counts_each_prompt_once_and_every_output() -> None:
 
 
 def test_an_embedding_asks_for_floats_of_the_last_token_unless_it_says_otherwise() -> None:
-    silent = EmbeddingRequest(("hello",), False, None, False, ())
+    silent = EmbeddingRequest(("hello",))
     assert parse_embedding(body(input="hello")) == silent
     neutral = {"encoding_format": "float", "pooling": "last", "user": "me", "dimensions": None}
-    assert parse_embedding(body(input="hello", model="any", **neutral)) == silent
+    assert parse_embedding(body(input="hello", **neutral)) == silent
+    assert parse_embedding(body(input="hello", model="any")) == replace(silent, model="any")
     asking = {"encoding_format": "base64", "pooling": "mean", "dimensions": 5.0, "zeta": 1}
     assert parse_embedding(body(input="hello", **asking)) == EmbeddingRequest(
-        ("hello",), True, 5, True, ("zeta",)
+        ("hello",), is_base64=True, dimensions=5, is_mean=True, ignored=("zeta",)
     )
 
 

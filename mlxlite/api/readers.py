@@ -1,0 +1,245 @@
+"""Readers: a JSON value to a checked one, or a 400 that names its place. Pure.
+
+A reader takes the value and its path in the body, and raises APIError. `describes` attaches what it
+accepts as JSON Schema, so that the OpenAPI document cannot differ from the parser.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import orjson
+
+from mlxlite.http.errors import APIError, Cause, bad, clip
+
+# A context of a million token ids, or any text that fits one. Reading JSON holds the interpreter:
+# 60 MiB of empty arrays, which is 20 million of them, stopped every stream for 10 s.
+MAX_VALUES = 1 << 20
+_BEFORE_VALUES = (b",", b"[", b"{")  # in strings too, where few of them are
+MAX_DEPTH = 100  # of a schema; what writes one as text fails at 255
+MAX_PROMPTS = 256  # in one request
+
+Reader = Callable[[Any, str], Any]
+R = TypeVar("R", bound=Reader)
+Text = str | tuple[int, ...]  # a prompt, or its token ids
+_SCHEMA = "json_schema"  # a reader's attribute
+
+
+def parse(data: bytes) -> Any:
+    """Any JSON of no more than `MAX_VALUES`. Raises ValueError, of which JSONDecodeError is one."""
+    if len(data) > MAX_VALUES and sum(map(data.count, _BEFORE_VALUES)) >= MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
+    return orjson.loads(data)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object from a body. Raises APIError 400."""
+    if not body.strip():
+        raise bad("The request body is empty; a JSON object is expected.")
+    try:
+        value = parse(body)
+    except orjson.JSONDecodeError as error:
+        raise bad(f"The request body is not valid JSON: {error}") from None
+    except ValueError as error:
+        raise bad(f"The request body holds {error}.") from None
+    if not isinstance(value, dict):
+        raise bad("The request body must be a JSON object.")
+    return value
+
+
+def describes(**rules: Any) -> Callable[[R], R]:
+    """Attach to a reader what it accepts, as JSON Schema."""
+
+    def note(reader: R) -> R:
+        setattr(reader, _SCHEMA, rules)
+        return reader
+
+    return note
+
+
+def schema(reader: Reader) -> dict[str, Any]:
+    """What a reader accepts, null included; `{}` where it has no description."""
+    rules = dict(getattr(reader, _SCHEMA, {}))
+    if "type" in rules:
+        own = rules["type"]
+        rules["type"] = [*([own] if isinstance(own, str) else own), "null"]
+    return rules
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string"}
+    names |= {dict: "an object", list: "an array"}
+    return names.get(type(value), "null")
+
+
+def wrong(param: str, expected: str, value: Any) -> APIError:
+    return bad(f"'{param}' must be {expected}, not {_kind(value)}.", param)
+
+
+@describes(type="string")
+def text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise wrong(param, "a string", value)
+    return value
+
+
+@describes(type="boolean")
+def flag(value: Any, param: str) -> bool:
+    if not isinstance(value, bool):
+        raise wrong(param, "a boolean", value)
+    return value
+
+
+@describes(type="object")
+def json_object(value: Any, param: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(param, "an object", value)
+    return value
+
+
+def array(value: Any, param: str, of: str = "") -> list[Any]:
+    if not isinstance(value, list):
+        raise wrong(param, f"an array{of}", value)
+    return value
+
+
+def integer(low: float, high: float) -> Reader:
+    @describes(type="integer", minimum=low, maximum=high)
+    def read(value: Any, param: str) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JavaScript clients write 20.0
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise wrong(param, "an integer", value)
+        if not low <= value <= high:
+            raise bad(f"'{param}' must be from {low} to {high}, not {value}.", param)
+        return value
+
+    return read
+
+
+def number(low: float, high: float, *, is_low_open: bool = False) -> Reader:
+    lowest = {"exclusiveMinimum": low} if is_low_open else {"minimum": low}
+
+    @describes(type="number", maximum=high, **lowest)
+    def read(value: Any, param: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise wrong(param, "a number", value)
+        if not low <= value <= high or (is_low_open and value == low):
+            above = "above" if is_low_open else "from"
+            raise bad(f"'{param}' must be {above} {low:g} to {high:g}, not {value}.", param)
+        return float(value)
+
+    return read
+
+
+def only(*values: Any) -> Reader:
+    """A field that is not supported: no value passes but these, which ask for nothing."""
+
+    def read(value: Any, param: str) -> None:
+        # Types too: False == 0 must not let a wrong one through.
+        if not any(
+            value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in values
+        ):
+            message = f"'{param}' is not supported by this server."
+            raise APIError(Cause.UNSUPPORTED, message, param=param)
+
+    return read
+
+
+def one_of(*words: str) -> Reader:
+    def read(value: Any, param: str) -> str:
+        if value not in words:
+            raise bad(f"'{param}' must be one of {', '.join(words)}.", param)
+        return str(value)
+
+    return read
+
+
+def nested(table: Mapping[str, Reader], *required: str) -> Reader:
+    """An object of known fields; null is as good as absent."""
+
+    def read(value: Any, param: str) -> dict[str, Any]:
+        given = json_object(value, param)
+        need(given, param, *required)
+        return {
+            name: reader(given[name], f"{param}.{name}")
+            for name, reader in table.items()
+            if given.get(name) is not None
+        }
+
+    return read
+
+
+def need(given: Mapping[str, Any], param: str, *names: str) -> None:
+    """Raises APIError 400 for the first name that an object does not have."""
+    for name in names:
+        if given.get(name) is None:
+            raise bad(f"'{param}.{name}' is required.", f"{param}.{name}")
+
+
+def parts(value: Any, param: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The typed objects of an array: type, object, and its path."""
+    if not isinstance(value, list):
+        raise wrong(param, "a string or an array", value)
+    for i, item in enumerate(value):
+        name = f"{param}[{i}]"
+        part = json_object(item, name)
+        yield text(part.get("type"), f"{name}.type"), part, name
+
+
+def unsupported_type(kind: str, param: str) -> APIError:
+    message = f"{clip(kind)!r} is not supported in '{param}'."
+    return APIError(Cause.UNSUPPORTED, message, param=f"{param}.type")
+
+
+def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> dict[str, Any]:
+    """An object of one type, which may be left out if it is the default."""
+    given = json_object(value, param)
+    found = text(default if given.get("type") is None else given["type"], f"{param}.type")
+    if found != kind:
+        raise unsupported_type(found, param)
+    return given
+
+
+def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """An object that is no deeper than its parsers and writers can bear."""
+    given = json_object(value, param)
+    level: list[Any] = [given]
+    for _ in range(max_depth):
+        holders = [item for item in level if isinstance(item, dict | list)]
+        level = [x for item in holders for x in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return given
+    raise bad(f"'{param}' is nested more than {max_depth} deep.", param)
+
+
+def token_ids(value: Any, param: str, max_ids: int | None = None) -> tuple[int, ...]:
+    """Token ids; whether the model has them is checked later."""
+    ids = array(value, param, " of integers" if max_ids is not None else " of token ids")
+    if max_ids is not None and len(ids) > max_ids:
+        raise bad(f"'{param}' may hold at most {max_ids} tokens.", param)
+    read = integer(0, 2**31 - 1)
+    return tuple(read(item, f"{param}[{i}]") for i, item in enumerate(ids))
+
+
+def _one_text(value: Any, param: str) -> Text:
+    if isinstance(value, list):
+        value = token_ids(value, param)
+    elif not isinstance(value, str):
+        raise wrong(param, "a string or an array of token ids", value)
+    if not value:
+        raise bad(f"'{param}' must not be empty.", param)
+    return value if isinstance(value, tuple) else str(value)
+
+
+def texts(value: Any, param: str) -> tuple[Text, ...]:
+    """A string, token ids, or an array of either."""
+    is_one = isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and not isinstance(value[0], str | list)
+    )
+    if is_one:
+        return (_one_text(value, param),)
+    if not isinstance(value, list):
+        raise wrong(param, "a string or an array", value)
+    if not 0 < len(value) <= MAX_PROMPTS:
+        raise bad(f"'{param}' must hold 1 to {MAX_PROMPTS} items, not {len(value)}.", param)
+    return tuple(_one_text(item, f"{param}[{i}]") for i, item in enumerate(value))

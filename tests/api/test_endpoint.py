@@ -1,0 +1,179 @@
+"""A dialect is one file, a sampling parameter is one field: both are declared here and found."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import orjson
+import pytest
+from helpers import in_a_loop, serving
+
+from mlxlite.api.app import App
+from mlxlite.api.conversation import Message, Role
+from mlxlite.api.endpoint import Endpoint
+from mlxlite.api.endpoints import ENDPOINTS, anthropic_messages, chat_completions, completions
+from mlxlite.api.endpoints import responses as responses_endpoint
+from mlxlite.api.fields import Field, Given, Use, markdown, read_fields, supported, table_of
+from mlxlite.api.generate import Dialect
+from mlxlite.api.openapi import document
+from mlxlite.api.readers import parse_object, text
+from mlxlite.api.request import GENERATION_FIELDS, SAMPLING_FIELDS, ChatRequest, shared_options
+from mlxlite.api.service import Service
+from mlxlite.api.writers import Choice
+from mlxlite.config.options import Config
+from mlxlite.engine.sampling_params import SamplingParams, param
+from mlxlite.engine.sequence import Usage
+from mlxlite.http.errors import APIError
+from mlxlite.metrics import Metrics
+
+# --- a toy dialect ------------------------------------------------------------------------------
+
+TOY_FIELDS: Mapping[str, Field] = {**GENERATION_FIELDS, "ask": supported(text, "the question")}
+
+
+def parse_toy(body: bytes) -> ChatRequest:
+    given = read_fields(parse_object(body), TOY_FIELDS, "ask")
+    options = shared_options(given)
+    request = ChatRequest(**options, messages=(Message(Role.USER, given.take("ask")),))
+    given.close()
+    return request
+
+
+class ToyWriter:
+    def begin(self) -> bytes:
+        return b""
+
+    def delta(self, index: int, delta: Any) -> bytes:
+        return b""
+
+    def progress(self, index: int, progress: Any) -> bytes:
+        return b""
+
+    def done(self, index: int, done: Any, total: Usage | None) -> bytes:
+        return b""
+
+    def fail(self, error: APIError) -> bytes:
+        return error.body()
+
+    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
+        return orjson.dumps({"reply": "".join(choices[0].texts), "tokens": total.num_output})
+
+
+TOY = Endpoint(
+    method="POST",
+    path="/v1/toy",
+    summary="A question and its reply",
+    fields=TOY_FIELDS,
+    required=("ask",),
+    handle=Dialect(parse=parse_toy, writer=lambda *_: ToyWriter(), id_prefix="toy-").handle,
+)
+
+
+@in_a_loop
+async def test_a_toy_dialect_is_served_documented_and_counted() -> None:
+    async with serving() as served:
+        app = App(served.server.service, (*ENDPOINTS, TOY))
+        served.server.listener.app = app
+        async with await served.wire() as wire:
+            answer = await wire.ask("POST", "/v1/toy", json.dumps({"ask": "hello"}).encode())
+            assert answer.json == {"reply": "hello", "tokens": 6}
+            wrong = await wire.ask("POST", "/toy", b"{}")
+            assert (wrong.status, wrong.error["param"]) == (400, "ask")
+            shown = (await wire.get("/openapi.json")).json["paths"]["/v1/toy"]["post"]
+            assert shown["summary"] == "A question and its reply"
+            assert SAMPLING_FIELDS.keys() < set(
+                shown["requestBody"]["content"]["application/json"]["schema"]["properties"]
+            )
+    metrics = Metrics(
+        model_name="m", version="v", start_time_s=0.0, routes=[e.path for e in app.endpoints]
+    )
+    metrics.http("/v1/toy", "POST", 200)
+    assert b'"/v1/toy"' in metrics.render_prometheus()
+
+
+# --- a sampling parameter -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MoreParams(SamplingParams):
+    """The parameters with one more, as a change to SamplingParams would add it."""
+
+    typical_p: float = param(1.0, "1 is off", 0, 1, is_low_open=True, aliases=("typical",))
+
+
+DIALECTS = {
+    "/v1/chat/completions": chat_completions.FIELDS,
+    "/v1/completions": completions.FIELDS,
+    "/v1/messages": anthropic_messages.FIELDS,
+    "/v1/responses": responses_endpoint.FIELDS,
+}
+
+
+def test_a_declared_parameter_is_a_field_with_its_range_alias_schema_and_row() -> None:
+    table = table_of(MoreParams)
+    assert table.keys() - SAMPLING_FIELDS.keys() == {"typical_p", "typical"}
+    given = read_fields({"typical": 0.5}, table)
+    assert given.take_each(table) == {"typical_p": 0.5}
+    with pytest.raises(APIError) as caught:
+        read_fields({"typical_p": 0}, table)
+    assert caught.value.param == "typical_p"
+    endpoint = Endpoint(method="POST", path="/x", summary="x", fields=table, handle=lambda *_: None)
+    shown = json.loads(document([endpoint]))["paths"]["/x"]["post"]["requestBody"]
+    described = shown["content"]["application/json"]["schema"]["properties"]["typical_p"]
+    assert described["exclusiveMinimum"] == 0
+    assert "| `typical_p` | works | 1 is off |" in markdown(table)
+
+
+@pytest.mark.parametrize("path", DIALECTS)
+def test_every_declared_parameter_is_in_every_dialect_and_in_the_document(path: str) -> None:
+    fields_of = DIALECTS[path]
+    assert table_of(SamplingParams).keys() <= fields_of.keys()
+    operation = json.loads(document(ENDPOINTS))["paths"][path]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert table_of(SamplingParams).keys() <= body["properties"].keys()
+
+
+def test_a_parameter_that_is_no_field_of_its_own_is_known_to_be_none() -> None:
+    own = {item.name for item in fields(SamplingParams) if "param" not in item.metadata}
+    assert own == {"top_logprobs"}, "declare a Param, or requests can never set it"
+
+
+# --- nothing is dropped in silence --------------------------------------------------------------
+
+
+def test_a_field_that_is_read_and_not_taken_fails() -> None:
+    table = {"a": supported(text, ""), "b": supported(text, "")}
+    given = read_fields({"a": "x", "b": "y"}, table)
+    assert given.take("a") == "x"
+    with pytest.raises(AssertionError, match="'b'"):
+        given.close()
+
+
+def test_a_field_that_only_the_table_knows_fails_the_request_that_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trap: in the table, forgotten by the parser."""
+    forgotten = {**chat_completions.FIELDS, "typical_p": supported(lambda value, _: value, "")}
+    monkeypatch.setattr(chat_completions, "FIELDS", forgotten)
+    body = {"messages": [{"role": "user", "content": "x"}]}
+    assert chat_completions.parse_chat(json.dumps(body).encode())
+    with pytest.raises(AssertionError, match="typical_p"):
+        chat_completions.parse_chat(json.dumps(body | {"typical_p": 0.5}).encode())
+
+
+def test_only_supported_fields_are_given() -> None:
+    uses = {entry.use for entry in chat_completions.FIELDS.values()}
+    assert uses == set(Use)
+    given = read_fields({"user": "me", "zeta": 1, "n": 2}, chat_completions.FIELDS)
+    assert isinstance(given, Given)
+    assert given.ignored == ("zeta",)
+    assert given.take("n") == 2
+    given.close()
+
+
+def test_two_endpoints_never_share_a_method_and_a_path() -> None:
+    places = [(endpoint.method, endpoint.path) for endpoint in ENDPOINTS]
+    assert len(set(places)) == len(places)
+    app = App(Service(Config(), Metrics(model_name="m", version="v", start_time_s=0.0)), ENDPOINTS)
+    assert {endpoint.path for endpoint in app.endpoints} == {r.path for r in app.routes.values()}
