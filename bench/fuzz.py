@@ -30,15 +30,16 @@ from mlxlite.api.endpoints.completions import FIELDS as COMPLETION_FIELDS
 from mlxlite.api.endpoints.completions import parse_completion
 from mlxlite.api.endpoints.embeddings import FIELDS as EMBEDDING_FIELDS
 from mlxlite.api.endpoints.embeddings import parse_embedding
-from mlxlite.api.endpoints.responses import ResponsesWriter, parse_responses
+from mlxlite.api.endpoints.responses import parse_responses
 from mlxlite.api.endpoints.tokenize import parse_detokenize, parse_tokenize
 from mlxlite.api.request import ChatRequest, Request
-from mlxlite.api.writers import Choice, Envelope
+from mlxlite.api.responses_writer import ResponsesWriter
+from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed, Signal
-from mlxlite.output.events import Delta, Done
+from mlxlite.output.events import Done, TextDelta
 from mlxlite.vision.fetch import Limits as ImageLimits
 from mlxlite.vision.images import ImageError, load, source_of
 
@@ -133,11 +134,11 @@ def _use_response(request: Any) -> None:
     """What a response repeats of its request can be written."""
     _use_chat(request)
     envelope = Envelope("resp_1", 0, "model", "fp")
-    assert ResponsesWriter(envelope, _token_bytes, request).begin()
-    choice = Choice()
-    choice.take(Delta("text", 1, (), _USAGE))
+    assert ResponsesWriter(envelope, _token_bytes, request.echo).begin()
+    choice = Collected()
+    choice.take(TextDelta("text", usage=_USAGE))
     choice.done = Done(FinishReason.STOP, _USAGE)
-    assert ResponsesWriter(envelope, _token_bytes, request).whole([choice], _USAGE)
+    assert ResponsesWriter(envelope, _token_bytes, request.echo).whole([choice], _USAGE)
 
 
 def _use_nothing(_request: Any) -> None:

@@ -9,6 +9,7 @@ Nothing here may be running while another process is measured.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,8 @@ from mlxlite.engine.sequence import Prompt as PromptTokens
 from mlxlite.engine.step import Add, Command, Finish, Finished, Launched, Outcome, Step, Token
 from mlxlite.metrics import Metrics
 from mlxlite.models.load import LoadedModel, load
-from mlxlite.output.events import Delta, Output
+from mlxlite.output.events import Event
+from mlxlite.output.generation import Generation
 from mlxlite.prefix_cache.operations import Stored
 from mlxlite.runner.model_runner import ModelRunner
 
@@ -116,7 +118,6 @@ class InProcess:
         self._engine = Engine(
             Scheduler(Policy(max_rows=MAX_ROWS)),
             timed,
-            model.detokenize,
             lane=lane,
             observer=self.log,
         )
@@ -188,12 +189,18 @@ class InProcess:
             for id, request in feed.due(perf_counter()):
                 sequence = _sequence(first_id + id, request)
                 self._num_sequences = first_id + id
-                self._engine.add([sequence], (), [lambda output, id=id: take(id, output)])
+                write = partial(take, id)
+                finish = partial(self._engine.finish, sequence.id)
+                generation = Generation(
+                    sequence, detokenize=self.model.detokenize, write=write, finish=finish
+                )
+                self._engine.add([sequence], [generation])
 
-        def take(id: int, output: Output) -> None:
+        def take(id: int, event: Event) -> None:
             now = perf_counter()
-            num = output.num_output if isinstance(output, Delta) else output.usage.num_output
-            for _ in range(num - feed.streams[id].num_tokens):
+            usage = event.usage
+            assert usage is not None
+            for _ in range(usage.num_output - feed.streams[id].num_tokens):
                 feed.token(id, now)
             ask()
             if feed.is_over:
@@ -211,7 +218,8 @@ class InProcess:
 
 def _sequence(id: int, request: Request) -> Sequence:
     greedy = SamplingParams(temperature=0.0)
-    return Sequence(id, PromptTokens(request.tokens), greedy, request.max_tokens)
+    prompt = PromptTokens(request.tokens)
+    return Sequence(id, prompt, greedy, request.max_tokens, wants_usage=True)
 
 
 def _one_by_one(generate: Callable[[Request], Any], plan: Plan) -> Trace:

@@ -115,7 +115,6 @@ class Server:
         engine = Engine(
             scheduler,
             runner,
-            model.detokenize,
             lane=device_thread,
             observer=self.metrics,
             options=_engine_options(self.config),
@@ -220,7 +219,6 @@ def _engine_options(config: Config) -> EngineOptions:
         gather_s=config.batch_timeout_ms / 1000,
         prefill_budget_s=config.prefill_budget_ms / 1000,
         timeout_s=config.request_timeout_s or None,
-        guard=config.repetition_guard,
     )
 
 

@@ -12,10 +12,10 @@ from functools import partial
 from time import time
 from typing import Any, Protocol, TypeVar
 
-from mlxlite.api.render import complete, listener, render_chat
+from mlxlite.api.render import complete, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
-from mlxlite.api.writers import Choice, Envelope, Writer
+from mlxlite.api.writers import Collected, Envelope, Writer
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import EngineFailed, QueueFull
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
@@ -23,7 +23,8 @@ from mlxlite.engine.sequence import Sequence as EngineSequence
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, Cause, bad, later, our_fault
 from mlxlite.models.interface import Model
-from mlxlite.output.events import Delta, Done, Output, Progress, Sink
+from mlxlite.output.events import Done, Event
+from mlxlite.output.generation import Generation
 from mlxlite.vision.images import Source
 
 log = logging.getLogger("mlxlite.api")
@@ -57,10 +58,10 @@ class Dialect:
 
     def handle(self, service: Service, exchange: Exchange, body: bytes) -> None:
         """Answer a request; an `endpoint.Handler`. Raises APIError where there is no model yet."""
-        answer(service, exchange, partial(_generate, service, self, exchange, body))
+        in_task(service, exchange, partial(_generate, service, self, exchange, body))
 
 
-def answer(service: Service, exchange: Exchange, work: Callable[[], Any]) -> None:
+def in_task(service: Service, exchange: Exchange, work: Callable[[], Any]) -> None:
     """Await `work` in a task, as it waits for threads. Raises APIError 503 without a model."""
     service.need_model()
     exchange.is_kept = True
@@ -145,24 +146,29 @@ def _start(
     id = dialect.id_prefix + secrets.token_hex(12)
     envelope = Envelope(id, int(time()), model.id, f"fp_{model.fingerprint}")
     writer = dialect.writer(envelope, request, model, prompts)
-    sink = AnswerSink(
+    answer = Answer(
         exchange,
         writer,
         num_choices=len(sequences),
         num_per_prompt=request.num_choices,
         is_stream=request.is_stream,
     )
-    listen = listener(model, request, prompts[0]) if isinstance(request, ChatRequest) else None
-    options = request.stream_options
-    try:
-        ready.engine.add(
-            sequences,
-            request.stop,
-            [sink.choice(i) for i in range(len(sequences))],
-            wants_progress=request.is_stream and request.return_progress,
-            wants_usage=options.continuous_usage or options.timings_per_token,
-            listen=listen,
+    is_chat = isinstance(request, ChatRequest)
+    make_parser = output_parser(model, request, prompts[0]) if is_chat else None
+    generations = [
+        Generation(
+            sequence,
+            detokenize=model.detokenize,
+            write=answer.choice(i),
+            finish=partial(ready.engine.finish, sequence.id),
+            stop=request.stop,
+            parser=make_parser() if make_parser is not None else None,
+            guard=service.config.repetition_guard,
         )
+        for i, sequence in enumerate(sequences)
+    ]
+    try:
+        ready.engine.add(sequences, generations)
     except QueueFull:
         message = "the request queue is full; try again later"
         raise later(Cause.QUEUE_FULL, message, retry_after_s=1) from None
@@ -177,7 +183,7 @@ def _start(
             dialect.ended(service, exchange, id, request, writer)
 
     exchange.on_end = ended
-    sink.start()
+    answer.start()
 
 
 def _sequences(
@@ -207,6 +213,8 @@ def _sequences(
                 max_tokens=min(wanted, num_left),
                 eos_tokens=eos_tokens if request.ignore_eos else eos_tokens | model.eos_tokens,
                 priority=request.priority,
+                wants_progress=request.is_stream and request.return_progress and i == 0,
+                wants_usage=request.stream_options.has_extras,
             )
             for i in range(request.num_choices)
         ]
@@ -214,8 +222,8 @@ def _sequences(
     return sequences
 
 
-class AnswerSink:
-    """Where the outputs of one request's sequences go: frames as they come, or one body."""
+class Answer:
+    """Writes the events of one request's generations to its exchange: as frames, or as one body."""
 
     def __init__(
         self,
@@ -230,7 +238,7 @@ class AnswerSink:
         self._writer = writer
         self._is_stream = is_stream
         self._num_per_prompt = num_per_prompt
-        self._choices = [Choice() for _ in range(num_choices)]
+        self._choices = [Collected() for _ in range(num_choices)]
         self._num_left = num_choices
 
     def start(self) -> None:
@@ -239,49 +247,44 @@ class AnswerSink:
             self._exchange.start_stream()
             self._exchange.write(self._writer.begin())
 
-    def choice(self, index: int) -> Sink:
-        """The sink of one sequence."""
+    def choice(self, index: int) -> Callable[[Event], None]:
+        """The receiver of one generation's events."""
         return partial(self._take, index)
 
-    def _take(self, index: int, output: Output) -> None:
-        choice = self._choices[index]
+    def _take(self, index: int, event: Event) -> None:
         if self._exchange.is_ended:  # another choice has failed, and this one is on its way out
             return
-        match output:
-            case Delta() if self._is_stream:
-                self._exchange.write(self._writer.delta(index, output))
-            case Delta():
-                choice.take(output)
-            case Progress() if self._is_stream:
-                self._exchange.write(self._writer.progress(index, output))
-            case Done():
-                choice.done = output
-                self._num_left -= 1
-                self._log(output)
-                self._done(index, output)
+        if isinstance(event, Done):
+            self._choices[index].take(event)
+            self._num_left -= 1
+            self._log(event)
+            self._done(index, event)
+        elif self._is_stream:
+            self._exchange.write(self._writer.event(index, event))
+        else:
+            self._choices[index].take(event)
 
     def _done(self, index: int, done: Done) -> None:
         """One choice has ended; with the last one, or the first that failed, the answer does."""
         has_failed = done.reason is FinishReason.ERROR
-        is_last = self._num_left == 0 or has_failed
         total = None
         if self._num_left == 0:
             dones = [choice.done for choice in self._choices if choice.done is not None]
             total = total_usage(dones, self._num_per_prompt)
-        is_told = False
         try:
-            self._tell(index, done, total, has_failed=has_failed)
-            is_told = True
-        finally:  # if even the error could not be written, too
-            if has_failed or (is_last and is_told):
-                if not is_told:
-                    self._exchange.abandon(failure(done))
-                elif self._is_stream:
-                    self._exchange.end_stream()
+            self._write_end(index, done, total, has_failed=has_failed)
+        except Exception:
+            if has_failed:  # not even the error could be written
+                self._exchange.abandon(failure(done))
                 self._exchange.end()
+            raise
+        if has_failed or total is not None:
+            if self._is_stream:
+                self._exchange.end_stream()
+            self._exchange.end()
 
-    def _tell(self, index: int, done: Done, total: Usage | None, *, has_failed: bool) -> None:
-        """What a choice's end looks like; `total` is there with the last one."""
+    def _write_end(self, index: int, done: Done, total: Usage | None, *, has_failed: bool) -> None:
+        """The end of a choice; `total` is there with the last one."""
         if self._is_stream and has_failed:
             self._exchange.write(self._writer.fail(failure(done)))
         elif self._is_stream:

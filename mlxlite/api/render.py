@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from mlxlite.api.openai_content import image_errors
 from mlxlite.api.readers import Text
@@ -18,10 +18,8 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, Cause, bad
 from mlxlite.models.interface import Model, PromptError
+from mlxlite.output.events import OutputParser, ParserOptions
 from mlxlite.output.grammar import ConstraintError
-from mlxlite.output.harmony import AnyChannels, HarmonyChannels, with_thinking
-from mlxlite.output.markers import Channels
-from mlxlite.output.tool_arguments import repaired
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits
 from mlxlite.vision.images import ImageError, LoadedImage, Source, load
@@ -29,9 +27,9 @@ from mlxlite.vision.images import ImageError, LoadedImage, Source, load
 
 def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prompt]:
     """A chat's one prompt; loads its images, which may take long. Raises APIError."""
-    messages: list[Mapping[str, Any]] = [m.as_template() for m in request.messages]
-    if model.markers.is_harmony:
-        messages = [with_thinking(message) for message in messages]
+    messages: list[Mapping[str, Any]] = [
+        model.output_format.prepare(message.as_template()) for message in request.messages
+    ]
     arguments = _with_tools(model, request)
     pictures = _pictures(model, request.sources, config)
     more = {"pictures": pictures} if pictures else {}
@@ -63,41 +61,23 @@ def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
     """What the template gets beside the messages. Raises APIError."""
     if not request.tools:
         return request.template_kwargs
-    if not model.markers.call_start and not model.markers.is_harmony:
+    if not model.output_format.can_call_tools:
         message = "this model's template has no format for tools that this server knows"
         raise APIError(Cause.UNSUPPORTED, message, param="tools")
     return {**request.template_kwargs, "tools": [tool.as_template() for tool in request.tools]}
 
 
-def listener(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[], AnyChannels]:
-    """What tells a chat's answers apart."""
+def output_parser(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[], OutputParser]:
+    """Makes the parser of each of a chat's answers."""
     tools = [tool.as_template() for tool in request.tools]
-    schemas = {tool.name: tool.parameters for tool in request.tools}
-    if model.markers.is_harmony:
-
-        def finish(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-            return cast("Mapping[str, Any]", repaired(arguments, schemas.get(name)))
-
-        return partial(
-            HarmonyChannels,
-            splits_reasoning=request.splits_reasoning,
-            finish=finish if tools else None,
-            max_calls=request.max_calls,
-        )
-
-    def parse(text: str) -> list[tuple[str, Mapping[str, Any]]]:
-        calls = model.parse_calls(text, tools)
-        return [(name, repaired(given, schemas.get(name))) for name, given in calls]
-
-    return partial(
-        Channels,
-        model.markers,
-        is_thinking=prompt.starts_in_reasoning,
+    options = ParserOptions(
+        starts_in_reasoning=prompt.starts_in_reasoning,
         splits_reasoning=request.splits_reasoning,
-        parse=parse if tools else None,
+        schemas={tool.name: tool.parameters for tool in request.tools} or None,
+        parse_calls=partial(model.parse_calls, tools=tools),
         max_calls=request.max_calls,
-        schemas=schemas,
     )
+    return partial(model.output_format.parser, options)
 
 
 def complete(

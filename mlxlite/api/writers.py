@@ -1,13 +1,14 @@
-"""What OpenAI's clients are told: errors and answers. Pure: dataclasses in, JSON bytes out.
+"""Answers as JSON: what the dialects' writers share, and OpenAI's two kinds of completions. Pure.
 
-Every way in which a request can have no answer is a `Cause`, with its status, `type` and `code` in
-one place. An answer is built from the same outputs whether it streams (`ChatChunks`) or not
-(`chat_completion`). Nothing here knows a clock, a socket or a model.
+A `Writer` turns one answer's events into bytes, streamed or whole. Streamed or not, an answer is
+made of the same events: `Collected` folds them, in the one place where that is done. Nothing here
+knows a clock, a socket or a model.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
@@ -15,16 +16,16 @@ from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import SSE_DONE, sse_data, sse_field
 from mlxlite.output.events import (
-    Arguments,
-    Broken,
-    Call,
-    CallPart,
-    Channel,
-    Closed,
     Delta,
     Done,
-    Opened,
+    Event,
+    ParserEvent,
     Progress,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
 )
 
 MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
@@ -66,16 +67,18 @@ def finish_reason(done: Done | None) -> str:
     return _FINISH_REASONS[done.reason]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A complete call of a tool. `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 def call_json(call: Call) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def parts_of(delta: Delta) -> tuple[CallPart, ...]:
-    """What a delta tells of calls, where one that came whole has parts too."""
-    whole = ((Opened(c.id, c.name), Arguments(c.arguments), Closed(c)) for c in delta.calls)
-    own = () if delta.part is None else (delta.part,)
-    return (*own, *(part for parts in whole for part in parts))
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -127,69 +130,66 @@ def logprobs_json(
 
 
 @dataclass(slots=True)
-class Choice:
-    """What one sequence has said so far, for an answer that does not stream."""
+class Collected:
+    """One choice of an answer that does not stream: its events so far, folded."""
 
     texts: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] | None = None
-    drawn: list[tuple[int, Logprobs]] = field(default_factory=list)
-    done: Done | None = None
     thoughts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    drawn: list[tuple[int, Logprobs]] = field(default_factory=list)
+    done: Done | None = None
+    _open: ToolCallStart | None = None
 
-    def take(self, delta: Delta) -> None:
-        """More of it. A call that comes in parts is one when it is closed, and else text."""
-        is_thought = delta.channel is Channel.REASONING
-        (self.thoughts if is_thought else self.texts).append(delta.text)
-        self.calls += delta.calls
-        self.drawn += delta.logprobs
-        match delta.part:
-            case Closed(call):
-                self.calls.append(call)
-            case Broken(text):
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.thoughts)
+
+    def take(self, event: Event) -> None:
+        match event:
+            case TextDelta(text) | ToolCallInvalid(text):
                 self.texts.append(text)
-
-    def as_json(self, index: int) -> dict[str, Any]:
-        content = "".join(self.texts)
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": content if content or not self.calls else None,
-            "refusal": None,
-        }
-        if thought := "".join(self.thoughts):
-            message |= {"reasoning_content": thought, "reasoning": thought}
-        if self.calls:
-            message["tool_calls"] = [call_json(call) for call in self.calls]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": None if self.logprobs is None else {"content": self.logprobs},
-            "finish_reason": finish_reason(self.done),
-            "stop_reason": self.done.stop if self.done is not None else None,
-        }
+            case ReasoningDelta(text):
+                self.thoughts.append(text)
+            case ToolCallStart():
+                self._open = event
+            case ToolCallEnd(arguments):
+                assert self._open is not None
+                self.calls.append(Call(self._open.id, self._open.name, arguments))
+            case Done():
+                self.done = event
+        if isinstance(event, Delta):
+            self.drawn += event.logprobs
 
 
 class Writer(Protocol):
     """One answer in one dialect: a stream's frames, in this order, or one body."""
 
     def begin(self) -> bytes:
-        """What leaves at once: the client knows that it is in the queue."""
+        """The frames that leave before the first token."""
         ...
 
-    def delta(self, index: int, delta: Delta) -> bytes: ...
-    def progress(self, index: int, progress: Progress) -> bytes: ...
+    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+        """The frames of one event of the choice `index`; may be empty."""
+        ...
 
     def done(self, index: int, done: Done, total: Usage | None) -> bytes:
-        """The end of a choice, well or cancelled; with `total`, which the last one has, of all."""
+        """The end of a choice, complete or cancelled; the last one has the usage of all."""
         ...
 
     def fail(self, error: APIError) -> bytes:
         """The end of a stream that has failed."""
         ...
 
-    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
         """The body of an answer that does not stream."""
         ...
+
+
+# --- OpenAI's completions -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,23 +200,130 @@ class StreamOptions:
     continuous_usage: bool = False  # and in every one
     timings_per_token: bool = False
 
+    @property
+    def has_extras(self) -> bool:
+        """True if every chunk has more than its text."""
+        return self.continuous_usage or self.timings_per_token
+
 
 def frame(payload: Mapping[str, Any]) -> bytes:
     """OpenAI's frame of a stream."""
     return sse_data(orjson.dumps(payload))
 
 
+class OpenAIWriter(ABC):
+    """An answer of chunks: chat and text completions, which differ in their choices alone.
+
+    The frame around a piece of text never changes, so it is built once for each choice: a token
+    costs one JSON string.
+    """
+
+    object_name: ClassVar[str]  # of a whole answer
+    chunk_name: ClassVar[str]
+    has_stop_reason: ClassVar[bool] = False  # vLLM's, in the finish chunk
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        token_bytes: TokenBytes,
+        options: StreamOptions | None = None,
+        *,
+        num_choices: int = 1,
+    ) -> None:
+        self._envelope = envelope
+        self._token_bytes = token_bytes
+        self._options = options or StreamOptions()
+        mark = "\0"
+        self._frames = [
+            frame(self._chunk(i, self._choice_delta(i, TextDelta(mark)))).split(orjson.dumps(mark))
+            for i in range(num_choices)
+        ]
+
+    # --- the hooks ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+        """A chunk's choice: its one member with text; None: an empty one."""
+
+    @abstractmethod
+    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
+        """A choice of a whole answer."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
+        """A choice's `logprobs`, in the endpoint's form."""
+
+    @abstractmethod
+    def begin(self) -> bytes: ...
+
+    # --- chunks -------------------------------------------------------------------------------
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, **delta, "logprobs": None, "finish_reason": finish_reason}
+        chunk = self._envelope.as_json(self.chunk_name) | {"choices": [choice]}
+        return chunk | {"usage": None} if self._options.include_usage else chunk
+
+    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+        if isinstance(event, Progress):
+            return self._progress(index, event)
+        if not event.logprobs:
+            if isinstance(event, TextDelta) and not self._options.has_extras:
+                head, tail = self._frames[index]
+                return head + orjson.dumps(event.text) + tail
+            if isinstance(event, ToolCallEnd | ToolCallInvalid):
+                return b""  # OpenAI has no chunk for the end of a call
+        chunk = self._chunk(index, self._choice_delta(index, event))
+        if event.logprobs:
+            chunk["choices"][0]["logprobs"] = self._logprobs(index, event.logprobs)
+        if event.usage is not None and self._options.continuous_usage:
+            chunk["usage"] = usage_json(event.usage)
+        if event.usage is not None and self._options.timings_per_token:
+            chunk["timings"] = timings_json(event.usage)
+        return frame(chunk)
+
+    def _progress(self, index: int, progress: Progress) -> bytes:
+        """llama-server's `prompt_progress`."""
+        usage = progress.usage
+        chunk = self._chunk(index, self._choice_delta(index, None))
+        chunk["prompt_progress"] = {
+            "total": usage.num_prompt,
+            "cache": usage.num_cached,
+            "processed": progress.num_computed,
+            "time_ms": round(usage.prefill_s * 1000, 3),
+        }
+        return frame(chunk)
+
+    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+        """The finish chunk; the last one carries the usage and timings of all choices.
+
+        With `include_usage` only a separate chunk has the usage, or clients that add up would
+        count it twice; the timings stay.
+        """
+        chunk = self._chunk(index, self._choice_delta(index, None), finish_reason(done))
+        if self.has_stop_reason:
+            chunk["choices"][0]["stop_reason"] = done.stop
+        if total is None:
+            return frame(chunk)
+        chunk["timings"] = timings_json(total)
+        if not self._options.include_usage:
+            chunk["usage"] = usage_json(total)
+            return frame(chunk) + SSE_DONE
+        last = self._envelope.as_json(self.chunk_name) | {"choices": []}
+        return frame(chunk) + frame(last | {"usage": usage_json(total)}) + SSE_DONE
+
+    def fail(self, error: APIError) -> bytes:
+        return stream_failure(error)
+
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
+        answer = self._envelope.as_json(self.object_name)
+        answer |= {"choices": [self._choice_whole(i, choice) for i, choice in enumerate(choices)]}
+        answer |= {"usage": usage_json(total), "timings": timings_json(total)}
+        return orjson.dumps(answer)
+
+
 def stream_failure(error: APIError) -> bytes:
     """Both forms: OpenAI's clients read the data line, the launching app the other."""
     frames = sse_data(error.body()) + sse_field("error", error.line())
     return frames + SSE_DONE
-
-
-def retold(choice: Choice) -> tuple[Delta, Delta, Delta]:
-    """What a choice has said, as one that streams says it: thoughts, then text, then calls."""
-    thought, said = "".join(choice.thoughts), "".join(choice.texts)
-    return (
-        Delta(thought, 0, channel=Channel.REASONING),
-        Delta(said, 0, tuple(choice.drawn)),
-        Delta("", 0, calls=tuple(choice.calls)),
-    )

@@ -109,6 +109,8 @@ class Sequence:
     max_tokens: int
     eos_tokens: frozenset[int] = frozenset()
     priority: int = 0
+    wants_progress: bool = False  # its sink gets `Prefilled`
+    wants_usage: bool = False  # its sink gets the usage with every token
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Protocol
 
 from mlxlite.engine.memory import Memory
-from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence
+from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence, Usage
 from mlxlite.prefix_cache.operations import NO_HIT, CacheOp, Hit, Stored
 
 
@@ -234,12 +234,16 @@ class Runner(Protocol):
 
 @dataclass(slots=True)  # to make a frozen one takes five times as long
 class Token:
-    """One more output token. An end-of-sequence token is counted but carries no text."""
+    """One more output token. An end-of-sequence token is counted but carries no text.
+
+    `usage` is as of this token, for the sink of a sequence that wants it.
+    """
 
     id: int
     token: int
     is_eos: bool = False
     logprobs: Logprobs | None = None
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +253,34 @@ class Finished:
     id: int
     reason: FinishReason
     error: str | None = None
+    usage: Usage = field(default_factory=Usage)  # set for its sink
 
 
 Event = Token | Finished
+
+
+# --- what the engine delivers -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """`num_computed` tokens of a prompt are in the cache, where the sequence wants progress."""
+
+    num_computed: int
+    usage: Usage
+
+
+class Sink(Protocol):
+    """The receiver of one sequence's tokens: called on the loop thread, must not block.
+
+    One that raises fails its sequence, and is called once more, with the `Finished` of that.
+    """
+
+    def __call__(self, output: Token | Prefilled | Finished) -> None: ...
+
+
+class SinkFailed(Exception):
+    """A sink cannot go on; the message is for the client."""
 
 
 @dataclass(frozen=True, slots=True)

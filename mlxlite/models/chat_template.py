@@ -91,11 +91,10 @@ class ChatTemplate:
             raise PromptError(self.image_reader)
         else:
             prompt = self.image_reader.read(text, self.render_one_image(), pictures)
-        think_start = self.tokenizer.markers.think_start
         return replace(
             prompt,
             message_starts=self._message_starts(prompt.tokens),
-            starts_in_reasoning=bool(think_start) and text.rstrip().endswith(think_start),
+            starts_in_reasoning=self.tokenizer.output_format.starts_in_reasoning(text),
         )
 
     def render_one_image(self) -> str:

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Grammar, Prompt
-from mlxlite.output.events import Detokenizer
+from mlxlite.output.detokenizer import Detokenize
+from mlxlite.output.formats import OutputFormat
 from mlxlite.output.grammar import Constraint
-from mlxlite.output.markers import Markers
 
 
 class LoadError(Exception):
@@ -49,10 +49,10 @@ class Model(Protocol):
         ...
 
     @property
-    def detokenize(self) -> Detokenizer: ...
+    def detokenize(self) -> Detokenize: ...
 
     @property
-    def markers(self) -> Markers: ...
+    def output_format(self) -> OutputFormat: ...
 
     @property
     def vision_unavailable_reason(self) -> str | None:

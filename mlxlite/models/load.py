@@ -74,12 +74,12 @@ class LoadedModel:
         self.is_image_cached = chat_template.is_image_cached
         self.tokenizer = tokenizer = chat_template.tokenizer
         self.eos_tokens = tokenizer.eos_tokens
-        self.markers = tokenizer.markers
+        self.output_format = tokenizer.output_format
         self.encode = tokenizer.encode
         self.detokenize = tokenizer.detokenize
         self.token_bytes = tokenizer.token_bytes
         self.parse_calls = tokenizer.parse_calls
-        self.compile = make_grammars(tokenizer.wrapper, num_vocab).compile
+        self.compile = make_grammars(tokenizer, num_vocab).compile
 
 
 def load(config: Config) -> tuple[nn.Module, LoadedModel]:

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from mlxlite.models.interface import PromptError
+from mlxlite.output.formats import OutputFormat, format_of
 from mlxlite.output.grammar import Grammars
-from mlxlite.output.harmony import MARKS
-from mlxlite.output.markers import Markers
+from mlxlite.output.markers import MarkerFormat
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
 
@@ -32,8 +32,8 @@ class Tokenizer:
         self.wrapper = wrapper
         self.eos_tokens: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.added_tokens: frozenset[int] = frozenset(wrapper.added_tokens_decoder)
-        self.markers = _markers(wrapper)
-        self.shown = _shown(wrapper, self.markers)
+        self.output_format = _output_format(wrapper)
+        self.shown = _shown(wrapper, self.output_format)
         self._decode = _decoder(wrapper)
         self._piece = _speller(wrapper)
         self._byte_alphabet = _byte_alphabet(wrapper)
@@ -130,44 +130,38 @@ def _byte_alphabet(wrapper: Any) -> Mapping[str, int] | None:
 # --- the output format ------------------------------------------------------------------------
 
 
-def make_grammars(tokenizer: Any, num_vocab: int) -> Grammars:
+def make_grammars(tokenizer: Tokenizer, num_vocab: int) -> Grammars:
     """The compiler of constraints; calls can only be enforced where they are JSON in markers."""
+    wrapper = tokenizer.wrapper
     calls: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    if _has_json_calls(tokenizer):
-        calls = (tokenizer.tool_call_start_tokens, tokenizer.tool_call_end_tokens)
+    if tokenizer.output_format.has_json_calls:
+        calls = (wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens)
     return Grammars(
-        tokenizer.get_chat_template.__self__,  # transformers' own, as in _decoder
+        wrapper.get_chat_template.__self__,  # transformers' own
         num_vocab=num_vocab,
-        eos_tokens=frozenset(tokenizer.eos_token_ids),
-        think=(tuple(tokenizer.think_start_tokens or ()), tuple(tokenizer.think_end_tokens or ())),
+        eos_tokens=tokenizer.eos_tokens,
+        think=(tuple(wrapper.think_start_tokens or ()), tuple(wrapper.think_end_tokens or ())),
         call_markers=calls,
     )
 
 
-def _markers(tokenizer: Any) -> Markers:
-    """What mlx-lm has found out about the tokenizer's model."""
-    has_parser = tokenizer.tool_parser is not None
-    return Markers(
-        tokenizer.think_start or "",
-        tokenizer.think_end or "",
-        (tokenizer.tool_call_start or "") if has_parser else "",
-        (tokenizer.tool_call_end or "") if has_parser else "",
-        _has_json_calls(tokenizer),
-        {t.content for t in tokenizer.added_tokens_decoder.values()} >= MARKS,
+def _output_format(wrapper: Any) -> OutputFormat:
+    """By what mlx-lm has found out about the tokenizer's model."""
+    parser = wrapper.tool_parser
+    markers = MarkerFormat(
+        wrapper.think_start or "",
+        wrapper.think_end or "",
+        (wrapper.tool_call_start or "") if parser is not None else "",
+        (wrapper.tool_call_end or "") if parser is not None else "",
+        getattr(parser, "__module__", "").endswith(".json_tools"),
     )
+    return format_of({t.content for t in wrapper.added_tokens_decoder.values()}, markers)
 
 
-def _has_json_calls(tokenizer: Any) -> bool:
-    """Whether a call is one JSON object between two markers, by mlx-lm's parser of them."""
-    return getattr(tokenizer.tool_parser, "__module__", "").endswith(".json_tools")
-
-
-def _shown(tokenizer: Any, markers: Markers) -> dict[int, str]:
-    """The special tokens of which markers consist."""
-    texts = [markers.think_start, markers.think_end, markers.call_start, markers.call_end]
-    texts += MARKS if markers.is_harmony else ()
-    found: dict[int, str] = {}
-    for id, token in tokenizer.added_tokens_decoder.items():
-        if token.special and any(token.content in text for text in texts if text):
-            found[id] = token.content
-    return found
+def _shown(wrapper: Any, output_format: OutputFormat) -> dict[int, str]:
+    """The special tokens of which the format's marks consist."""
+    return {
+        id: token.content
+        for id, token in wrapper.added_tokens_decoder.items()
+        if token.special and any(token.content in mark for mark in output_format.marks)
+    }

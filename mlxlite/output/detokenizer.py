@@ -1,13 +1,14 @@
 """Tokens to text for one sequence: whole characters only, each given out once.
 
-The text of all pushes and the flush together is the text of all tokens decoded at once, cut before
-the stop string. The detokenizer never gets more than `2 * MAX_UNREAD + 2` tokens. Tested.
+The text of all pushes and the flush together is the text of all tokens decoded at once. A push
+decodes at most `2 * MAX_UNREAD + 2` tokens at a time. Tested.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-from mlxlite.output.events import Detokenizer
-from mlxlite.output.stop_strings import _StopSearch
+# Token ids to text, special tokens left out; ids that no text belongs to give "".
+Detokenize = Callable[[SequenceOf[int]], str]
 
 REPLACEMENT = "\ufffd"  # what every detokenizer writes for bytes that are no character (yet)
 # A character is at most four bytes, so at most three of them are an unfinished one. Byte-level
@@ -22,78 +23,22 @@ MAX_UNREAD = 32
 NUM_KEPT = 16
 
 
-class TextStream:
-    """One sequence's tokens in, its text out.
+class Detokenizer:
+    """One sequence's tokens in, its text out: the offsets of vLLM and TGI.
 
     `detokenize` must only ever add at the end when tokens are added at the end, replacement
     characters excepted: a transformers tokenizer wants `clean_up_tokenization_spaces=False`.
-    `stop` strings are not empty. `prompt_tail` is the end of the prompt, any length: with it the
-    first word keeps the space that a sentencepiece tokenizer strips at the start of a text.
+    `prompt_tail` is the end of the prompt, any length: with it the first word keeps the space that
+    a sentencepiece tokenizer strips at the start of a text.
 
-    `stopped` is the stop string that was met. It may be met in `flush` too: the one that begins
-    first wins, so a complete one waits while another, begun before it, may still be completed. Of
-    those that begin at the same place the shortest wins, being complete first.
+    The last few tokens are decoded again at each push. This window is *context* tokens, whose text
+    has been given out and which are there so that a following word keeps its space, and then
+    *unread* ones. It begins anew at the points where its text is whole, and only there: bytes of a
+    byte-fallback tokenizer are decoded by the run, so a window that began inside a character would
+    spoil the whole run.
     """
 
-    def __init__(
-        self, detokenize: Detokenizer, stop: tuple[str, ...] = (), prompt_tail: SequenceOf[int] = ()
-    ) -> None:
-        assert all(stop), "an empty stop string is a client's error, refused before"
-        self.stopped: str | None = None
-        self._window = _Window(detokenize, prompt_tail)
-        self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(stop))
-        self._held = ""  # text that has been searched and may be the beginning of a stop string
-        self._num_given = 0  # characters before `_held`, given out
-
-    def push(self, token: int) -> str:
-        """One more token; gives the text that may be shown now, "" once stopped."""
-        if self.stopped is not None:
-            return ""
-        text = self._window.push(token)
-        if not text or not self._searches:
-            return text
-        self._search(text)
-        first = min(self._searches, key=_StopSearch.rank)
-        return self._cut(first) if first.is_met else self._give(first.start)
-
-    def flush(self) -> str:
-        """No more tokens; gives what was held back, up to a stop string."""
-        if self.stopped is not None:
-            return ""
-        self._search(self._window.flush())
-        met = [search for search in self._searches if search.is_met]
-        if met:
-            return self._cut(min(met, key=_StopSearch.rank))
-        return self._give(self._num_given + len(self._held))
-
-    def _search(self, text: str) -> None:
-        for search in self._searches:
-            search.push(text)
-        self._held += text
-
-    def _give(self, stop: int) -> str:
-        """The text from where we are up to the position `stop`."""
-        num = stop - self._num_given
-        given, self._held = self._held[:num], self._held[num:]
-        self._num_given = stop
-        return given
-
-    def _cut(self, search: "_StopSearch") -> str:
-        text = self._give(search.start)
-        self._held, self.stopped = "", search.string
-        return text
-
-
-class _Window:
-    """The last few tokens, decoded again at each push: the offsets of vLLM and TGI.
-
-    The window is *context* tokens, whose text has been given out and which are there so that a
-    following word keeps its space, and then *unread* ones. It begins anew at the points where its
-    text is whole, and only there: bytes of a byte-fallback tokenizer are decoded by the run, so a
-    window that began inside a character would spoil the whole run.
-    """
-
-    def __init__(self, detokenize: Detokenizer, prompt_tail: SequenceOf[int]) -> None:
+    def __init__(self, detokenize: Detokenize, prompt_tail: SequenceOf[int] = ()) -> None:
         self._detokenize = detokenize
         self._tokens: list[int] = []
         self._num_context = 0  # tokens
@@ -109,6 +54,7 @@ class _Window:
         self._restart(tail, detokenize(tail))
 
     def push(self, token: int) -> str:
+        """One more token; the text that is complete now."""
         self._tokens.append(token)
         text = self._decode()
         if text == self._text and not self._detokenize((token, token)):
@@ -127,6 +73,7 @@ class _Window:
         return given
 
     def flush(self) -> str:
+        """No more tokens; the text of bytes that did not become a character."""
         given = self._text[self._num_given :]
         self._num_given = len(self._text)
         return given

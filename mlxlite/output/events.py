@@ -1,84 +1,88 @@
-"""What a sequence's answer is made of: text, reasoning, tool calls, progress, and its end."""
+"""The events of one answer: text, reasoning, tool calls, progress, and its end.
 
+Parsers make the deltas, a generation adds what they carry beside their text and passes them on, and
+writers turn them into bytes. An answer that does not stream is a fold of the same events.
+
+A tool call is `ToolCallStart`, any number of `ToolCallArguments`, and `ToolCallEnd` or
+`ToolCallInvalid`; nothing else comes between them, and one that comes whole is three events.
+"""
+
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 
-
-class Channel(Enum):
-    """What a piece of an answer's text is."""
-
-    CONTENT = "content"
-    REASONING = "reasoning"
+Drawn = tuple[tuple[int, Logprobs], ...]  # (token id, its logprobs), in order
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The model calls a tool. `arguments` is a JSON object as text."""
+@dataclass(slots=True)  # there is one for each token, and a frozen one takes five times as long
+class Delta:
+    """The part that all deltas have: `usage` as of now, where the request wants it.
+
+    `logprobs` are those of the tokens drawn since the last delta, where the sequence asked for
+    them; the text of a token may still be held back.
+    """
+
+    logprobs: Drawn = field(default=(), kw_only=True)
+    usage: Usage | None = field(default=None, kw_only=True)
+
+
+@dataclass(slots=True)
+class TextDelta(Delta):
+    """More content; may be empty, to carry logprobs."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class ReasoningDelta(Delta):
+    """More reasoning."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class ToolCallStart(Delta):
+    """A call of the tool `name` begins."""
 
     id: str
     name: str
+
+
+@dataclass(slots=True)
+class ToolCallArguments(Delta):
+    """More of the open call's arguments, as JSON."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class ToolCallEnd(Delta):
+    """The open call is complete. `arguments` are all of them: a JSON object in canonical form."""
+
     arguments: str
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A call begins; its arguments follow while the model writes them."""
+@dataclass(slots=True)
+class ToolCallInvalid(Delta):
+    """The open call did not parse. `text` is the part of the answer that was emitted as a call.
 
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """More of the arguments of the call that is open, as JSON."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The call that was open is this one."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """What was open is no call: so much of the answer's text has been told as one.
-
-    What follows of it is told as text. An answer that does not stream has all of it as text.
+    The text that follows it comes as content; an answer that does not stream has both as content.
     """
 
     text: str
 
 
-CallPart = Opened | Arguments | Closed | Broken
-
-
-@dataclass(slots=True)  # to make a frozen one takes five times as long
-class Delta:
-    """More text of a sequence. `num_output` counts its tokens so far; `usage` is as of now.
-
-    `logprobs` are (token id, its logprobs) of the tokens drawn since the last delta, where the
-    sequence asked for them; what a token's text is may still be held back.
-    """
-
-    text: str
-    num_output: int
-    logprobs: tuple[tuple[int, Logprobs], ...] = ()
-    usage: Usage | None = None
-    channel: Channel = Channel.CONTENT
-    calls: tuple[Call, ...] = ()  # after the text
-    part: CallPart | None = None  # of a call that is told in parts, without text or calls
+ParserEvent = (
+    TextDelta | ReasoningDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | ToolCallInvalid
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """So many tokens of a prompt are computed, for a sequence whose sink wants to know."""
+    """`num_computed` tokens of the prompt are in the cache."""
 
     num_computed: int
     usage: Usage
@@ -86,25 +90,55 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a sequence's answer: nothing follows."""
+    """The last event of an answer."""
 
     reason: FinishReason
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
-    stop: str | None = None  # the stop string that was met
+    stop: str | None = None  # the stop string that was met, or "repetition"
     num_calls: int = 0
 
 
-Output = Delta | Progress | Done
+Event = ParserEvent | Progress | Done
 
 
-class Sink(Protocol):
-    """Where a sequence's outputs go: called on the loop thread, must not block or raise."""
-
-    def __call__(self, output: Output) -> None: ...
+# (name, arguments) of the calls in the text between two markers; raises anything for none.
+ParseCalls = Callable[[str], SequenceOf[tuple[str, Mapping[str, Any]]]]
 
 
-class Detokenizer(Protocol):
-    """Token ids to text, special tokens left out; ids that no text belongs to give ""."""
+@dataclass(frozen=True, slots=True)
+class ParserOptions:
+    """What one request expects of its answers.
 
-    def __call__(self, tokens: SequenceOf[int]) -> str: ...
+    `schemas` are the JSON schemas of the tools that may be called, by name; None: calls are text
+    like any other. A format that leaves the reading of calls to the model needs `parse_calls`.
+    """
+
+    starts_in_reasoning: bool = False  # the prompt ends inside a block of reasoning
+    splits_reasoning: bool = True  # else it is content, markers and all
+    schemas: Mapping[str, Any] | None = None
+    parse_calls: ParseCalls | None = None
+    max_calls: int | None = None
+
+
+class OutputParser(Protocol):
+    """Splits one answer's text into content, reasoning and tool calls.
+
+    How the text was cut into pushes changes nothing but when the events come.
+    """
+
+    @property
+    def is_reasoning(self) -> bool: ...
+
+    @property
+    def is_complete(self) -> bool:
+        """True once the answer has as many calls as were wanted."""
+        ...
+
+    num_calls: int
+
+    def push(self, text: str) -> list[ParserEvent]: ...
+
+    def flush(self) -> list[ParserEvent]:
+        """The end of the text: the events of what was held back."""
+        ...

@@ -1,45 +1,56 @@
-"""Tokens to text, for one sequence: what may be shown now, and what must wait.
+"""Formats with markers: `<think>…</think>` around reasoning, `<tool_call>…</tool_call>` a call.
 
-Three stages, each of which holds back as little as it can and sees each piece of text once:
-
-    token ─▶ _Window (whole characters) ─▶ _StopSearch (no stop string) ─▶ text
-    text ─▶ Channels ─▶ content, reasoning, calls of tools (`arguments` as they are written)
-
-Invariants, all of them tested:
-
-- What all pushes and the flush give, put together, is the text of all tokens decoded at once, cut
-  before the stop string; how the text was split into tokens changes nothing but the times.
-- Half a character is never given out, nor half a stop string, nor anything after one.
-- The work of a push has a bound: the detokenizer never sees more than `2 * MAX_UNREAD + 2` tokens,
-  and a character of text is looked at in amortised constant time per stop string.
-
-Never: reads the whole output again, knows which tokenizer it has, or waits for ever on bytes that
-will not become a character.
+The calls between two markers are read by the model's own function (mlx-lm's parsers). What a parser
+may hold is bounded: white space by `MAX_GAP`, a call by `MAX_CALL_CHARS`.
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from mlxlite.output.events import Broken, Call, CallPart, Channel, Opened
-from mlxlite.output.tool_arguments import MAX_HEAD, OpenCall, ScanState, head_of, written
+from mlxlite.output.events import (
+    ParserEvent,
+    ParserOptions,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
+)
+from mlxlite.output.tool_arguments import MAX_HEAD, OpenCall, ScanState, head_of, repaired, written
 
 
 @dataclass(frozen=True, slots=True)
-class Markers:
-    """How a model marks what is no content, in its text; "" for what it does not know."""
+class MarkerFormat:
+    """An `OutputFormat`: markers around reasoning and calls; "" for what a model does not have."""
 
     think_start: str = ""
     think_end: str = ""
     call_start: str = ""
     call_end: str = ""  # "" with a `call_start`: a call goes on to the end
     has_json_calls: bool = False  # between them is {"name": …, "arguments": {…}}
-    is_harmony: bool = False  # gpt-oss's: see `harmony`
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        found = (self.think_start, self.think_end, self.call_start, self.call_end)
+        return tuple(filter(None, found))
 
-# --- channels ---------------------------------------------------------------------------------
+    @property
+    def can_call_tools(self) -> bool:
+        return bool(self.call_start)
+
+    def starts_in_reasoning(self, prompt: str) -> bool:
+        return bool(self.think_start) and prompt.rstrip().endswith(self.think_start)
+
+    def prepare(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        return message
+
+    def parser(self, options: ParserOptions) -> "MarkerParser":
+        return MarkerParser(self, options)
+
 
 # How foreign parsers fail on what a model may write.
 PARSE_ERRORS = (
@@ -54,70 +65,48 @@ PARSE_ERRORS = (
 )
 MAX_GAP = 256  # characters of white space around a marker
 MAX_CALL_CHARS = 1 << 20  # of one call; a longer one is text
-Parse = Callable[[str], list[tuple[str, Mapping[str, Any]]]]
 
 
 class _State(Enum):
-    START = "start"  # nothing but white space has come: reasoning may begin
+    START = "start"  # only white space so far: reasoning may begin
     CONTENT = "content"
     REASONING = "reasoning"
     CALL = "call"
-    ARGUMENTS = "arguments"  # of a call that is told as it is written
+    ARGUMENTS = "arguments"  # of a call that is emitted as it is written
 
 
-@dataclass(slots=True)
-class Piece:
-    """Text of one channel, the calls that were between two markers, or a part of a call."""
-
-    channel: Channel = Channel.CONTENT
-    text: str = ""
-    calls: tuple[Call, ...] = ()
-    part: CallPart | None = None
-
-
-class Channels:
-    """One sequence's text in, its pieces out: content, reasoning, calls.
+class MarkerParser:
+    """An `OutputParser` of text with markers.
 
     How the text was cut changes nothing but the times (tested at every point). Reasoning may begin
-    where nothing has been said yet, or after a call: a marker in the middle of a sentence is text.
-    A call is held until it is whole, and comes as text, markers and all, if it cannot be read:
-    nothing that the model wrote is lost. White space that touches a marker is dropped.
+    at the start, or after a call: a marker in the middle of a sentence is text. A call is held
+    until it is complete, and comes as text, markers and all, if it cannot be read: nothing that the
+    model wrote is lost. White space that touches a marker is dropped.
 
-    Where calls are JSON (`markers`), one that begins with the name of a tool in `schemas` is told
-    as it is written, and an end marker in one of its strings is part of the string. What `parse`
-    says of it in the end decides. If that is no call, or another one, it is `Broken`: what has been
-    told as its arguments stays told, what has not comes as text, and nothing comes twice. If the
-    answer ends within its arguments, the last of them are told as they are.
-
-    `parse` None: calls are text like any other.
+    Where calls are JSON, one that begins with the name of a known tool is emitted as it is written,
+    and an end marker in one of its strings is part of the string. It ends as `ToolCallInvalid` if
+    the complete text does not parse as this one call: what was emitted as its arguments stays so,
+    the rest comes as text, and nothing comes twice.
     """
 
-    def __init__(
-        self,
-        markers: Markers,
-        *,
-        is_thinking: bool = False,
-        splits_reasoning: bool = True,
-        parse: Parse | None = None,
-        max_calls: int | None = None,
-        schemas: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, markers: MarkerFormat, options: ParserOptions) -> None:
         self._markers = markers
-        self._schemas = (schemas or {}) if markers.has_json_calls else {}
-        self._think_start = markers.think_start if splits_reasoning else ""
-        self._call_start = markers.call_start if parse is not None else ""
-        self._parse = parse
-        self._max_calls = max_calls
-        is_open = is_thinking and bool(self._think_start)
+        self._schemas = options.schemas or {}
+        self._think_start = markers.think_start if options.splits_reasoning else ""
+        self._call_start = markers.call_start if options.schemas is not None else ""
+        self._parse = options.parse_calls
+        self._max_calls = options.max_calls
+        is_open = options.starts_in_reasoning and bool(self._think_start)
         self._state = _State.REASONING if is_open else _State.START
-        self._held = ""  # not yet told, because a marker or its white space may follow
-        self._gap = ""  # white space before a call, which is told after all if it is none
+        self._events: list[ParserEvent] = []
+        self._held = ""  # not yet emitted, because a marker or its white space may follow
+        self._gap = ""  # white space before a call, which is text if the call is none
         self._body: list[str] = []  # of a call, as far as its end marker is surely not in it
         self._num_body = 0  # characters
-        self._may_open = False  # what has come of a call may be the head of one told in parts
+        self._may_open = False  # the call so far may be the head of one that is not held
         self._open: OpenCall | None = None
-        self._is_fresh = True  # nothing of the present channel has been told
-        self._has_thought = is_open
+        self._is_fresh = True  # nothing was emitted since the last marker
+        self._has_reasoned = is_open
         self.num_calls = 0
 
     @property
@@ -126,51 +115,45 @@ class Channels:
 
     @property
     def is_complete(self) -> bool:
-        """As many calls as were wanted have been made."""
         return self._max_calls is not None and self.num_calls >= self._max_calls
 
-    def push(self, text: str) -> list[Piece]:
-        """More text; what can be told of it and of what was held."""
+    def push(self, text: str) -> list[ParserEvent]:
         self._held += text
-        pieces: list[Piece] = []
-        while self._step(pieces):
+        while self._step():
             pass
-        return pieces
+        events, self._events = self._events, []
+        return events
 
-    def flush(self) -> list[Piece]:
-        """No more text: the rest, as what it is. A call that was never closed is tried too."""
-        pieces = self.push("")
+    def flush(self) -> list[ParserEvent]:
+        """A call that was never closed is parsed too."""
         held, self._held = self._held, ""
         match self._state:
             case _State.CALL:
-                self._finish_call(pieces, self._take_body() + held, "")
+                self._finish_call(self._take_body() + held, "")
             case _State.ARGUMENTS:
                 assert self._open is not None
-                pieces += map(_piece, self._open.cut())
-                body = self._take_body()
-                self._open.num_told = len(body)
-                self._tell_call(pieces, body, "")
+                self._finish_call(self._open.text, "")
             case _State.REASONING:
-                self._tell(pieces, Channel.REASONING, held[: len(held) - _num_gap(held)])
+                self._emit(ReasoningDelta, held[: len(held) - _num_gap(held)])
             case _:
-                self._tell(pieces, Channel.CONTENT, held)
-        return pieces
+                self._emit(TextDelta, held)
+        return self.push("")
 
-    # --- one step: up to the next marker, or as far as is sure ------------------------------
-
-    def _step(self, pieces: list[Piece]) -> bool:
-        """Take one marker out of what is held; False when there is none (yet)."""
+    def _step(self) -> bool:
+        """Take the held text up to the next marker, or as far as is sure; False at the latter."""
         match self._state:
             case _State.START:
                 return self._begin()
             case _State.CONTENT:
-                return self._content(pieces)
+                return self._content()
             case _State.REASONING:
-                return self._reasoning(pieces)
+                return self._reasoning()
             case _State.CALL:
-                return self._call(pieces)
+                return self._call()
             case _State.ARGUMENTS:
-                return self._arguments(pieces)
+                return self._arguments()
+
+    # --- content and reasoning ----------------------------------------------------------------
 
     def _begin(self) -> bool:
         text = self._held.lstrip()
@@ -184,150 +167,145 @@ class Channels:
         self._state = _State.CONTENT
         return True
 
-    def _content(self, pieces: list[Piece]) -> bool:
-        before, marker, after = _parted(self._held, self._call_start)
-        if marker:
-            kept = len(before) - _num_gap(before)
-            self._gap = before[kept:]
-            self._tell(pieces, Channel.CONTENT, before[:kept])
-            self._held = after
-            self._may_open = bool(self._schemas) and not self.is_complete
-            self._enter(_State.CALL)
-            return True
-        sure = len(self._held) - _half(self._held, self._call_start)
-        if self._call_start:  # white space before a call belongs to it
-            sure -= _num_gap(self._held[:sure])
-        self._tell(pieces, Channel.CONTENT, self._held[:sure])
-        self._held = self._held[sure:]
-        return False
+    def _content(self) -> bool:
+        if not self._call_start:
+            self._emit(TextDelta, self._held)
+            self._held = ""
+            return False
+        if not self._emit_up_to(self._call_start, TextDelta):
+            return False
+        self._may_open = self._markers.has_json_calls and not self.is_complete
+        self._enter(_State.CALL)
+        return True
 
-    def _reasoning(self, pieces: list[Piece]) -> bool:
-        before, marker, after = _parted(self._held, self._markers.think_end)
-        if marker:
-            self._tell(pieces, Channel.REASONING, before[: len(before) - _num_gap(before)])
-            self._held = after
-            self._has_thought = True
-            self._enter(_State.CONTENT)
-            return True
-        sure = len(self._held) - _half(self._held, self._markers.think_end)
-        sure -= _num_gap(self._held[:sure])
-        self._tell(pieces, Channel.REASONING, self._held[:sure])
-        self._held = self._held[sure:]
-        return False
+    def _reasoning(self) -> bool:
+        if not self._emit_up_to(self._markers.think_end, ReasoningDelta):
+            return False
+        self._has_reasoned = True
+        self._enter(_State.CONTENT)
+        return True
 
-    def _call(self, pieces: list[Piece]) -> bool:
-        if self._may_open and self._opens(pieces):
+    def _emit_up_to(self, marker: str, kind: type[TextDelta | ReasoningDelta]) -> bool:
+        """Emit the text before a marker, less the white space that touches it, and drop it."""
+        before, found, after = _parted(self._held, marker)
+        num_sure = len(before) if found else len(before) - _half(before, marker)
+        num_sure -= _num_gap(before[:num_sure])
+        self._emit(kind, before[:num_sure])
+        self._held = before[num_sure:]
+        if found:
+            self._gap, self._held = self._held, after
+        return bool(found)
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def _call(self) -> bool:
+        if self._may_open and self._opens():
             return True
         before, marker, after = _parted(self._held, self._markers.call_end)
-        sure = len(before) if marker else len(before) - _half(before, self._markers.call_end)
-        self._body.append(before[:sure])
-        self._num_body += sure
-        self._held = self._held[sure:]
+        num_sure = len(before) if marker else len(before) - _half(before, self._markers.call_end)
+        self._body.append(before[:num_sure])
+        self._num_body += num_sure
+        self._held = self._held[num_sure:]
         if self._num_body > MAX_CALL_CHARS:
             body = self._take_body()
             self._held = body[MAX_CALL_CHARS:] + self._held
-            self._tell_call(pieces, body[:MAX_CALL_CHARS], "")
+            self._break_call(body[:MAX_CALL_CHARS], "")
             return True
-        if not marker:
-            return False
-        self._held = after
-        self._finish_call(pieces, self._take_body(), marker)
-        return True
+        if marker:
+            self._held = after
+            self._finish_call(self._take_body(), marker)
+        return bool(marker)
 
     def _take_body(self) -> str:
         body = "".join(self._body)
         self._body, self._num_body = [], 0
         return body
 
-    # --- a call as it is written -------------------------------------------------------------
-
-    def _opens(self, pieces: list[Piece]) -> bool:
-        """Whether what has come is the head of a known tool's call; it is then told."""
+    def _opens(self) -> bool:
+        """True if the call begins with the name of a known tool; it is then emitted."""
         body = "".join(self._body) + self._held
         head = head_of(body)
         if head is None or head[0] not in self._schemas:
             self._may_open = head is None and len(body) < MAX_HEAD
             return False
         name, num_head = head
-        opened = Opened(_new_id(), name)
-        self._open = OpenCall(opened, self._schemas[name])
-        pieces.append(Piece(part=opened))
-        self._body, self._num_body = [body[:num_head]], num_head
+        self._open = OpenCall(ToolCallStart(new_call_id(), name), body[:num_head])
+        self._events.append(self._open.start)
+        self._body, self._num_body = [], num_head
         self._held, self._may_open = body[num_head:], False
-        self._enter(_State.ARGUMENTS)
+        self._state = _State.ARGUMENTS
         return True
 
-    def _arguments(self, pieces: list[Piece]) -> bool:
-        """More of the arguments; what is not theirs waits for the call's end."""
-        call, room = self._open, MAX_CALL_CHARS - self._num_body
+    def _arguments(self) -> bool:
+        call = self._open
         assert call is not None
-        given, self._held = self._held[:room], self._held[room:]
-        self._body.append(given)
-        self._num_body += len(given)
-        pieces += map(_piece, call.push(given))
-        if call.state is ScanState.OPEN and not self._held:
+        text = call.push(self._held[: MAX_CALL_CHARS - self._num_body])
+        self._held = self._held[len(text) :]
+        self._num_body += len(text)
+        if text:
+            self._events.append(ToolCallArguments(text))
+        is_open = call.scan.state is ScanState.OPEN
+        if is_open and not self._held:
             return False
-        body, rest = self._take_body(), call.rest
-        told, self._held = body[: len(body) - len(rest)], rest + self._held
-        call.num_told = len(told)
-        has_ended = bool(self._markers.call_end) and self._markers.call_end in told
-        if call.state is ScanState.OPEN or (call.state is ScanState.LOST and has_ended):
-            self._tell_call(pieces, told, "")
+        has_ended = bool(self._markers.call_end) and self._markers.call_end in call.text
+        if is_open or (call.scan.state is ScanState.LOST and has_ended):
+            self._break_call(call.text, "")
         else:
-            self._body, self._num_body = [told], len(told)
-            self._state = _State.CALL
+            self._body, self._state = [call.text], _State.CALL
         return True
 
-    # --- the end of a call ------------------------------------------------------------------
-
-    def _finish_call(self, pieces: list[Piece], body: str, end: str) -> None:
-        """Between two markers: calls, or else text."""
+    def _finish_call(self, body: str, end: str) -> None:
+        """The text between two markers is complete: calls, or else text."""
         calls = self._read(body)
-        if calls and self._open is None:
+        if not calls:
+            self._break_call(body, end)
+            return
+        if self._open is not None:
+            self._events.append(ToolCallEnd(calls[0][1]))
+            self._open = None
+        else:
             if self._max_calls is not None:
                 calls = calls[: self._max_calls - self.num_calls]
-            self.num_calls += len(calls)
-            pieces += [Piece(calls=calls)] if calls else []
-        elif self._open is not None and (parts := self._open.close(calls)):
-            self.num_calls += 1
-            self._open = None
-            pieces += map(_piece, parts)
-        else:
-            self._tell_call(pieces, body, end)
-            return
+            for name, arguments in calls:
+                self._events += whole_call(name, arguments)
+        self.num_calls += len(calls)
         self._enter(_State.START)
 
-    def _read(self, body: str) -> tuple[Call, ...]:
-        """The calls in a text; none where it cannot be read."""
+    def _read(self, body: str) -> list[tuple[str, str]]:
+        """Names and arguments of the calls in a text; none where it is not what was emitted."""
         assert self._parse is not None
         try:
-            return tuple(Call(_new_id(), name, _json(given)) for name, given in self._parse(body))
+            calls = self._parse(body)
+            if self._open is not None and not self._open.is_what_was_read(calls):
+                return []
+            return [(name, _json(given, self._schemas.get(name))) for name, given in calls]
         except PARSE_ERRORS:
-            return ()
+            return []
 
-    def _tell_call(self, pieces: list[Piece], body: str, end: str) -> None:
-        """What looked like a call is text, but for what has been told as one."""
+    def _break_call(self, body: str, end: str) -> None:
+        """What looked like a call is text, but for what was emitted as one."""
         self._enter(_State.CONTENT)
         self._is_fresh = False
         text = self._gap + self._markers.call_start + body + end
         if self._open is not None:
-            num_told = len(text) - len(end) - len(body) + self._open.num_told
-            pieces.append(Piece(part=Broken(text[:num_told])))
-            self._open, text = None, text[num_told:]
-        self._tell(pieces, Channel.CONTENT, text)
+            num_emitted = len(text) - len(end) - len(body) + len(self._open.text)
+            self._events.append(ToolCallInvalid(text[:num_emitted]))
+            self._open, text = None, text[num_emitted:]
+        self._body, self._num_body = [], 0
+        self._emit(TextDelta, text)
 
     def _enter(self, state: _State) -> None:
         self._state = state
         self._is_fresh = True
 
-    def _tell(self, pieces: list[Piece], channel: Channel, text: str) -> None:
+    def _emit(self, kind: type[TextDelta | ReasoningDelta], text: str) -> None:
         """Text leaves, but for the white space that touches a marker before it."""
-        follows_marker = channel is Channel.REASONING or self._has_thought or self.num_calls > 0
+        follows_marker = kind is ReasoningDelta or self._has_reasoned or self.num_calls > 0
         if self._is_fresh and follows_marker:
             text = text.lstrip()
         if text:
             self._is_fresh = False
-            pieces.append(Piece(channel, text))
+            self._events.append(kind(text))
 
 
 def _num_gap(text: str) -> int:
@@ -346,15 +324,18 @@ def _half(text: str, marker: str) -> int:
     )
 
 
-def _piece(part: CallPart) -> Piece:
-    return Piece(part=part)
-
-
-def _new_id() -> str:
+def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _json(arguments: Mapping[str, Any]) -> str:
+def whole_call(name: str, arguments: str) -> tuple[ParserEvent, ...]:
+    """The events of a call that comes at once."""
+    start = ToolCallStart(new_call_id(), name)
+    return (start, ToolCallArguments(arguments), ToolCallEnd(arguments))
+
+
+def _json(arguments: Any, schema: Any) -> str:
+    """Arguments in canonical form. Raises ValueError, and what `written` does."""
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are no object")
-    return written(arguments)
+    return written(repaired(arguments, schema))

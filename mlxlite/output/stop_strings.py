@@ -3,6 +3,56 @@
 from array import array
 
 
+class StopStrings:
+    """Gives text out up to the first stop string, and holds back what may still become one.
+
+    `met` is the stop string that was found. It may be found by `flush`: the one that begins first
+    wins, so a complete one waits while another, begun before it, may still be completed. Of those
+    that begin at the same place the shortest wins, being complete first. None of them is empty.
+    """
+
+    def __init__(self, strings: tuple[str, ...] = ()) -> None:
+        assert all(strings), "an empty stop string is a client's error, refused before"
+        self.met: str | None = None
+        self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(strings))
+        self._held = ""  # text that has been searched and may be the beginning of a stop string
+        self._num_given = 0  # characters before `_held`, given out
+
+    def push(self, text: str) -> str:
+        """More text; the text that is surely before any stop string, "" once one was met."""
+        if self.met is not None:
+            return ""
+        if not text or not self._searches:
+            return text
+        self._search(text)
+        first = min(self._searches, key=_StopSearch.rank)
+        return self._cut(first) if first.is_met else self._give(first.start)
+
+    def flush(self) -> str:
+        """No more text; what was held back, up to a stop string."""
+        met = [search for search in self._searches if search.is_met]
+        if met and self.met is None:
+            return self._cut(min(met, key=_StopSearch.rank))
+        return self._give(self._num_given + len(self._held))
+
+    def _search(self, text: str) -> None:
+        for search in self._searches:
+            search.push(text)
+        self._held += text
+
+    def _give(self, stop: int) -> str:
+        """The text from where we are up to the position `stop`."""
+        num = stop - self._num_given
+        given, self._held = self._held[:num], self._held[num:]
+        self._num_given = stop
+        return given
+
+    def _cut(self, search: "_StopSearch") -> str:
+        text = self._give(search.start)
+        self._held, self.met = "", search.string
+        return text
+
+
 class _StopSearch:
     """One stop string, looked for in text that comes in pieces (Knuth-Morris-Pratt).
 
@@ -58,7 +108,7 @@ def _borders(string: str) -> list[int]:
 MAX_PERIOD = 64  # tokens
 
 
-class LoopGuard:
+class RepetitionGuard:
     """Notices when an answer's last `num_tokens` are one piece of a few tokens, repeated."""
 
     def __init__(self, num_tokens: int) -> None:

@@ -15,10 +15,19 @@ import mlxlite
 from mlxlite.api.conversation import MAX_TOOLS, stable
 from mlxlite.api.endpoints.chat_completions import ChatWriter, parse_chat
 from mlxlite.api.request import ChatRequest
-from mlxlite.api.writers import Choice, Envelope, StreamOptions
+from mlxlite.api.writers import Call, Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
-from mlxlite.output.events import Arguments, Broken, Call, Channel, Closed, Delta, Done, Opened
+from mlxlite.output.events import (
+    Done,
+    ParserEvent,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
+)
 from mlxlite.output.grammar import Constraint, Kind
 from mlxlite.output.tool_arguments import repaired
 
@@ -449,23 +458,34 @@ ENVELOPE = Envelope("chatcmpl-1", 1, "m", "fp")
 CALLS = [Call(f"call_{i}", name, '{"a":1}') for i, name in enumerate("fgh")]
 USAGE = Usage(num_prompt=5, num_output=9, num_reasoning=3)
 DONE = Done(FinishReason.STOP, USAGE)
-DELTAS = [
-    Delta("hm", 1, channel=Channel.REASONING),
-    Delta(" so", 2, channel=Channel.REASONING),
-    Delta("I ", 3),
-    Delta("look.", 4),
-    Delta("", 6, calls=(CALLS[0], CALLS[1])),
-    Delta("", 8, part=Opened("call_2", "h")),
-    Delta("", 8, part=Arguments('{"a"')),
-    Delta("", 8, part=Arguments(":1}")),
-    Delta("", 8, part=Closed(CALLS[2])),
+
+
+def events_of(call: Call, *arguments: str) -> list[ParserEvent]:
+    return [
+        ToolCallStart(call.id, call.name),
+        *map(ToolCallArguments, arguments),
+        ToolCallEnd(call.arguments),
+    ]
+
+
+GROUPS: list[list[ParserEvent]] = [
+    [ReasoningDelta("hm")],
+    [ReasoningDelta(" so")],
+    [TextDelta("I ")],
+    [TextDelta("look.")],
+    [*events_of(CALLS[0], CALLS[0].arguments), *events_of(CALLS[1], CALLS[1].arguments)],
+    events_of(CALLS[2], '{"a"', ":1}"),
 ]
 
 
-def whole(deltas: list[Delta], done: Done) -> dict[str, Any]:
-    choice = Choice()
-    for delta in deltas:
-        choice.take(delta)
+def flat(groups: list[list[ParserEvent]]) -> list[ParserEvent]:
+    return [event for group in groups for event in group]
+
+
+def whole(events: list[ParserEvent], done: Done) -> dict[str, Any]:
+    choice = Collected()
+    for event in events:
+        choice.take(event)
     choice.done = done
     writer = ChatWriter(ENVELOPE, lambda _: b"")
     answer = json.loads(writer.whole([choice], done.usage))
@@ -473,9 +493,9 @@ def whole(deltas: list[Delta], done: Done) -> dict[str, Any]:
     return folded | {"usage": answer["usage"]}
 
 
-def streamed(deltas: list[Delta], done: Done) -> list[dict[str, Any]]:
+def streamed(events: list[ParserEvent], done: Done) -> list[dict[str, Any]]:
     writer = ChatWriter(ENVELOPE, lambda _: b"", StreamOptions())
-    data = writer.begin() + b"".join(writer.delta(0, delta) for delta in deltas)
+    data = writer.begin() + b"".join(writer.event(0, event) for event in events)
     data += writer.done(0, done, done.usage)
     frames = [frame.removeprefix("data: ") for frame in data.decode().split("\n\n")[:-1]]
     assert frames.pop() == "[DONE]"
@@ -523,14 +543,14 @@ def folded(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("first", range(6))
 @pytest.mark.parametrize("last", range(7))
 def test_a_stream_folded_is_the_whole_answer(first: int, last: int, reason: FinishReason):
-    deltas = DELTAS[first : min(last, 5)] + (DELTAS[5:] if last > 5 else [])
-    done = Done(reason, USAGE, num_calls=len(whole(deltas, DONE)["message"].get("tool_calls", ())))
-    assert folded(streamed(deltas, done)) == whole(deltas, done)
+    events = flat(GROUPS[first:last])
+    done = Done(reason, USAGE, num_calls=len(whole(events, DONE)["message"].get("tool_calls", ())))
+    assert folded(streamed(events, done)) == whole(events, done)
 
 
 def test_an_answer_of_calls_alone_has_no_content_and_says_why_it_ended():
     done = Done(FinishReason.STOP, USAGE, num_calls=1)
-    answer = whole(DELTAS[5:], done)
+    answer = whole(GROUPS[5], done)
     assert answer["message"]["content"] is None
     assert answer["finish_reason"] == "tool_calls"
     assert answer["message"]["tool_calls"] == [
@@ -540,11 +560,11 @@ def test_an_answer_of_calls_alone_has_no_content_and_says_why_it_ended():
 
 def test_a_call_that_breaks_is_text_and_in_a_stream_what_has_been_told_of_it():
     broken = [
-        Delta("a", 1),
-        Delta("", 2, part=Opened("call_0", "f")),
-        Delta("", 3, part=Arguments('{"a":')),
-        Delta("", 4, part=Broken('<call>{"a":')),
-        Delta("!</call>", 4),
+        TextDelta("a"),
+        ToolCallStart("call_0", "f"),
+        ToolCallArguments('{"a":'),
+        ToolCallInvalid('<call>{"a":'),
+        TextDelta("!</call>"),
     ]
     answer = whole(broken, DONE)
     assert answer["message"]["content"] == 'a<call>{"a":!</call>'
@@ -558,16 +578,16 @@ def test_a_call_that_breaks_is_text_and_in_a_stream_what_has_been_told_of_it():
 
 def test_an_answer_that_was_cut_after_a_call_was_cut():
     done = Done(FinishReason.LENGTH, USAGE, num_calls=3)
-    assert whole(DELTAS, done)["finish_reason"] == "length"
+    assert whole(flat(GROUPS), done)["finish_reason"] == "length"
 
 
 def test_reasoning_has_two_names_and_a_count():
     done = Done(FinishReason.STOP, USAGE)
-    answer = whole(DELTAS[:4], done)
+    answer = whole(flat(GROUPS[:4]), done)
     assert answer["message"]["reasoning_content"] == answer["message"]["reasoning"] == "hm so"
     assert answer["message"]["content"] == "I look."
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 3}
-    assert "reasoning" not in whole(DELTAS[2:4], done)["message"]
+    assert "reasoning" not in whole(flat(GROUPS[2:4]), done)["message"]
 
 
 # --- over HTTP, with the demo model -------------------------------------------------------------
@@ -656,8 +676,10 @@ def test_a_conversation_with_a_tool_takes_two_steps(client: OpenAI, is_stream: b
 def test_a_stream_with_a_call_says_what_the_whole_answer_says(client: OpenAI):
     one, other = seen(create(client, [QUESTION])), seen(create(client, [QUESTION], stream=True))
     one["content"] = other["content"] = one["content"] or other["content"] or None
+    (written,), (streamed,) = one.pop("calls"), other.pop("calls")
     assert one == other
-    assert one["calls"] == [("function", "get_weather", '{"city":"Paris"}')]
+    assert written == ("function", "get_weather", '{"city":"Paris"}')
+    assert streamed == ("function", "get_weather", '{"city": "Paris"}'), "as the model writes it"
 
 
 def raw_stream(client: OpenAI, **fields: Any) -> list[Any]:
@@ -683,7 +705,7 @@ def test_a_streams_call_is_opened_and_its_arguments_follow_as_they_are_written(c
     told = [more["function"]["arguments"] for (more,) in others]
     assert others == [[{"index": 0, "function": {"arguments": text}}] for text in told]
     assert len(told) > 3
-    assert "".join(told) == '{"city":"Paris"}'
+    assert "".join(told) == '{"city": "Paris"}'
     assert not any("<tool_call" in (choice.delta.content or "") for choice in deltas)
     assert deltas[-1].finish_reason == "tool_calls"
 
@@ -704,7 +726,7 @@ def test_in_a_stream_arguments_that_are_cut_stay_as_they_are(client: OpenAI):
         calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
         texts = [call.function.arguments or "" for call in calls if call.function]
         partial.add("".join(texts))
-    whole = '{"city":"Paris"}'
+    whole = '{"city": "Paris"}'
     assert whole in partial
     assert all(whole.startswith(arguments) for arguments in partial)
     assert len(partial) > 3

@@ -20,7 +20,7 @@ from mlxlite.api.openapi import document
 from mlxlite.api.readers import parse_object, text
 from mlxlite.api.request import GENERATION_FIELDS, SAMPLING_FIELDS, ChatRequest, shared_options
 from mlxlite.api.service import Service
-from mlxlite.api.writers import Choice
+from mlxlite.api.writers import Collected
 from mlxlite.config.options import Config
 from mlxlite.engine.sampling_params import SamplingParams, param
 from mlxlite.engine.sequence import Usage
@@ -44,10 +44,7 @@ class ToyWriter:
     def begin(self) -> bytes:
         return b""
 
-    def delta(self, index: int, delta: Any) -> bytes:
-        return b""
-
-    def progress(self, index: int, progress: Any) -> bytes:
+    def event(self, index: int, event: Any) -> bytes:
         return b""
 
     def done(self, index: int, done: Any, total: Usage | None) -> bytes:
@@ -56,8 +53,8 @@ class ToyWriter:
     def fail(self, error: APIError) -> bytes:
         return error.body()
 
-    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
-        return orjson.dumps({"reply": "".join(choices[0].texts), "tokens": total.num_output})
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
+        return orjson.dumps({"reply": choices[0].text, "tokens": total.num_output})
 
 
 TOY = Endpoint(

@@ -23,7 +23,8 @@ from mlxlite.api.generate import context_exceeded, failure, total_usage
 from mlxlite.api.service import ModelCard
 from mlxlite.api.writers import (
     MIN_LOGPROB,
-    Choice,
+    Call,
+    Collected,
     Envelope,
     StreamOptions,
     Writer,
@@ -36,15 +37,15 @@ from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.engine.step import Load
 from mlxlite.http.errors import APIError, Cause, bad, clip, later
 from mlxlite.output.events import (
-    Arguments,
-    Broken,
-    Call,
-    Channel,
-    Closed,
-    Delta,
     Done,
-    Opened,
+    ParserEvent,
     Progress,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
 )
 from mlxlite.prefix_cache.operations import CacheStats
 
@@ -96,20 +97,20 @@ def writer(*, num_choices: int = 1, include_usage: bool = False, **options: bool
 def chunks_of(text: str, done: Done = DONE, *, include_usage: bool = False) -> list[Any]:
     """One choice's stream: role, text, finish and, where it was asked for, usage."""
     chat: Writer = writer(include_usage=include_usage)
-    frames = chat.begin() + chat.delta(0, Delta(text, 1)) + chat.done(0, done, done.usage)
+    frames = chat.begin() + chat.event(0, TextDelta(text)) + chat.done(0, done, done.usage)
     *payloads, end = payloads_of(frames)
     assert end == b"[DONE]"
     return [json.loads(payload) for payload in payloads]
 
 
-def completion(*choices: Choice, has_logprobs: bool = False) -> bytes:
+def completion(*choices: Collected, has_logprobs: bool = False) -> bytes:
     chat = ChatWriter(ENVELOPE, token_bytes, num_choices=len(choices), has_logprobs=has_logprobs)
     dones = [choice.done for choice in choices if choice.done is not None]
     return chat.whole(choices, total_usage(dones))
 
 
 def whole(text: str = "hello", done: Done = DONE) -> Any:
-    return json.loads(completion(Choice([text], done=done)))
+    return json.loads(completion(Collected([text], done=done)))
 
 
 # --- the whole answer ---------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_a_whole_answer_has_every_key_that_openais_document_requires() -> None:
 @pytest.mark.parametrize("text", AWKWARD)
 def test_a_whole_answer_is_what_openais_own_types_take(text: str) -> None:
     answer = ChatCompletion.model_validate_json(
-        completion(Choice([text[:2], text[2:]], done=DONE)), strict=True
+        completion(Collected([text[:2], text[2:]], done=DONE)), strict=True
     )
     assert answer.choices[0].message.content == text
     assert answer.usage is not None
@@ -203,23 +204,30 @@ def called(call: Call) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def choice_of(*deltas: Delta, done: Done = DONE) -> Any:
+def call_events(call: Call) -> list[ParserEvent]:
+    """A call that comes whole."""
+    return [
+        ToolCallStart(call.id, call.name),
+        ToolCallArguments(call.arguments),
+        ToolCallEnd(call.arguments),
+    ]
+
+
+def choice_of(*events: ParserEvent, done: Done = DONE) -> Any:
     """What a whole answer says of these."""
-    choice = Choice(done=done)
-    for delta in deltas:
-        choice.take(delta)
+    choice = Collected(done=done)
+    for event in events:
+        choice.take(event)
     raw = completion(choice)
     if done.reason is not FinishReason.CANCELLED:  # which OpenAI has no word for
         ChatCompletion.model_validate_json(raw, strict=True)
     return json.loads(raw)["choices"][0]
 
 
-def thought(text: str, *, num_output: int = 1) -> Delta:
-    return Delta(text, num_output, channel=Channel.REASONING)
-
-
 def test_reasoning_is_apart_from_the_content_under_both_names() -> None:
-    message = choice_of(thought("hm"), thought("m"), Delta("hel", 2), Delta("lo", 3))["message"]
+    message = choice_of(
+        ReasoningDelta("hm"), ReasoningDelta("m"), TextDelta("hel"), TextDelta("lo")
+    )["message"]
     assert message == {
         "role": "assistant",
         "content": "hello",
@@ -227,16 +235,16 @@ def test_reasoning_is_apart_from_the_content_under_both_names() -> None:
         "reasoning_content": "hmm",
         "reasoning": "hmm",
     }
-    assert choice_of(thought("hmm"))["message"]["content"] == ""
-    assert choice_of(Delta("x", 1))["message"].keys().isdisjoint({"reasoning", "tool_calls"})
+    assert choice_of(ReasoningDelta("hmm"))["message"]["content"] == ""
+    assert choice_of(TextDelta("x"))["message"].keys().isdisjoint({"reasoning", "tool_calls"})
 
 
 def test_calls_are_listed_and_without_text_the_content_is_null() -> None:
-    alone = choice_of(Delta("", 1, calls=(F,)), Delta("", 2, calls=(G,)), done=CALLED)
+    alone = choice_of(*call_events(F), *call_events(G), done=CALLED)
     assert alone["message"]["content"] is None
     assert alone["message"]["tool_calls"] == [called(F), called(G)]
     assert alone["finish_reason"] == "tool_calls"
-    both = choice_of(Delta("text", 1), Delta("", 1, calls=(F,)), done=CALLED)
+    both = choice_of(TextDelta("text"), *call_events(F), done=CALLED)
     assert both["message"]["content"] == "text"
 
 
@@ -253,7 +261,7 @@ def test_only_an_answer_that_ended_by_itself_ends_with_its_calls(
 ) -> None:
     done = replace(CALLED, reason=reason)
     assert finish_reason(done) == said
-    assert choice_of(Delta("", 1, calls=(F,)), done=done)["finish_reason"] == said
+    assert choice_of(*call_events(F), done=done)["finish_reason"] == said
     assert chunks_of("x", done)[-1]["choices"][0]["finish_reason"] == said
 
 
@@ -263,41 +271,45 @@ def test_only_an_answer_that_ended_by_itself_ends_with_its_calls(
 )
 def test_the_stop_string_that_was_met_is_told(reason: FinishReason, stop: str | None) -> None:
     done = replace(DONE, reason=reason, stop=stop)
-    assert choice_of(Delta("x", 1), done=done)["stop_reason"] == stop
+    assert choice_of(TextDelta("x"), done=done)["stop_reason"] == stop
     *others, last = chunks_of("x", done)
     assert last["choices"][0]["stop_reason"] == stop
     assert all("stop_reason" not in chunk["choices"][0] for chunk in others)
 
 
-def test_a_chunk_is_of_one_channel_and_calls_are_numbered_by_choice() -> None:
+def test_a_chunk_is_of_one_kind_and_calls_are_numbered_by_choice() -> None:
     chat = writer(num_choices=2)
 
-    def said(index: int, delta: Delta) -> Any:
-        chunk = one_chunk(chat.delta(index, delta))
+    def said(index: int, event: ParserEvent) -> Any:
+        chunk = one_chunk(chat.event(index, event))
         ChatCompletionChunk.model_validate(chunk, strict=True)
         (choice,) = chunk["choices"]
         assert (choice["index"], choice["finish_reason"]) == (index, None)
         return choice["delta"]
 
-    assert said(0, thought("hm")) == {"reasoning_content": "hm", "reasoning": "hm"}
-    assert said(0, Delta("x", 2)) == {"content": "x"}
-    assert said(0, Delta("", 3, calls=(F,))) == {"tool_calls": [{"index": 0} | called(F)]}
-    assert said(1, Delta("", 3, calls=(G,))) == {"tool_calls": [{"index": 0} | called(G)]}
-    assert said(0, Delta("", 4, calls=(G, F))) == {
-        "tool_calls": [{"index": 1} | called(G), {"index": 2} | called(F)]
-    }
+    def start(number: int, call: Call) -> Any:
+        return {"tool_calls": [{"index": number} | called(replace(call, arguments=""))]}
+
+    assert said(0, ReasoningDelta("hm")) == {"reasoning_content": "hm", "reasoning": "hm"}
+    assert said(0, TextDelta("x")) == {"content": "x"}
+    for index, number, call in ((0, 0, F), (1, 0, G), (0, 1, G), (0, 2, F)):
+        begun, arguments, end = call_events(call)
+        assert said(index, begun) == start(number, call)
+        more = {"index": number, "function": {"arguments": call.arguments}}
+        assert said(index, arguments) == {"tool_calls": [more]}
+        assert chat.event(index, end) == b""
 
 
-def test_a_call_in_parts_is_opened_and_then_only_its_arguments_are_told() -> None:
+def test_a_call_is_started_and_then_only_its_arguments_are_written() -> None:
     chat = writer()
-    parts = [
-        Opened("call_1", "f"),
-        Arguments('{"a"'),
-        Arguments(":1}"),
-        Closed(F),
-        Opened("x", "g"),
+    events = [
+        ToolCallStart("call_1", "f"),
+        ToolCallArguments('{"a"'),
+        ToolCallArguments(":1}"),
+        ToolCallEnd(F.arguments),
+        ToolCallStart("x", "g"),
     ]
-    frames = [chat.delta(0, Delta("", i, part=part)) for i, part in enumerate(parts)]
+    frames = [chat.event(0, event) for event in events]
     assert frames.pop(3) == b""
     deltas = [one_chunk(frame)["choices"][0]["delta"]["tool_calls"] for frame in frames]
     assert deltas == [
@@ -306,7 +318,7 @@ def test_a_call_in_parts_is_opened_and_then_only_its_arguments_are_told() -> Non
         [{"index": 0, "function": {"arguments": ":1}"}}],
         [{"index": 1} | called(Call("x", "g", ""))],
     ]
-    assert one_chunk(chat.delta(0, Delta("", 6, LOGPROBS, part=Broken(""))))["choices"][0] == {
+    assert one_chunk(chat.event(0, ToolCallInvalid("", logprobs=LOGPROBS)))["choices"][0] == {
         "index": 0,
         "delta": {},
         "logprobs": {"content": logprobs_json(LOGPROBS, token_bytes)},
@@ -314,11 +326,11 @@ def test_a_call_in_parts_is_opened_and_then_only_its_arguments_are_told() -> Non
     }
 
 
-@pytest.mark.parametrize("delta", [thought("hm"), Delta("", 2, calls=(F,))])
-def test_reasoning_and_calls_carry_what_was_asked_for_too(delta: Delta) -> None:
-    delta = replace(delta, logprobs=LOGPROBS, usage=USAGE)
+@pytest.mark.parametrize("event", [ReasoningDelta("hm"), *call_events(F)])
+def test_reasoning_and_calls_carry_what_was_asked_for_too(event: Any) -> None:
+    event = replace(event, logprobs=LOGPROBS, usage=USAGE)
     options = {"include_usage": True, "continuous_usage": True, "timings_per_token": True}
-    chunk = one_chunk(writer(**options).delta(0, delta))
+    chunk = one_chunk(writer(**options).event(0, event))
     assert chunk["usage"] == usage_json(USAGE)
     assert chunk["timings"] == timings_json(USAGE)
     entries = logprobs_json(LOGPROBS, token_bytes)
@@ -431,7 +443,7 @@ def test_any_text_survives_a_chunk(text: str, include_usage: bool) -> None:
 def test_any_model_name_survives_the_frame_that_is_built_once(model: str) -> None:
     chat = ChatWriter(replace(ENVELOPE, model=model), token_bytes, num_choices=2)
     for index in range(2):
-        chunk = one_chunk(chat.delta(index, Delta("x", 1)))
+        chunk = one_chunk(chat.event(index, TextDelta("x")))
         assert chunk["model"] == model
         assert chunk["choices"][0]["index"] == index
         assert chunk["choices"][0]["delta"] == {"content": "x"}
@@ -439,7 +451,7 @@ def test_any_model_name_survives_the_frame_that_is_built_once(model: str) -> Non
 
 def test_a_stream_folds_to_the_whole_answer() -> None:
     chat = writer()
-    texts = [one_chunk(chat.delta(0, Delta(text, 1))) for text in AWKWARD]
+    texts = [one_chunk(chat.event(0, TextDelta(text))) for text in AWKWARD]
     joined = "".join(chunk["choices"][0]["delta"]["content"] for chunk in texts)
     assert joined == whole("".join(AWKWARD))["choices"][0]["message"]["content"]
 
@@ -451,7 +463,7 @@ OTHER = Done(FinishReason.LENGTH, replace(USAGE, num_output=7, prefill_s=0.6, de
 
 def test_choices_are_numbered_and_each_has_its_own_end() -> None:
     answer = ChatCompletion.model_validate_json(
-        completion(Choice(["one"], done=DONE), Choice(["two"], done=OTHER)), strict=True
+        completion(Collected(["one"], done=DONE), Collected(["two"], done=OTHER)), strict=True
     )
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert [choice.message.content for choice in answer.choices] == ["one", "two"]
@@ -459,7 +471,9 @@ def test_choices_are_numbered_and_each_has_its_own_end() -> None:
 
 
 def test_usage_adds_the_choices_up_and_counts_the_prompt_once() -> None:
-    answer = json.loads(completion(Choice(done=DONE), Choice(done=OTHER), Choice(done=DONE)))
+    answer = json.loads(
+        completion(Collected(done=DONE), Collected(done=OTHER), Collected(done=DONE))
+    )
     assert answer["usage"]["prompt_tokens"] == 10
     assert answer["usage"]["completion_tokens"] == 5 + 7 + 5
     assert answer["usage"]["total_tokens"] == 27
@@ -478,8 +492,8 @@ def test_a_stream_of_choices_has_a_role_and_a_finish_for_each_and_one_usage(
     total = total_usage([OTHER, DONE])
     frames = [
         chat.begin(),
-        chat.delta(1, Delta("two", 1)),
-        chat.delta(0, Delta("one", 1)),
+        chat.event(1, TextDelta("two")),
+        chat.event(0, TextDelta("one")),
         chat.done(1, OTHER, None),
         chat.done(0, DONE, total),
     ]
@@ -511,22 +525,22 @@ def test_a_stream_of_choices_has_a_role_and_a_finish_for_each_and_one_usage(
 @pytest.mark.parametrize("logprobs", [(), ((97, Logprobs(-0.5)),)])
 def test_usage_and_timings_come_with_every_text_where_they_were_asked_for(logprobs: Any) -> None:
     now = replace(USAGE, num_output=2)
-    delta = Delta("x", 2, logprobs, now)
-    plain = one_chunk(writer().delta(0, delta))
+    delta = TextDelta("x", logprobs=logprobs, usage=now)
+    plain = one_chunk(writer().event(0, delta))
     assert "timings" not in plain
     assert "usage" not in plain
-    usage = one_chunk(writer(include_usage=True, continuous_usage=True).delta(0, delta))
+    usage = one_chunk(writer(include_usage=True, continuous_usage=True).event(0, delta))
     assert usage == plain | {"usage": usage_json(now)}
-    timed = one_chunk(writer(timings_per_token=True).delta(0, delta))
+    timed = one_chunk(writer(timings_per_token=True).event(0, delta))
     assert timed == plain | {"timings": timings_json(now)}
     both = writer(include_usage=True, continuous_usage=True, timings_per_token=True)
-    assert one_chunk(both.delta(0, delta)) == usage | timed
+    assert one_chunk(both.event(0, delta)) == usage | timed
     ChatCompletionChunk.model_validate(usage, strict=True)
 
 
 def test_progress_is_llama_servers_object_in_a_chunk_without_text() -> None:
     usage = replace(USAGE, num_output=0, prefill_s=0.0625)
-    chunk = one_chunk(writer(num_choices=2).progress(1, Progress(7, usage)))
+    chunk = one_chunk(writer(num_choices=2).event(1, Progress(7, usage)))
     assert chunk["prompt_progress"] == {"total": 10, "cache": 4, "processed": 7, "time_ms": 62.5}
     (choice,) = chunk["choices"]
     assert (choice["index"], choice["delta"], choice["finish_reason"]) == (1, {}, None)
@@ -573,7 +587,7 @@ LOGPROBS = ((0xF0, Logprobs(-1.0, ((0xF0, -1.0), (65, -math.inf)))), (0x9F, Logp
 
 def test_logprobs_are_what_openais_own_types_take() -> None:
     entries = logprobs_json(LOGPROBS, token_bytes)
-    choices = Choice(["x"], drawn=list(LOGPROBS), done=DONE), Choice([], done=DONE)
+    choices = Collected(["x"], drawn=list(LOGPROBS), done=DONE), Collected([], done=DONE)
     asked = ChatCompletion.model_validate_json(completion(*choices, has_logprobs=True), strict=True)
     said, silent = asked.choices
     assert said.logprobs is not None
@@ -582,7 +596,7 @@ def test_logprobs_are_what_openais_own_types_take() -> None:
     assert silent.logprobs is not None
     assert silent.logprobs.content == []
     unasked = ChatCompletion.model_validate_json(
-        completion(Choice(["x"], done=DONE), Choice(["y"], done=DONE)), strict=True
+        completion(Collected(["x"], done=DONE), Collected(["y"], done=DONE)), strict=True
     )
     assert [choice.logprobs for choice in unasked.choices] == [None, None]
 
@@ -591,7 +605,7 @@ def test_logprobs_are_what_openais_own_types_take() -> None:
 @pytest.mark.parametrize("text", ["", "x", '"\0"\n'])
 def test_a_chunk_carries_the_logprobs_of_its_tokens(text: str, include_usage: bool) -> None:
     chat = writer(num_choices=2, include_usage=include_usage)
-    (payload,) = payloads_of(chat.delta(1, Delta(text, 2, LOGPROBS)))
+    (payload,) = payloads_of(chat.event(1, TextDelta(text, logprobs=LOGPROBS)))
     chunk = ChatCompletionChunk.model_validate_json(payload, strict=True)
     (choice,) = chunk.choices
     assert choice.index == 1
@@ -602,7 +616,7 @@ def test_a_chunk_carries_the_logprobs_of_its_tokens(text: str, include_usage: bo
     assert entries == logprobs_json(LOGPROBS, token_bytes)
     asked = json.loads(payload)
     asked["choices"][0]["logprobs"] = None
-    assert asked == one_chunk(chat.delta(1, Delta(text, 2))), "and is like any other in all else"
+    assert asked == one_chunk(chat.event(1, TextDelta(text))), "and is like any other in all else"
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -525,7 +525,7 @@ def test_a_streams_arguments_come_as_they_are_written(client: Any, responses: An
         told = [event.delta for event in stream if event.type == kind]
         (call,) = stream.get_final_response().output
     assert len(told) > 3
-    assert "".join(told) == call.arguments == '{"city":"Paris"}'
+    assert "".join(told) == call.arguments == '{"city": "Paris"}'
 
 
 def test_arguments_that_are_cut_are_what_there_is(client: Any, responses: Any) -> None:
@@ -543,7 +543,7 @@ def test_arguments_that_are_cut_are_what_there_is(client: Any, responses: Any) -
             last = list(stream)[-1]
         assert last.type == "response.incomplete"
         calls = [item for item in last.response.output if item.type == "function_call"]
-        assert all('{"city":"Paris"}'.startswith(call.arguments) for call in calls)
+        assert all('{"city": "Paris"}'.startswith(call.arguments) for call in calls)
     assert [call.status for call in calls] == ["completed"]
     assert inputs == [{"city": "Paris"}]
 

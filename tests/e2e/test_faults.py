@@ -327,7 +327,7 @@ class FaultyModel(FakeModel):
 
 
 def faulty(error: BaseException) -> FaultyModel:
-    made = FaultyModel(markers=MARKERS)
+    made = FaultyModel(output_format=MARKERS)
     made.fault = error
     return made
 

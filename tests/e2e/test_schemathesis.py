@@ -23,8 +23,8 @@ from schemathesis.specs.openapi import checks  # noqa: E402
 import mlxlite  # noqa: E402
 from mlxlite.api.endpoints import ENDPOINTS  # noqa: E402
 from mlxlite.api.endpoints.chat_completions import FIELDS  # noqa: E402
-from mlxlite.api.endpoints.responses import _STATUSES  # noqa: E402
 from mlxlite.api.openapi import EVENTS, document, openapi_endpoint  # noqa: E402
+from mlxlite.api.responses_writer import _STATUSES  # noqa: E402
 from mlxlite.config.options import DEMO_ID  # noqa: E402
 
 KEY = "a-key"

@@ -1,4 +1,4 @@
-"""The engine: every sink gets its text, exactly one `Done`, and nothing after it.
+"""The engine: every sink gets its tokens, exactly one `Finished`, and nothing after it.
 
 `RecordingSink` asserts the last part in every test here, and `FakeRunner` that the steps make
 sense. Nothing sleeps: tests wait for events, and times that must not pass are an hour.
@@ -19,6 +19,7 @@ from fakes import (
     FakeRunner,
     RecordingSink,
     SilentObserver,
+    SinkOutput,
     answer,
     fake_logprobs,
     make_choices,
@@ -32,9 +33,7 @@ from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueF
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Logprobs, Prompt, Sequence
-from mlxlite.engine.step import Chunk, Step
-from mlxlite.output.events import Channel, Delta, Done, Output
-from mlxlite.output.markers import Channels, Markers
+from mlxlite.engine.step import Chunk, Finished, Prefilled, SinkFailed, Step, Token
 
 HOUR_S = 3600.0
 TIMEOUT_S = 30.0  # far above what any wait here needs
@@ -53,12 +52,10 @@ class Served:
     def add(
         self,
         sequence: Sequence,
-        stop: tuple[str, ...] = (),
-        react: Callable[[Output], None] | None = None,
-        listen: Callable[[], Channels] | None = None,
+        react: Callable[[SinkOutput], None] | None = None,
     ) -> RecordingSink:
         sink = RecordingSink(react)
-        self.engine.add([sequence], stop, [sink], listen=listen)
+        self.engine.add([sequence], [sink])
         return sink
 
 
@@ -71,7 +68,7 @@ async def serve(
     runner = runner or FakeRunner()
     lane, observer = Lane(), SilentObserver()
     scheduler = Scheduler(policy or Policy())
-    engine = Engine(scheduler, runner, spell, lane=lane, observer=observer, options=options)
+    engine = Engine(scheduler, runner, lane=lane, observer=observer, options=options)
     task = asyncio.create_task(engine.run())
     try:
         yield Served(engine, lane, runner, observer, task)
@@ -132,23 +129,12 @@ def test_every_sink_gets_its_own_text_and_one_done(max_rows: int):
                 done = await sink.wait()
                 assert done.reason is FinishReason.LENGTH
                 assert done.error is None
-                assert done.stop is None
                 assert sink.text == spell(answer(sequence))
                 assert done.usage.num_prompt == len(sequence.prompt.tokens)
                 assert done.usage.num_output == sequence.max_tokens
             assert served.engine.num_live == 0
             assert served.observer.reasons == ["length"] * 6
             assert served.observer.num_tokens == sum(s.max_tokens for s in sequences)
-
-    play(scenario())
-
-
-def test_deltas_count_the_tokens_so_far():
-    async def scenario() -> None:
-        async with serve() as served:
-            sink = served.add(make_sequence(1, max_tokens=5))
-            await sink.wait()
-            assert [o.num_output for o in sink.outputs if isinstance(o, Delta)] == [1, 2, 3, 4, 5]
 
     play(scenario())
 
@@ -196,193 +182,58 @@ def test_an_end_token_has_no_text_and_is_counted():
             done = await sink.wait()
             assert sink.text == "ab"
             assert done.reason is FinishReason.STOP
-            assert done.stop is None
             assert done.usage.num_output == 3
 
     play(scenario())
 
 
-def test_an_answer_that_is_only_an_end_token_is_a_done_alone():
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [25]})) as served:
-            sink = served.add(make_sequence(1, eos_tokens=frozenset({25})))
-            await sink.wait()
-            assert len(sink.outputs) == 1
-
-    play(scenario())
-
-
-def test_a_stop_string_across_tokens_cuts_the_text_and_frees_the_row():
+def test_a_sink_that_has_enough_ends_its_sequence_and_frees_the_row():
     async def scenario() -> None:
         async with serve(FakeRunner(answers={1: [0, 1, 2, 3, 4, 5, 6]})) as served:
-            sink = served.add(make_sequence(1, max_tokens=1000), stop=("xyz", "cde"))
+
+            def finish(output: SinkOutput) -> None:
+                if isinstance(output, Token) and output.token == 4:
+                    served.engine.finish(1, FinishReason.STOP)
+
+            sink = served.add(make_sequence(1, max_tokens=1000), finish)
             done = await sink.wait()
-            assert sink.text == "ab"
+            assert sink.text == "abcde"
             assert done.reason is FinishReason.STOP
-            assert done.stop == "cde"
             assert done.usage.num_output == 5
+            assert served.observer.reasons == ["stop"]
         assert sum(1 in step.rows for step in served.runner.steps) == 7  # two are overshoot
 
     play(scenario())
 
 
-def test_a_stop_string_completed_by_the_last_allowed_token_is_a_stop():
+def test_a_sequence_that_its_sink_ends_with_the_last_allowed_token_is_observed_as_a_stop():
     async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [0, 1, 2, 3]})) as served:
-            sink = served.add(make_sequence(1, max_tokens=4), stop=("cd",))
-            done = await sink.wait()
-            assert (sink.text, done.reason, done.stop) == ("ab", FinishReason.STOP, "cd")
-            assert done.usage.num_output == 4
+        async with serve() as served:
+
+            def finish(output: SinkOutput) -> None:
+                if len(sink.outputs) == 4:
+                    served.engine.finish(1, FinishReason.STOP)
+
+            sink = served.add(make_sequence(1, max_tokens=4), finish)
+            assert (await sink.wait()).usage.num_output == 4
             assert served.observer.reasons == ["stop"]
 
     play(scenario())
 
 
-def test_a_stop_string_that_waits_for_a_longer_one_is_met_at_the_end():
-    """ "bc" is complete, but "abcd" began before it and might still have come."""
-
+def test_progress_and_usage_come_to_the_sinks_that_want_them():
     async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [9, 0, 1, 2]})) as served:
-            sink = served.add(make_sequence(1, max_tokens=4), stop=("abcd", "bc"))
-            done = await sink.wait()
-            assert (sink.text, done.reason, done.stop) == ("ja", FinishReason.STOP, "bc")
-
-    play(scenario())
-
-
-def test_half_a_stop_string_is_given_out_at_the_end():
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [0, 1, 2, 3], 2: [0, 1, 2, 25]})) as served:
-            cut = served.add(make_sequence(1, max_tokens=4), stop=("cdx",))
-            ended = served.add(make_sequence(2, eos_tokens=frozenset({25})), stop=("bcd",))
-            assert (await cut.wait()).reason is FinishReason.LENGTH
-            assert (await ended.wait()).reason is FinishReason.STOP
-            assert (cut.text, ended.text) == ("abcd", "abc")
-
-    play(scenario())
-
-
-# --- repetition and channels ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("piece", [[0], [0, 1], [0, 1, 2, 3, 4, 5, 6]])
-def test_an_answer_that_goes_in_circles_ends_and_says_why(piece: list[int]):
-    options = EngineOptions(guard=32)
-    answers = {1: [7, 8, 9, *piece * 100], 2: [7, 8, 9, *piece * 100]}
-
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers=answers), options=options) as served:
-            sink = served.add(make_sequence(1, max_tokens=100))
-            done = await sink.wait()
-            assert (done.reason, done.stop, done.error) == (FinishReason.LENGTH, "repetition", None)
-            assert 3 + 32 <= done.usage.num_output <= 3 + 32 + 16
-            assert sink.text == spell(answers[1])[: done.usage.num_output]
-            assert served.observer.reasons == ["length"]
-            assert served.engine.num_live == 0
-        async with serve(FakeRunner(answers=answers)) as served:
-            done = await served.add(make_sequence(2, max_tokens=100)).wait()
-            assert (done.usage.num_output, done.stop) == (100, None), "nobody has asked for it"
-
-    play(scenario())
-
-
-def test_a_stop_string_that_is_met_as_the_guard_strikes_is_what_is_told():
-    async def scenario() -> None:
-        options = EngineOptions(guard=32)
-        async with serve(FakeRunner(answers={1: [0, 1] * 100}), options=options) as served:
-            sink = served.add(make_sequence(1, max_tokens=100), stop=("ab" * 16,))
-            done = await sink.wait()
-            assert (sink.text, done.stop, done.reason) == ("", "ab" * 16, FinishReason.STOP)
-
-    play(scenario())
-
-
-def test_an_answer_that_varies_is_left_alone_by_the_guard():
-    varied = [n % 11 for n in range(200)]  # eleven tokens are more than a quarter of 32
-
-    async def scenario() -> None:
-        options = EngineOptions(guard=32)
-        async with serve(FakeRunner(answers={1: varied}), options=options) as served:
-            done = await served.add(make_sequence(1, max_tokens=200)).wait()
-            assert (done.usage.num_output, done.stop) == (200, None)
-
-    play(scenario())
-
-
-MARKERS = Markers("x", "y", "v", "w")  # of one letter each, which is one token here
-X, Y, V, W = 23, 24, 21, 22
-
-
-def channels(max_calls: int | None = None) -> Callable[[], Channels]:
-    return lambda: Channels(MARKERS, parse=lambda text: [(text, {})], max_calls=max_calls)
-
-
-def test_text_comes_by_channels_and_calls_come_whole():
-    said = [X, 0, 1, Y, 2, V, 3, 4, W, 5, 25]
-
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: said})) as served:
-            sequence = make_sequence(1, max_tokens=50, eos_tokens=frozenset({25}))
-            sink = served.add(sequence, listen=channels())
-            done = await sink.wait()
-            deltas = [output for output in sink.outputs if isinstance(output, Delta)]
-            told = [(d.channel, d.text) for d in deltas if not d.calls]
-            thoughts = "".join(text for channel, text in told if channel is Channel.REASONING)
-            assert (thoughts, sink.text) == ("ab", "abcf")
-            (calling,) = [d for d in deltas if d.calls]
-            assert [(call.name, call.arguments) for call in calling.calls] == [("de", "{}")]
-            assert calling.num_output == 9
-            assert (done.reason, done.num_calls) == (FinishReason.STOP, 1)
-            assert 2 <= done.usage.num_reasoning <= 4
-            assert done.usage.num_output == len(said)
-
-    play(scenario())
-
-
-def test_after_as_many_calls_as_are_wanted_the_row_is_free():
-    said = [0, V, 1, W, V, 2, W] + [3] * 100
-
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: said})) as served:
-            sink = served.add(make_sequence(1, max_tokens=1000), listen=channels(max_calls=1))
-            done = await sink.wait()
-            calls = [c.name for o in sink.outputs if isinstance(o, Delta) for c in o.calls]
-            assert (sink.text, calls) == ("a", ["b"])
-            assert (done.reason, done.num_calls) == (FinishReason.STOP, 1)
-            assert done.usage.num_output == 4
-        assert sum(1 in step.rows for step in served.runner.steps) == 6  # two are overshoot
-
-    play(scenario())
-
-
-def test_a_call_that_the_limit_cuts_is_not_lost():
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [0, V, 1, 2, 3, 4]})) as served:
-
-            def listen() -> Channels:
-                return Channels(MARKERS, parse=fail)
-
-            sink = served.add(make_sequence(1, max_tokens=4), listen=listen)
-            done = await sink.wait()
-            assert (sink.text, done.reason, done.num_calls) == ("avbc", FinishReason.LENGTH, 0)
-
-    def fail(_text: str) -> Any:
-        raise ValueError("no call")
-
-    play(scenario())
-
-
-def test_logprobs_are_complete_where_markers_and_calls_are_held_back():
-    said = [X, 0, Y, 1, V, 2, W, 25]
-
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: said})) as served:
-            sampling = SamplingParams(top_logprobs=1)
-            sequence = make_sequence(1, max_tokens=50, eos_tokens=frozenset({25}))
-            sequence = replace(sequence, sampling=sampling)
-            sink = served.add(sequence, listen=channels())
+        async with serve(policy=Policy(chunk_size=8)) as served:
+            asking = replace(make_sequence(1, 20, 3), wants_progress=True, wants_usage=True)
+            sink, silent = served.add(asking), served.add(make_sequence(2, 20, 3))
             await sink.wait()
-            assert reported(sink) == expected_logprobs(sequence, said[:-1])
+            await silent.wait()
+            progress = [o for o in sink.outputs if isinstance(o, Prefilled)]
+            assert [o.num_computed for o in progress] == [8, 16, 19]
+            assert all(o.usage.num_prompt == 20 for o in progress)
+            assert [t.usage.num_output for t in sink.tokens if t.usage] == [1, 2, 3]
+            assert all(type(o) is not Prefilled for o in silent.outputs)
+            assert [token.usage for token in silent.tokens] == [None] * 3
 
     play(scenario())
 
@@ -453,8 +304,8 @@ def test_a_sink_that_cancels_in_the_middle_gets_no_more_text():
     async def scenario() -> None:
         async with serve() as served:
 
-            def cancel(output: Output) -> None:
-                if isinstance(output, Delta) and output.num_output == 3:
+            def cancel(output: SinkOutput) -> None:
+                if len(sink.outputs) == 3:
                     served.engine.cancel(1)
 
             sink = served.add(make_sequence(1, max_tokens=1000), react=cancel)
@@ -500,8 +351,8 @@ def test_a_sink_may_add_the_next_sequence():
         async with serve() as served:
             sinks: list[RecordingSink] = []
 
-            def follow(output: Output) -> None:
-                if isinstance(output, Done):
+            def follow(output: SinkOutput) -> None:
+                if isinstance(output, Finished):
                     sinks.append(served.add(make_sequence(2)))
 
             await served.add(make_sequence(1), react=follow).wait()
@@ -516,7 +367,7 @@ REPORTING = SamplingParams(0.0, top_logprobs=2)
 
 
 def reported(sink: RecordingSink) -> list[tuple[int, Logprobs]]:
-    return [pair for o in sink.outputs if isinstance(o, Delta) for pair in o.logprobs]
+    return [(t.token, t.logprobs) for t in sink.tokens if t.logprobs is not None]
 
 
 def expected_logprobs(sequence: Sequence, tokens: list[int]) -> list[tuple[int, Logprobs]]:
@@ -531,48 +382,7 @@ def test_logprobs_come_with_their_tokens_to_those_who_asked():
             await sink.wait()
             await silent.wait()
             assert reported(sink) == expected_logprobs(asking, answer(asking))
-            assert [len(o.logprobs) for o in sink.outputs if isinstance(o, Delta)] == [1] * 5
             assert reported(silent) == []
-
-    play(scenario())
-
-
-@pytest.mark.parametrize(
-    ("stop", "tokens", "num_shown"),
-    [
-        (("cdx",), [0, 1, 2, 3, 4], 5),  # held back, then given out
-        (("xyz",), [0, 23, 24, 3, 23], 5),  # held back to the end
-        (("bcd",), [0, 1, 2, 3, 4], 4),  # met: the token that completes it is the last
-        ((), [30, 31, 0, 30, 31], 5),  # tokens without text, at the end too
-    ],
-)
-def test_logprobs_are_in_order_and_complete_where_text_is_held_back(
-    stop: tuple[str, ...], tokens: list[int], num_shown: int
-):
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: tokens})) as served:
-            asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
-            sink = served.add(asking, stop)
-            await sink.wait()
-            assert reported(sink) == expected_logprobs(asking, tokens[:num_shown])
-
-    play(scenario())
-
-
-def test_the_logprobs_of_a_cancelled_sequence_are_those_of_its_tokens():
-    async def scenario() -> None:
-        async with serve(FakeRunner(answers={1: [0, 1, 1, 1]})) as served:
-            asking = make_sequence(1, max_tokens=100, sampling=REPORTING)
-
-            def cancel(output: Output) -> None:
-                served.engine.cancel(1)
-
-            sink = served.add(asking, ("bbbbx",), cancel)  # its only delta is the first
-            done = await sink.wait()
-            assert done.reason is FinishReason.CANCELLED
-            shown = reported(sink)
-            assert shown == expected_logprobs(asking, [0, 1, 1, 1][: len(shown)])
-            assert len(shown) == done.usage.num_output
 
     play(scenario())
 
@@ -586,7 +396,7 @@ def test_one_request_with_many_answers_is_about_one_prefill_and_a_done_for_each(
     async def scenario() -> None:
         async with serve(policy=Policy(max_rows=3, chunk_size=16, prefix_bytes=1 << 20)) as served:
             sinks = [RecordingSink() for _ in choices]
-            served.engine.add(choices, (), sinks)
+            served.engine.add(choices, sinks)
             dones = [await sink.wait() for sink in sinks]
             assert {done.reason for done in dones} == {FinishReason.LENGTH}
             assert [sink.text for sink in sinks] == [spell(answer(s)) for s in choices]
@@ -601,9 +411,9 @@ def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole
         async with serve(options=EngineOptions(max_queue=3)) as served:
             sinks = [RecordingSink() for _ in range(4)]
             with pytest.raises(QueueFull):
-                served.engine.add(make_choices(4), (), sinks)
+                served.engine.add(make_choices(4), sinks)
             assert served.engine.num_live == 0
-            served.engine.add(make_choices(3), (), sinks[:3])
+            served.engine.add(make_choices(3), sinks[:3])
             for sink in sinks[:3]:
                 await sink.wait()
             assert sinks[3].outputs == []
@@ -619,7 +429,7 @@ def test_choices_that_wait_when_the_first_ones_step_is_lost_are_served():
         policy = Policy(chunk_size=32, prefix_bytes=1 << 20)
         async with serve(FakeRunner(lost_in_launch={2}), policy) as served:
             sinks = [RecordingSink() for _ in choices]
-            served.engine.add(choices, (), sinks)
+            served.engine.add(choices, sinks)
             assert (await sinks[0].wait()).reason is FinishReason.ERROR
             for sequence, sink in zip(choices[1:], sinks[1:], strict=True):
                 assert (await sink.wait()).reason is FinishReason.LENGTH
@@ -637,7 +447,7 @@ def test_a_preempted_sequence_has_one_text_one_done_and_the_times_of_its_first_s
         async with serve(policy=Policy(max_rows=1)) as served:
             late: list[RecordingSink] = []
 
-            def hurry(output: Output) -> None:
+            def hurry(output: SinkOutput) -> None:
                 if not late:
                     late.append(served.add(make_sequence(2, priority=-1)))
 
@@ -645,8 +455,7 @@ def test_a_preempted_sequence_has_one_text_one_done_and_the_times_of_its_first_s
             done = await sink.wait()
             assert late[0].is_done  # it went first
             assert sink.text == spell(answer(make_sequence(1), 9))
-            counts = [o.num_output for o in sink.outputs if isinstance(o, Delta)]
-            assert counts == list(range(1, 10))
+            assert len(sink.tokens) == 9
             assert done.usage.num_output == 9
             resumed = [a for step in served.runner.steps for a in step.admitted if a.outputs]
             assert [a.sequence.id for a in resumed] == [1]
@@ -744,12 +553,12 @@ def test_a_lost_step_is_no_trouble_and_a_failed_engine_is():
 # --- sinks that raise -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("type_", [Delta, Done])
+@pytest.mark.parametrize("type_", [Token, Finished])
 def test_a_sink_that_raises_costs_its_own_sequence_alone(
-    type_: type[Output], caplog: pytest.LogCaptureFixture
+    type_: type[SinkOutput], caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
-        def fail(output: Output) -> None:
+        def fail(output: SinkOutput) -> None:
             if isinstance(output, type_):
                 raise RuntimeError("a broken pipe")
 
@@ -759,15 +568,28 @@ def test_a_sink_that_raises_costs_its_own_sequence_alone(
             await good.wait()
             assert good.text == spell(answer(make_sequence(2), 60))
             assert served.engine.num_live == 0
-            assert len(served.observer.reasons) == 2
-            if type_ is Delta:
-                assert [type(output) for output in bad.outputs] == [Delta, Done]
-                assert bad.done.reason is FinishReason.ERROR  # whoever reads it need not wait
-                assert served.observer.reasons == ["cancelled", "length"]
+            assert served.observer.reasons == ["error", "length"]
+            if type_ is Token:
+                assert [type(output) for output in bad.outputs] == [Token, Finished]
+                assert bad.done.reason is FinishReason.ERROR  # a client need not wait
+                assert bad.done.error == "the answer could not be written"
             await served.add(make_sequence(3)).wait()
 
     play(scenario())
     assert caplog.text.count("the sink of sequence 1 raised") == 1
+
+
+def test_a_sink_that_cannot_go_on_says_why():
+    async def scenario() -> None:
+        def fail(output: SinkOutput) -> None:
+            if isinstance(output, Token):
+                raise SinkFailed("there is no text")
+
+        async with serve() as served:
+            done = await served.add(make_sequence(1, max_tokens=50), fail).wait()
+            assert (done.reason, done.error) == (FinishReason.ERROR, "there is no text")
+
+    play(scenario())
 
 
 # --- the queue --------------------------------------------------------------------------------
@@ -783,7 +605,7 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
             sinks += [served.add(make_sequence(id)) for id in (2, 3)]
             refused = RecordingSink()
             with pytest.raises(QueueFull):
-                served.engine.add([make_sequence(4)], (), [refused])
+                served.engine.add([make_sequence(4)], [refused])
             assert served.engine.num_live == 3
             gate.open()
             for sink in sinks:
@@ -808,7 +630,7 @@ def test_too_many_pictures_at_once_are_refused_and_text_is_not():
             await gate.reached.wait()
             refused = RecordingSink()
             with pytest.raises(QueueFull):
-                served.engine.add([with_picture(3, 1)], (), [refused])
+                served.engine.add([with_picture(3, 1)], [refused])
             sinks.append(served.add(make_sequence(4)))
             gate.open()
             for sink in sinks:
@@ -827,11 +649,11 @@ def test_pictures_that_choices_share_are_counted_once():
     async def scenario() -> None:
         async with serve() as served:
             sinks = [RecordingSink() for _ in choices]
-            served.engine.add(choices[:3], (), sinks[:3])
-            served.engine.add(choices[3:], (), sinks[3:])
+            served.engine.add(choices[:3], sinks[:3])
+            served.engine.add(choices[3:], sinks[3:])
             refused = RecordingSink()
             with pytest.raises(QueueFull):
-                served.engine.add([replace(choices[0], id=7)], (), [refused])
+                served.engine.add([replace(choices[0], id=7)], [refused])
             for sink in sinks:
                 await sink.wait()
             last = served.add(replace(choices[0], id=8))  # there is room again
@@ -950,7 +772,7 @@ def test_what_is_added_after_the_engine_has_failed_is_not_left_without_an_end():
                 await served.task
             late = RecordingSink()
             try:
-                served.engine.add([make_sequence(2)], (), [late])
+                served.engine.add([make_sequence(2)], [late])
             except Exception:
                 return
             await turns()

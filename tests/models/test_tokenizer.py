@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 
 from mlxlite.config.options import Config
 from mlxlite.models.load import LoadedModel, load
-from mlxlite.output.detokenizer import TextStream
+from mlxlite.output.detokenizer import Detokenizer
 from mlxlite.output.grammar import Constraint, ConstraintError, Kind
-from mlxlite.output.markers import PARSE_ERRORS, Markers
+from mlxlite.output.markers import PARSE_ERRORS, MarkerFormat
 
 # --- tokens to text ---------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_a_sentencepiece_tokenizer_streams_with_the_right_spaces(copy: Path) -> 
     ids = model.tokenizer.wrapper.convert_tokens_to_ids
 
     def streamed(tokens: list[str], prompt: list[str]) -> str:
-        stream = TextStream(model.detokenize, prompt_tail=ids(prompt))
+        stream = Detokenizer(model.detokenize, ids(prompt))
         return "".join([*(stream.push(id) for id in ids(tokens)), stream.flush()])
 
     tokens = ["▁Hello", ",", "▁there", "!", "▁", "▁a", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "b"]
@@ -171,10 +171,10 @@ def test_many_added_tokens_do_not_make_a_token_slow(
 
 def test_the_marks_around_reasoning_are_part_of_the_text(thinker: Path, model: LoadedModel) -> None:
     """They are special tokens, which are left out of a text otherwise."""
-    assert model.markers == Markers()
+    assert model.output_format == MarkerFormat()
     assert model.tokenizer.shown == {}
     thinking = loaded(thinker)
-    assert thinking.markers == Markers("<think>", "</think>")
+    assert thinking.output_format == MarkerFormat("<think>", "</think>")
     assert thinking.tokenizer.shown == {NUM_TOKENS: "<think>", NUM_TOKENS + 1: "</think>"}
     words = thinking.encode("a b", add_special=False)
     end = min(thinking.eos_tokens)
@@ -194,7 +194,9 @@ def test_what_a_model_has_no_marks_for_cannot_be_had(model: LoadedModel, thinker
 
 def test_a_model_of_mlx_lms_calls_reads_them() -> None:
     _, demo = load(Config())
-    assert demo.markers == Markers("<think>", "</think>", "<tool_call>", "</tool_call>", True)
+    assert demo.output_format == MarkerFormat(
+        "<think>", "</think>", "<tool_call>", "</tool_call>", True
+    )
     one = '{"name": "f", "arguments": {"a": 1}}'
     assert demo.parse_calls(one, []) == [("f", {"a": 1})]
     assert demo.parse_calls('{"name": "f", "arguments": "{\\"a\\": 1}"}', []) == [("f", {"a": 1})]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlxlite.output.detokenizer import MAX_UNREAD, NUM_KEPT, TextStream
-from mlxlite.output.events import Detokenizer
+from mlxlite.output.detokenizer import MAX_UNREAD, NUM_KEPT, Detokenize, Detokenizer
+from mlxlite.output.stop_strings import StopStrings
 
 bounded = settings(derandomize=True, max_examples=200, deadline=None, database=None)
 
@@ -97,7 +97,7 @@ def byte_fallback_to_text(tokens: Sequence[int]) -> str:
     return str(BYTE_FALLBACK.decode(list(tokens), skip_special_tokens=True))
 
 
-# --- the reference, and ways to run a stream --------------------------------------------------
+# --- the reference, and ways to run it --------------------------------------------------
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
@@ -110,7 +110,7 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
 
 
 def all_at_once(
-    detokenize: Detokenizer,
+    detokenize: Detokenize,
     tokens: Sequence[int],
     stop: Sequence[str] = (),
     prompt_tail: Sequence[int] = (),
@@ -120,27 +120,38 @@ def all_at_once(
 
 
 def streamed(
-    detokenize: Detokenizer,
+    detokenize: Detokenize,
     tokens: Sequence[int],
     stop: Sequence[str] = (),
     prompt_tail: Sequence[int] = (),
 ) -> tuple[str, str | None]:
-    stream = TextStream(detokenize, tuple(stop), prompt_tail)
-    text = "".join([*(stream.push(token) for token in tokens), stream.flush()])
-    return text, stream.stopped
+    pieces, met = run(detokenize, tokens, stop, prompt_tail)
+    return "".join(pieces), met
 
 
-def pushes(detokenize: Detokenizer, tokens: Sequence[int], *stop: str) -> list[str]:
+def pushes(detokenize: Detokenize, tokens: Sequence[int], *stop: str) -> list[str]:
     """What each push gives, and then the flush."""
-    stream = TextStream(detokenize, stop)
-    return [*(stream.push(token) for token in tokens), stream.flush()]
+    return run(detokenize, tokens, stop)[0]
+
+
+def run(
+    detokenize: Detokenize,
+    tokens: Sequence[int],
+    stop: Sequence[str] = (),
+    prompt_tail: Sequence[int] = (),
+) -> tuple[list[str], str | None]:
+    """The text of each push and of the flush, as a generation passes it on; the string met."""
+    detokenizer, stops = Detokenizer(detokenize, prompt_tail), StopStrings(tuple(stop))
+    pieces = [stops.push(detokenizer.push(token)) for token in tokens]
+    pieces.append(stops.push(detokenizer.flush()) + stops.flush())
+    return pieces, stops.met
 
 
 @dataclass
 class Recorder:
     """A detokenizer that notes how many tokens it was asked for in each push."""
 
-    detokenize: Detokenizer
+    detokenize: Detokenize
     sizes: list[int] = field(default_factory=list)
 
     def __call__(self, tokens: Sequence[int]) -> str:
@@ -205,7 +216,7 @@ def test_a_long_run_of_invalid_bytes_loses_nothing(run: list[int], tokens: list[
 )
 @bounded
 def test_words_keep_their_spaces(
-    detokenize: Detokenizer, tokens: list[int], stop: list[str], prompt_tail: list[int]
+    detokenize: Detokenize, tokens: list[int], stop: list[str], prompt_tail: list[int]
 ) -> None:
     if not detokenize(prompt_tail[-NUM_KEPT:]).strip(" "):
         prompt_tail = []  # a prompt that shows nothing is as none
@@ -288,8 +299,8 @@ def test_each_character_comes_with_its_last_byte(text: str) -> None:
 
 
 def pushes_by_char(text: str) -> list[list[str]]:
-    stream = TextStream(bytes_to_text)
-    return [[stream.push(byte) for byte in char.encode()] for char in text]
+    detokenizer = Detokenizer(bytes_to_text)
+    return [[detokenizer.push(byte) for byte in char.encode()] for char in text]
 
 
 def test_byte_fallback_gives_each_character_with_its_last_byte() -> None:
@@ -333,10 +344,10 @@ def test_a_genuine_replacement_character_waits_for_what_follows() -> None:
 
 
 def test_invalid_bytes_without_end_come_out_with_a_bounded_wait() -> None:
-    stream = TextStream(bytes_to_text)
+    detokenizer = Detokenizer(bytes_to_text)
     num_given = 0
     for num_pushed in range(1, 500):
-        num_given += len(stream.push(0xFF))
+        num_given += len(detokenizer.push(0xFF))
         assert num_pushed - num_given <= 3
 
 
@@ -359,8 +370,8 @@ def test_tokens_that_never_end_with_a_character_come_out_all_the_same() -> None:
 
 def test_the_first_word_has_a_space_after_a_prompt_and_none_without() -> None:
     the = WORDS.index("▁the")
-    assert TextStream(words_to_text).push(the) == "the"
-    assert TextStream(words_to_text, prompt_tail=[the]).push(the) == " the"
+    assert Detokenizer(words_to_text).push(the) == "the"
+    assert Detokenizer(words_to_text, [the]).push(the) == " the"
 
 
 def test_words_keep_their_space_after_special_tokens() -> None:
@@ -374,67 +385,7 @@ def test_a_space_before_special_tokens_is_not_forgotten() -> None:
     assert "".join(pushes(words_to_text, tokens)) == " the"
 
 
-# --- stop strings -----------------------------------------------------------------------------
-
-
-def test_text_before_a_stop_string_is_given_and_nothing_after() -> None:
-    assert pushes(bytes_to_text, b"ab!cd", "!") == ["a", "b", "", "", "", ""]
-
-
-def test_a_stop_string_at_the_very_first_token_leaves_no_text() -> None:
-    stream = TextStream(bytes_to_text, ("!",))
-    assert stream.push(ord("!")) == ""
-    assert stream.stopped == "!"
-    assert stream.push(ord("a")) == ""
-    assert stream.flush() == ""
-
-
-def test_a_stop_string_inside_one_token_cuts_that_token() -> None:
-    the = WORDS.index("▁the")
-    stream = TextStream(words_to_text, ("he",))
-    assert stream.push(the) == "t"
-    assert stream.stopped == "he"
-
-
-def test_half_a_stop_string_is_held_until_it_is_none() -> None:
-    assert pushes(bytes_to_text, b"xabay", "abab") == ["x", "", "", "", "abay", ""]
-
-
-def test_only_the_longest_possible_beginning_is_held() -> None:
-    assert pushes(bytes_to_text, b"ababac", "abac") == ["", "", "", "ab", "", "", ""]
-
-
-def test_half_a_stop_string_at_the_end_is_text() -> None:
-    assert pushes(bytes_to_text, b"xab", "abc") == ["x", "", "", "ab"]
-
-
-def test_of_two_that_begin_together_the_one_complete_first_wins() -> None:
-    for stop in (("ab", "abc"), ("abc", "ab")):
-        stream = TextStream(bytes_to_text, stop)
-        assert [stream.push(byte) for byte in b"xab"] == ["x", "", ""]
-        assert stream.stopped == "ab"
-
-
-def test_a_complete_stop_string_waits_for_one_begun_before_it() -> None:
-    stream = TextStream(bytes_to_text, ("bc", "abcd"))
-    assert [stream.push(byte) for byte in b"abc"] == ["", "", ""]
-    assert stream.stopped is None
-    assert stream.push(ord("d")) == ""
-    assert stream.stopped == "abcd"
-
-
-def test_a_complete_stop_string_wins_when_the_one_before_it_fails() -> None:
-    stream = TextStream(bytes_to_text, ("bc", "abcd"))
-    assert [stream.push(byte) for byte in b"abcx"] == ["", "", "", "a"]
-    assert stream.stopped == "bc"
-
-
-def test_a_stop_string_may_be_met_by_the_flush() -> None:
-    stream = TextStream(bytes_to_text, ("bc", "abcd"))
-    assert [stream.push(byte) for byte in b"abc"] == ["", "", ""]
-    assert stream.flush() == "a"
-    assert stream.stopped == "bc"
-    assert stream.flush() == ""
+# --- stop strings over bytes --------------------------------------------------------------------
 
 
 def test_a_stop_string_of_characters_may_lie_across_the_bytes_of_tokens() -> None:
@@ -443,11 +394,6 @@ def test_a_stop_string_of_characters_may_lie_across_the_bytes_of_tokens() -> Non
 
 def test_a_replacement_character_can_be_a_stop_string() -> None:
     assert streamed(bytes_to_text, b"a\xffb", ("\ufffd",)) == ("a", "\ufffd")
-
-
-def test_an_empty_stop_string_is_our_bug() -> None:
-    with pytest.raises(AssertionError):
-        TextStream(bytes_to_text, ("",))
 
 
 # --- bounds -----------------------------------------------------------------------------------
@@ -470,37 +416,20 @@ def test_an_empty_stop_string_is_our_bug() -> None:
     ],
 )
 def test_a_push_decodes_a_bounded_number_of_tokens(
-    detokenize: Detokenizer, tokens: list[int]
+    detokenize: Detokenize, tokens: list[int]
 ) -> None:
     recorder = Recorder(detokenize)
-    stream = TextStream(recorder, prompt_tail=[0] * 5000)
+    detokenizer = Detokenizer(recorder, [0] * 5000)
     for token in tokens:
         recorder.sizes.clear()
-        stream.push(token)
+        detokenizer.push(token)
         assert max(recorder.sizes) <= 2 * MAX_UNREAD + 2
         assert len(recorder.sizes) <= 5
 
 
 def test_ordinary_text_is_decoded_a_few_tokens_at_a_time() -> None:
     recorder = Recorder(bytes_to_text)
-    stream = TextStream(recorder)
+    detokenizer = Detokenizer(recorder)
     for byte in b"ordinary text":
-        stream.push(byte)
+        detokenizer.push(byte)
     assert max(recorder.sizes) == 3  # a word, the space before it and the word before that
-
-
-def test_a_long_stop_string_costs_a_bounded_number_of_looks_at_each_character() -> None:
-    """The worst text for a naive search: the whole stop string but for its last character."""
-
-    class Counted(str):
-        num_compared = 0
-
-        def __getitem__(self, index: object) -> str:
-            Counted.num_compared += 1
-            return super().__getitem__(index)  # type: ignore[index]
-
-    stream = TextStream(bytes_to_text, (Counted("a" * 1000 + "b"),))
-    before = Counted.num_compared
-    for _ in range(20_000):
-        stream.push(ord("a"))
-    assert Counted.num_compared - before <= 3 * 20_000

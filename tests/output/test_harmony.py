@@ -14,11 +14,18 @@ from hypothesis import strategies as st
 
 from mlxlite.api.conversation import Tool
 from mlxlite.api.endpoints.chat_completions import parse_chat
-from mlxlite.api.render import listener, render_chat
+from mlxlite.api.render import output_parser, render_chat
 from mlxlite.config.options import Config
-from mlxlite.output.events import Channel
-from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyChannels, with_thinking
-from mlxlite.output.markers import Markers, Piece
+from mlxlite.output.events import (
+    ParserEvent,
+    ParserOptions,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyFormat, HarmonyParser
 
 THINK = "<|channel|>analysis<|message|>Let me see.<|end|>"
 SAY = "<|start|>assistant<|channel|>final<|message|>It is 3 < 4.<|return|>"
@@ -31,13 +38,6 @@ SCHEMAS: Mapping[str, Any] = {
 }
 
 
-def finish(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    from mlxlite.output.tool_arguments import repaired
-
-    made: Mapping[str, Any] = repaired(arguments, SCHEMAS.get(name))
-    return made
-
-
 @dataclass
 class Heard:
     """An answer, put together."""
@@ -48,21 +48,25 @@ class Heard:
 
 
 def hear(pieces: Iterable[str], **settings: Any) -> Heard:
-    channels = HarmonyChannels(**{"finish": finish, **settings})
+    parser = HarmonyParser(ParserOptions(**{"schemas": SCHEMAS, **settings}))
     heard = Heard()
 
-    def take(told: list[Piece]) -> None:
-        for piece in told:
-            if piece.channel is Channel.REASONING:
-                heard.reasoning += piece.text
-            else:
-                heard.content += piece.text
-            heard.calls += [(call.name, json.loads(call.arguments)) for call in piece.calls]
+    def take(events: list[ParserEvent]) -> None:
+        for event in events:
+            match event:
+                case ReasoningDelta(text):
+                    heard.reasoning += text
+                case TextDelta(text):
+                    heard.content += text
+                case ToolCallStart(_, name):
+                    heard.calls.append((name, None))
+                case ToolCallArguments(text):
+                    heard.calls[-1] = (heard.calls[-1][0], json.loads(text))
 
     for piece in pieces:
-        take(channels.push(piece))
-    take(channels.flush())
-    assert channels.num_calls == len(heard.calls)
+        take(parser.push(piece))
+    take(parser.flush())
+    assert parser.num_calls == len(heard.calls)
     return heard
 
 
@@ -115,7 +119,7 @@ CORPUS = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_an_answer_is_told_apart_wherever_it_is_cut(name: str):
+def test_an_answer_is_split_wherever_it_is_cut(name: str):
     text, expected = CORPUS[name]
     assert hear([text]) == expected
     assert hear(text) == expected
@@ -133,7 +137,7 @@ def test_cuts_change_nothing_of_anything(parts: list[str]):
 
 
 def test_without_tools_a_call_is_text():
-    heard = hear([THINK + CALL], finish=None)
+    heard = hear([THINK + CALL], schemas=None)
     assert heard.reasoning == "Let me see."
     assert "to=functions.weather" in heard.content
     assert '"days": 2.0' in heard.content
@@ -146,10 +150,10 @@ def test_reasoning_may_stay_in_the_content():
 
 
 def test_no_more_calls_are_told_than_were_wanted():
-    channels = HarmonyChannels(finish=finish, max_calls=1)
-    pieces = channels.push(CALL + CALL)
-    assert sum(len(piece.calls) for piece in pieces) == 1
-    assert channels.is_complete
+    parser = HarmonyParser(ParserOptions(schemas=SCHEMAS, max_calls=1))
+    events = parser.push(CALL + CALL)
+    assert sum(isinstance(event, ToolCallStart) for event in events) == 1
+    assert parser.is_complete
 
 
 def test_a_head_without_an_end_is_text_and_bounded():
@@ -168,18 +172,18 @@ def test_a_call_of_endless_length_is_text():
 
 
 def test_reasoning_is_counted_while_it_lasts():
-    channels = HarmonyChannels(finish=finish)
-    channels.push("<|channel|>analysis<|message|>a")
-    assert channels.is_reasoning
-    channels.push("<|end|><|start|>assistant<|channel|>final<|message|>")
-    assert not channels.is_reasoning
+    parser = HarmonyParser(ParserOptions(schemas=SCHEMAS))
+    parser.push("<|channel|>analysis<|message|>a")
+    assert parser.is_reasoning
+    parser.push("<|end|><|start|>assistant<|channel|>final<|message|>")
+    assert not parser.is_reasoning
 
 
 def test_the_template_is_given_what_led_to_a_call():
     call = {"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": [1]}
-    assert with_thinking(call)["thinking"] == "r"
+    assert HarmonyFormat().prepare(call)["thinking"] == "r"
     said = {"role": "assistant", "content": "c", "reasoning_content": "r"}
-    assert "thinking" not in with_thinking(said)
+    assert "thinking" not in HarmonyFormat().prepare(said)
 
 
 def test_a_tool_of_any_name_can_be_called():
@@ -200,21 +204,22 @@ def test_a_model_with_its_marks_is_known_and_its_marks_are_text(tmp_path: Path):
     ]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     model = loaded(path)
-    assert model.markers.is_harmony
+    assert isinstance(model.output_format, HarmonyFormat)
     tokens = model.encode(THINK + CALL, add_special=False)
     assert hear([model.detokenize(tokens)]) == CORPUS["thought and call"][1]
-    assert not loaded(save_checkpoint(tmp_path / "plain")).markers.is_harmony
+    plain = loaded(save_checkpoint(tmp_path / "plain"))
+    assert not isinstance(plain.output_format, HarmonyFormat)
 
 
 def test_a_request_with_tools_reaches_the_format():
-    model = FakeModel(markers=Markers(is_harmony=True))
+    model = FakeModel(output_format=HarmonyFormat())
     tools = [
         {"type": "function", "function": {"name": "weather", "parameters": SCHEMAS["weather"]}}
     ]
     body = json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": tools}).encode()
     request = parse_chat(body)
     (prompt,) = render_chat(model, request, Config())
-    channels = listener(model, request, prompt)()
-    pieces = [*channels.push(THINK + CALL), *channels.flush()]
-    (call,) = [call for piece in pieces for call in piece.calls]
-    assert json.loads(call.arguments) == {"city": 'Köln <"x">', "days": 2}
+    parser = output_parser(model, request, prompt)()
+    events = [*parser.push(THINK + CALL), *parser.flush()]
+    (end,) = [event for event in events if isinstance(event, ToolCallEnd)]
+    assert json.loads(end.arguments) == {"city": 'Köln <"x">', "days": 2}

@@ -1,4 +1,4 @@
-"""Channels: an answer's text told apart, the same however it was cut.
+"""Markers: an answer's text told apart, the same however it was cut.
 
 `told` is what came, with neighbours of one channel joined: so the order is compared too, and only
 the times of the pieces are not. Of a call that came in parts it is what an answer that does not
@@ -9,7 +9,7 @@ import importlib
 import json
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -20,12 +20,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlxlite.output.events import Arguments, Broken, Channel, Closed, Opened
-from mlxlite.output.markers import MAX_CALL_CHARS, Channels, Markers, Parse, Piece
+from mlxlite.output.events import (
+    ParseCalls,
+    ParserEvent,
+    ParserOptions,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
+)
+from mlxlite.output.markers import MAX_CALL_CHARS, MarkerFormat, MarkerParser
 from mlxlite.output.tool_arguments import MAX_HEAD, repaired
 
-MARKERS = Markers("<think>", "</think>", "<tool_call>", "</tool_call>")
-TO_THE_END = Markers("[THINK]", "[/THINK]", "[TOOL_CALLS]", "")
+MARKERS = MarkerFormat("<think>", "</think>", "<tool_call>", "</tool_call>")
+TO_THE_END = MarkerFormat("[THINK]", "[/THINK]", "[TOOL_CALLS]", "")
 SAID, THOUGHT, CALLED = "said", "thought", "called"
 
 Told = list[tuple[str, Any]]
@@ -37,62 +47,72 @@ def parse_json(text: str) -> list[tuple[str, Mapping[str, Any]]]:
     return [(call["name"], call["arguments"])]
 
 
+def parser_of(
+    markers: MarkerFormat, *, parse: ParseCalls | None = None, schemas: Any = None, **kw: Any
+) -> MarkerParser:
+    """Without a `parse` calls are text; without `schemas` any tool may be called."""
+    schemas = None if parse is None else schemas or {}
+    return markers.parser(ParserOptions(parse_calls=parse, schemas=schemas, **kw))
+
+
 def told(
-    pieces: Iterable[str], markers: Markers = MARKERS, parse: Parse | None = parse_json, **kw: Any
+    pieces: Iterable[str],
+    markers: MarkerFormat = MARKERS,
+    parse: ParseCalls | None = parse_json,
+    **kw: Any,
 ) -> Told:
     """What came of a text in pieces."""
-    channels = Channels(markers, parse=parse, **kw)
+    parser = parser_of(markers, parse=parse, **kw)
     found: Told = []
     ids: list[str] = []
-    out = [piece for text in pieces for piece in channels.push(text)] + channels.flush()
-    for piece in folded(out):
-        assert not (piece.text and piece.calls)
-        name = {Channel.CONTENT: SAID, Channel.REASONING: THOUGHT}[piece.channel]
-        if piece.calls:
-            ids += [call.id for call in piece.calls]
-            found += [(CALLED, (call.name, json.loads(call.arguments))) for call in piece.calls]
-        elif found and found[-1][0] == name:
-            found[-1] = (name, found[-1][1] + piece.text)
+    events = [event for text in pieces for event in parser.push(text)] + parser.flush()
+    for name, value in folded(events, ids):
+        if name != CALLED and found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1] + value)
         else:
-            found.append((name, piece.text))
-    assert len(set(ids)) == len(ids) == channels.num_calls
+            found.append((name, value))
+    assert len(set(ids)) == len(ids) == parser.num_calls
     assert all(re.fullmatch(r"call_[0-9a-f]{24}", id) for id in ids)
     return found
 
 
-def folded(pieces: list[Piece]) -> list[Piece]:
-    """The same, where a call that came in parts is whole, or the text that it proved to be."""
-    whole: list[Piece] = []
-    opened: Opened | None = None
+def folded(events: list[ParserEvent], ids: list[str]) -> Iterator[tuple[str, Any]]:
+    """The same, where a call is whole, or the text that it proved to be; adds the calls' `ids`."""
+    start: ToolCallStart | None = None
     arguments = ""
-    for piece in pieces:
-        assert [bool(piece.text), bool(piece.calls), bool(piece.part)].count(True) == 1, "nothing"
-        match piece.part:
-            case None:
-                assert opened is None, "a call is closed before another thing is told"
-                whole.append(piece)
-            case Opened():
-                assert opened is None
-                opened, arguments = piece.part, ""
-            case Arguments(text):
-                assert opened is not None
+    for event in events:
+        match event:
+            case TextDelta(text):
+                assert text
+                assert start is None, "a call ends before anything else is emitted"
+                yield SAID, text
+            case ReasoningDelta(text):
+                assert text
+                assert start is None
+                yield THOUGHT, text
+            case ToolCallStart():
+                assert start is None
+                start, arguments = event, ""
+            case ToolCallArguments(text):
+                assert start is not None
                 assert text
                 arguments += text
-            case Closed(call):
-                assert opened == Opened(call.id, call.name)
-                assert json.loads(arguments) == json.loads(call.arguments)
-                opened = None
-                whole.append(Piece(calls=(call,)))
-            case Broken(text):
-                assert opened is not None
-                opened = None
-                whole.append(Piece(text=text))
-    assert opened is None, "a call is closed at the end"
-    return whole
+            case ToolCallEnd(canonical):
+                assert start is not None
+                schema = SCHEMAS.get(start.name)
+                assert repaired(json.loads(arguments), schema) == json.loads(canonical)
+                ids.append(start.id)
+                yield CALLED, (start.name, json.loads(canonical))
+                start = None
+            case ToolCallInvalid(text):
+                assert start is not None
+                start = None
+                yield SAID, text
+    assert start is None, "a call ends"
 
 
 def told_however_cut(
-    text: str, markers: Markers = MARKERS, parse: Parse | None = parse_json, **kw: Any
+    text: str, markers: MarkerFormat = MARKERS, parse: ParseCalls | None = parse_json, **kw: Any
 ) -> Told:
     """What is told of a text, after trying it whole, cut in two anywhere, and by the character.
 
@@ -183,35 +203,37 @@ def test_a_marker_in_the_middle_of_content_is_content(text: str):
     ],
 )
 def test_reasoning_that_the_prompt_has_opened_goes_on_to_its_end(text: str, expected: Told):
-    assert told_however_cut(text, is_thinking=True) == expected
+    assert told_however_cut(text, starts_in_reasoning=True) == expected
 
 
-@pytest.mark.parametrize("is_thinking", [False, True])
-def test_reasoning_that_is_not_split_is_content_with_its_markers(is_thinking: bool):
+@pytest.mark.parametrize("starts_in_reasoning", [False, True])
+def test_reasoning_that_is_not_split_is_content_with_its_markers(starts_in_reasoning: bool):
     text = "<think>\nhm\n</think>\n\nYes"
-    kw: dict[str, Any] = {"splits_reasoning": False, "is_thinking": is_thinking}
+    kw: dict[str, Any] = {"splits_reasoning": False, "starts_in_reasoning": starts_in_reasoning}
     assert told_however_cut(text, **kw) == [(SAID, text)]
 
 
 def test_a_model_without_markers_only_says():
     text = " <think>a</think>" + call()
-    assert told_however_cut(text, Markers()) == [(SAID, text)]
-    assert told_however_cut(text, Markers(), is_thinking=True) == [(SAID, text)]
+    assert told_however_cut(text, MarkerFormat()) == [(SAID, text)]
+    assert told_however_cut(text, MarkerFormat(), starts_in_reasoning=True) == [(SAID, text)]
 
 
 def test_a_marker_that_ends_nothing_leaves_all_of_it_reasoning():
-    assert told_however_cut("<think>a</think>b", Markers("<think>")) == [(THOUGHT, "a</think>b")]
+    assert told_however_cut("<think>a</think>b", MarkerFormat("<think>")) == [
+        (THOUGHT, "a</think>b")
+    ]
 
 
 def test_while_it_reasons_it_says_so():
-    channels = Channels(MARKERS)
+    parser = parser_of(MARKERS)
     states = []
     for piece in ("<think>", "a", "</think>", "b"):
-        channels.push(piece)
-        states.append(channels.is_reasoning)
+        parser.push(piece)
+        states.append(parser.is_reasoning)
     assert states == [True, True, False, False]
-    assert Channels(MARKERS, is_thinking=True).is_reasoning
-    assert not Channels(MARKERS, is_thinking=True, splits_reasoning=False).is_reasoning
+    assert parser_of(MARKERS, starts_in_reasoning=True).is_reasoning
+    assert not parser_of(MARKERS, starts_in_reasoning=True, splits_reasoning=False).is_reasoning
 
 
 # --- calls --------------------------------------------------------------------------------------
@@ -302,13 +324,13 @@ def test_without_tools_a_call_is_text():
 def test_as_many_calls_as_are_wanted_and_it_is_complete():
     text = f"a{call()}{call('g')}"
     assert told_however_cut(text, max_calls=2) == told([text])
-    channels = Channels(MARKERS, parse=parse_json, max_calls=1)
-    assert not channels.is_complete
-    (said,) = channels.push(text.partition("</tool_call>")[0])
-    assert not channels.is_complete
-    (called,) = channels.push("</tool_call>")
-    assert channels.is_complete
-    assert (said.text, called.calls[0].name) == ("a", "f")
+    parser = parser_of(MARKERS, parse=parse_json, max_calls=1)
+    assert not parser.is_complete
+    (said,) = parser.push(text.partition("</tool_call>")[0])
+    assert not parser.is_complete
+    start, *_ = parser.push("</tool_call>")
+    assert parser.is_complete
+    assert (said, start.name) == (TextDelta("a"), "f")
 
 
 def test_more_calls_than_are_wanted_between_two_markers_are_cut():
@@ -359,7 +381,7 @@ def test_arguments_that_are_no_json_object_make_the_call_text(arguments: Any):
     assert told_however_cut(call(), parse=parse) == [(SAID, call())]
 
 
-# --- calls that are told as they are written ----------------------------------------------------
+# --- calls that are emitted as they are written -------------------------------------------------
 
 IN_PARTS = replace(MARKERS, has_json_calls=True)
 SCHEMAS: dict[str, Any] = {
@@ -375,34 +397,26 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
-def parse_repaired(text: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """As `prompts.listener` reads calls."""
-    return [(name, repaired(given, SCHEMAS.get(name))) for name, given in parse_json(text)]
-
-
-def listening(**kw: Any) -> Channels:
-    return Channels(IN_PARTS, parse=parse_repaired, schemas=SCHEMAS, **kw)
+def listening(**kw: Any) -> MarkerParser:
+    return parser_of(IN_PARTS, parse=parse_json, schemas=SCHEMAS, **kw)
 
 
 def shown(pieces: Iterable[str], **kw: Any) -> Told:
     """What a stream shows: calls with the arguments that were told, ended or not."""
-    channels = listening(**kw)
+    parser = listening(**kw)
     found: Told = []
-    for piece in [piece for text in pieces for piece in channels.push(text)] + channels.flush():
-        match piece.part:
-            case Opened(_, name):
+    for event in [event for text in pieces for event in parser.push(text)] + parser.flush():
+        match event:
+            case ToolCallStart(_, name):
                 found.append((CALLED, [name, ""]))
-            case Arguments(text):
+            case ToolCallArguments(text):
                 found[-1][1][1] += text
-            case Closed(call):
-                assert found[-1][1][0] == call.name
-                found[-1] = (CALLED, (call.name, found[-1][1][1]))
-            case None if piece.calls:
-                found += [(CALLED, (call.name, call.arguments)) for call in piece.calls]
-            case None if found and found[-1][0] == SAID:
-                found[-1] = (SAID, found[-1][1] + piece.text)
-            case None:
-                found.append((SAID, piece.text))
+            case ToolCallEnd():
+                found[-1] = (CALLED, tuple(found[-1][1]))
+            case TextDelta(text) if found and found[-1][0] == SAID:
+                found[-1] = (SAID, found[-1][1] + text)
+            case TextDelta(text):
+                found.append((SAID, text))
     return found
 
 
@@ -419,30 +433,30 @@ def raw_call(arguments: str, name: str = "f", rest: str = "") -> str:
 
 
 def test_a_call_is_told_as_it_is_written():
-    channels = listening()
+    parser = listening()
     steps: list[tuple[str, list[Any]]] = [
         ("Look: <tool_call>\n", ["Look:"]),
         ('{"name": "f"', []),
         (', "arguments": ', []),
-        ("{", [Opened, "{"]),
-        ('"code": "', ['"code":"']),
+        ("{", [ToolCallStart, "{"]),
+        ('"code": "', ['"code": "']),
         ("print", ["print"]),
         ("(</tool_call>", ["(</tool_call>"]),
-        (")\\", [")"]),
-        ('n", "num', ['\\n",']),
-        ('": 3.0', ['"num":']),
-        ("}", ["3}"]),
+        (")\\", [")\\"]),
+        ('n", "num', ['n", "num']),
+        ('": 3.0', ['": 3.0']),
+        ("}", ["}"]),
         ("}\n</tool_", []),
-        ("call>", [Closed]),
+        ("call>", [ToolCallEnd]),
     ]
     for text, expected in steps:
         found = [
-            piece.part.text if isinstance(piece.part, Arguments) else piece.text or type(piece.part)
-            for piece in channels.push(text)
+            event.text if isinstance(event, TextDelta | ToolCallArguments) else type(event)
+            for event in parser.push(text)
         ]
         assert found == expected, text
-        assert channels.num_calls == (Closed in expected)
-    assert channels.flush() == []
+        assert parser.num_calls == (ToolCallEnd in expected)
+    assert parser.flush() == []
 
 
 @pytest.mark.parametrize(
@@ -455,12 +469,14 @@ def test_a_call_is_told_as_it_is_written():
         '{"z": [1e16, 123456789012345678901234567890], "list": "[3]"}',
     ],
 )
-def test_what_is_told_of_a_call_is_what_one_that_comes_whole_has(arguments: str):
-    whole = Channels(MARKERS, parse=parse_repaired)
-    plain = raw_call(arguments.replace("</tool_call>", "MARK"))
-    (piece,) = whole.push(plain)
-    expected = (CALLED, ("f", piece.calls[0].arguments.replace("MARK", "</tool_call>")))
+def test_a_call_is_emitted_as_written_and_ends_as_one_that_comes_whole(arguments: str):
+    whole = parser_of(MARKERS, parse=parse_json, schemas=SCHEMAS)
+    *_, end = whole.push(raw_call(arguments.replace("</tool_call>", "MARK")))
+    assert isinstance(end, ToolCallEnd)
     text = raw_call(arguments)
+    canonical = end.arguments.replace("MARK", "</tool_call>")
+    assert listening().push(text)[-1] == ToolCallEnd(canonical)
+    expected = (CALLED, ("f", arguments))
     assert shown_however_cut(text) == [expected]
     assert shown_however_cut(f"a {text}\n{text} b") == [(SAID, "a"), *[expected] * 2, (SAID, "b")]
     assert shown_however_cut(text.removesuffix("</tool_call>")) == [expected]
@@ -478,9 +494,9 @@ def test_what_is_told_of_a_call_is_what_one_that_comes_whole_has(arguments: str)
     ids=["order", "another member", "an unknown tool", "a long head"],
 )
 def test_a_call_of_another_form_comes_whole(text: str):
-    channels = listening()
-    (piece,) = [piece for char in text for piece in channels.push(char)]
-    assert piece.calls[0].arguments == '{"code":"x"}'
+    parser = listening()
+    _, arguments, _ = [event for char in text for event in parser.push(char)]
+    assert arguments == ToolCallArguments('{"code":"x"}')
 
 
 @pytest.mark.parametrize(
@@ -489,18 +505,18 @@ def test_a_call_of_another_form_comes_whole(text: str):
         # The answer ends within the arguments: they are what there is.
         ('<tool_call>{"name": "f", "arguments": {', [["f", "{"]]),
         ('a<tool_call>{"name": "f", "arguments": {"co', ["a", ["f", '{"co']]),
-        ('<tool_call>{"name": "f", "arguments": {"code": "x\\u00', [["f", '{"code":"x\\u00']]),
-        ('<tool_call>{"name": "f", "arguments": {"num": 3.', [["f", '{"num":3.']]),
-        ('<tool_call>{"name": "f", "arguments": {"code": "</tool_', [["f", '{"code":"</tool_']]),
+        ('<tool_call>{"name": "f", "arguments": {"code": "x\\u00', [["f", '{"code": "x\\u00']]),
+        ('<tool_call>{"name": "f", "arguments": {"num": 3.', [["f", '{"num": 3.']]),
+        ('<tool_call>{"name": "f", "arguments": {"code": "</tool_', [["f", '{"code": "</tool_']]),
         # What cannot be theirs is text.
-        (raw_call('{"code": "x"') + " b", [["f", '{"code":"x"}'], "\n</tool_call> b"]),
-        (raw_call('{"num": </tool_call>'), [["f", '{"num":'], "</tool_call>}\n</tool_call>"]),
-        (raw_call('{"code" 1}') + call("g"), [["f", '{"code"'], "1}}\n</tool_call>", ("g", "{}")]),
+        (raw_call('{"code": "x"') + " b", [["f", '{"code": "x"}'], "\n</tool_call> b"]),
+        (raw_call('{"num": </tool_call>'), [["f", '{"num": '], "</tool_call>}\n</tool_call>"]),
+        (raw_call('{"code" 1}') + call("g"), [["f", '{"code" 1}'], "}\n</tool_call>", ("g", "{}")]),
         (raw_call("{}", rest=" x"), [["f", "{}"], " x}\n</tool_call>"]),
         # A string that is never closed has the end marker in it: what follows it may call again.
         (
             '<tool_call>{"name": "f", "arguments": {"code": "x</tool_call>\n' + call("g"),
-            [["f", '{"code":"x</tool_call>'], ("g", "{}")],
+            [["f", '{"code": "x</tool_call>'], ("g", "{}")],
         ),
     ],
 )
@@ -509,32 +525,31 @@ def test_a_call_that_breaks_after_it_was_opened_loses_nothing_and_tells_nothing_
 ):
     kinds = [(SAID if isinstance(part, str) else CALLED, part) for part in expected]
     assert shown_however_cut(text) == kinds
-    kw = {"schemas": SCHEMAS, "parse": parse_repaired}
+    kw = {"schemas": SCHEMAS, "parse": parse_json}
     assert told([text], IN_PARTS, **kw) == told(text, IN_PARTS, **kw) == told([text])
 
 
 def test_a_broken_call_is_none():
-    channels = listening(max_calls=1)
-    channels.push(raw_call('{"code" 1}'))
-    assert (channels.num_calls, channels.is_complete) == (0, False)
-    channels.push(call("g"))
-    assert (channels.num_calls, channels.is_complete) == (1, True)
-    assert not [piece for piece in channels.push(call("f")) if piece.calls or piece.part]
+    parser = listening(max_calls=1)
+    parser.push(raw_call('{"code" 1}'))
+    assert (parser.num_calls, parser.is_complete) == (0, False)
+    parser.push(call("g"))
+    assert (parser.num_calls, parser.is_complete) == (1, True)
+    assert not parser.push(call("f"))
 
 
 def test_of_a_key_that_comes_twice_the_call_has_the_last():
     text = raw_call('{"code": "a", "num": 1, "code": "b"}')
-    assert shown_however_cut(text) == [(CALLED, ("f", '{"code":"a","num":1,"code":"b"}'))]
-    closed = [piece.part for piece in listening().push(text) if isinstance(piece.part, Closed)]
-    assert [part.call.arguments for part in closed] == ['{"code":"b","num":1}']
+    assert shown_however_cut(text) == [(CALLED, ("f", '{"code": "a", "num": 1, "code": "b"}'))]
+    assert listening().push(text)[-1] == ToolCallEnd('{"code":"b","num":1}')
 
 
 def test_a_call_that_proves_to_be_another_one_is_none():
     """Its name comes again after its arguments, or its reader finds more in the text."""
     text = raw_call('{"code": "x"}', rest=', "name": "g"')
-    expected = [(CALLED, ["f", '{"code":"x"}']), (SAID, ', "name": "g"}\n</tool_call>')]
+    expected = [(CALLED, ["f", '{"code": "x"}']), (SAID, ', "name": "g"}\n</tool_call>')]
     assert shown_however_cut(text) == expected
-    assert told([text], IN_PARTS, parse_repaired, schemas=SCHEMAS) == [(SAID, text)]
+    assert told([text], IN_PARTS, parse_json, schemas=SCHEMAS) == [(SAID, text)]
 
     def parse(text: str) -> list[tuple[str, Mapping[str, Any]]]:
         return [*parse_json(text), *parse_json(text)]
@@ -548,7 +563,7 @@ def test_an_open_call_that_never_ends_has_a_bound_too():
     num_head = len(head) - len("<tool_call>")
     text = head + "x" * MAX_CALL_CHARS + "y z"
     expected = [
-        (CALLED, ["f", '{"code":"' + "x" * (MAX_CALL_CHARS - num_head)]),
+        (CALLED, ["f", '{"code": "' + "x" * (MAX_CALL_CHARS - num_head)]),
         (SAID, "x" * num_head + "y z"),
     ]
     step = MAX_CALL_CHARS // 4
@@ -561,13 +576,13 @@ def test_an_open_call_that_never_ends_has_a_bound_too():
 
 def test_a_long_argument_is_told_at_once_however_small_its_pieces():
     """Held, or read again and again, it would cost the square of its length."""
-    channels = listening()
-    channels.push('<tool_call>{"name": "f", "arguments": {"code": "')
+    parser = listening()
+    parser.push('<tool_call>{"name": "f", "arguments": {"code": "')
     num_told = 0
     for _ in range(50_000):
-        for piece in channels.push("word "):
-            assert isinstance(piece.part, Arguments)
-            num_told += len(piece.part.text)
+        for event in parser.push("word "):
+            assert isinstance(event, ToolCallArguments)
+            num_told += len(event.text)
     assert num_told == 50_000 * len("word ")
 
 
@@ -575,14 +590,14 @@ def test_a_long_argument_is_told_at_once_however_small_its_pieces():
 
 
 def test_a_call_that_never_ends_comes_out_as_text_at_the_bound():
-    channels = Channels(MARKERS, parse=parse_json)
-    assert not channels.push("a <tool_call>")[1:]
+    parser = parser_of(MARKERS, parse=parse_json)
+    assert not parser.push("a <tool_call>")[1:]
     step = MAX_CALL_CHARS // 4
-    pieces = [piece for _ in range(4) for piece in channels.push("x" * step)]
+    pieces = [piece for _ in range(4) for piece in parser.push("x" * step)]
     assert not pieces
-    pieces = channels.push("x")
+    pieces = parser.push("x")
     assert "".join(piece.text for piece in pieces) == " <tool_call>" + "x" * (4 * step + 1)
-    assert "".join(piece.text for piece in channels.push("y z")) == "y z"
+    assert "".join(piece.text for piece in parser.push("y z")) == "y z"
 
 
 def test_a_call_of_the_greatest_length_is_read():
@@ -617,9 +632,12 @@ def parse_words(text: str) -> list[tuple[str, Mapping[str, Any]]]:
 @settings(max_examples=400, deadline=None)
 @example("<think>a</think>\n<tool_call>!</tool_call> <tool_call>x", [], False, True)
 def test_any_text_is_accounted_for_however_it_was_cut(
-    text: str, cuts: list[int], is_thinking: bool, has_tools: bool
+    text: str, cuts: list[int], starts_in_reasoning: bool, has_tools: bool
 ) -> None:
-    kw: dict[str, Any] = {"parse": parse_words if has_tools else None, "is_thinking": is_thinking}
+    kw: dict[str, Any] = {
+        "parse": parse_words if has_tools else None,
+        "starts_in_reasoning": starts_in_reasoning,
+    }
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     whole = told([text], **kw)
     assert told([text[a:b] for a, b in pairwise(bounds)], **kw) == whole
@@ -691,7 +709,7 @@ def test_any_call_in_parts_is_accounted_for_however_it_was_cut(
     text = "".join(words)
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in pairwise(bounds)]
-    kw: dict[str, Any] = {"markers": IN_PARTS, "parse": parse_repaired, "schemas": SCHEMAS}
+    kw: dict[str, Any] = {"markers": IN_PARTS, "parse": parse_json, "schemas": SCHEMAS}
     whole = told([text], **kw)
     assert told(pieces, **kw) == told(text, **kw) == whole
     assert shown(pieces) == shown(text) == shown([text])
@@ -830,9 +848,9 @@ def parsed(parser: Callable[..., Any], text: str) -> list[tuple[str, Mapping[str
     return Tokenizer.parse_calls(Stand(), text, TOOLS)  # type: ignore[arg-type]
 
 
-def of_module(name: str) -> tuple[Markers, Parse]:
+def of_module(name: str) -> tuple[MarkerFormat, ParseCalls]:
     module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
-    markers = Markers("<think>", "</think>", module.tool_call_start, module.tool_call_end)
+    markers = MarkerFormat("<think>", "</think>", module.tool_call_start, module.tool_call_end)
     return markers, partial(parsed, module.parse_tool_call)
 
 

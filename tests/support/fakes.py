@@ -28,11 +28,11 @@ from mlxlite.engine.step import (
     Look,
     Outcome,
     Part,
+    Prefilled,
     Runner,
     Step,
     Token,
 )
-from mlxlite.output.events import Delta, Done, Output
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.prefix_cache.operations import (
     CacheOp,
@@ -385,21 +385,24 @@ class FakeRunner:
 # --- sinks ------------------------------------------------------------------------------------
 
 
+SinkOutput = Token | Prefilled | Finished
+
+
 class RecordingSink:
-    """Keeps every output and asserts that nothing follows `Done`; `wait` for the end.
+    """Keeps every output and asserts that nothing follows `Finished`; `wait` for the end.
 
     `react`, if any, is called with each output: a client that cancels in the middle, say.
     """
 
-    def __init__(self, react: Callable[[Output], None] | None = None) -> None:
-        self.outputs: list[Output] = []
+    def __init__(self, react: Callable[[SinkOutput], None] | None = None) -> None:
+        self.outputs: list[SinkOutput] = []
         self._react = react
         self._is_done = asyncio.Event()
 
-    def __call__(self, output: Output) -> None:
+    def __call__(self, output: SinkOutput) -> None:
         assert not self.is_done, f"{output} after {self.outputs[-1]}"
         self.outputs.append(output)
-        if isinstance(output, Done):
+        if isinstance(output, Finished):
             self._is_done.set()
         if self._react is not None:
             self._react(output)
@@ -409,16 +412,20 @@ class RecordingSink:
         return self._is_done.is_set()
 
     @property
-    def text(self) -> str:
-        return "".join(output.text for output in self.outputs if isinstance(output, Delta))
+    def tokens(self) -> list[Token]:
+        return [output for output in self.outputs if isinstance(output, Token)]
 
     @property
-    def done(self) -> Done:
+    def text(self) -> str:
+        return spell([token.token for token in self.tokens if not token.is_eos])
+
+    @property
+    def done(self) -> Finished:
         assert self.outputs
-        assert isinstance(self.outputs[-1], Done)
+        assert isinstance(self.outputs[-1], Finished)
         return self.outputs[-1]
 
-    async def wait(self) -> Done:
+    async def wait(self) -> Finished:
         await asyncio.wait_for(self._is_done.wait(), 30)  # far above what any test needs
         return self.done
 

@@ -27,8 +27,9 @@ from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, Sequence
 from mlxlite.engine.step import Admission, Launched, Outcome, Part, Runner, Step
 from mlxlite.http.connection import Client
 from mlxlite.models.interface import Model, PromptError
+from mlxlite.output.formats import OutputFormat
 from mlxlite.output.grammar import Constraint
-from mlxlite.output.markers import Markers
+from mlxlite.output.markers import MarkerFormat
 from mlxlite.server import Load, Server
 
 TIMEOUT_S = 20.0  # of anything that is waited for; only a bug gets there
@@ -36,7 +37,7 @@ ENDLESS = "∞"  # a prompt that ends so is repeated for ever
 POISON = "☠"  # a sequence that draws it fails alone
 NUM_DIMENSIONS = 8  # of the scripted runner's vectors
 EOS = 0x110000  # beyond Unicode: it has no text
-MARKERS = Markers("<think>", "</think>", "<call>", "</call>")
+MARKERS = MarkerFormat("<think>", "</think>", "<call>", "</call>")
 
 # --- a loop for one test ----------------------------------------------------------------------
 
@@ -328,8 +329,8 @@ class FakeModel:
 
     `bos` is the token that an encoding with special tokens begins with, if there is one. `width`
     repeats each character in the text, for answers that are large. `gate` holds `render`. With
-    `MARKERS` as its `markers` it has reasoning and calls, which are JSON: one object or an array.
-    It compiles anything, or raises `compile_error`.
+    `MARKERS` as its `output_format` it has reasoning and calls, which are JSON: one object or an
+    array. It compiles anything, or raises `compile_error`.
     """
 
     id: str = "fake"
@@ -343,7 +344,7 @@ class FakeModel:
     gate: threading.Event = field(default_factory=threading.Event)
     render_error: Exception | None = None
     compile_error: Exception | None = None
-    markers: Markers = field(default_factory=Markers)
+    output_format: OutputFormat = field(default_factory=MarkerFormat)
     is_thinking: bool = False  # its prompts end inside a block of reasoning
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from mlxlite.api.fields import (
     unsupported,
     unsupported_each,
 )
-from mlxlite.api.generate import Dialect, answer, parse_and_render
+from mlxlite.api.generate import Dialect, in_task, parse_and_render
 from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
 from mlxlite.api.readers import (
     flag,
@@ -65,13 +65,23 @@ from mlxlite.api.request import (
     template_kwargs,
 )
 from mlxlite.api.service import Service
-from mlxlite.api.writers import Choice, Envelope, parts_of
+from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
 from mlxlite.models.interface import Model
-from mlxlite.output.events import Arguments, Call, CallPart, Channel, Delta, Done, Opened, Progress
+from mlxlite.output.events import (
+    Done,
+    ParserEvent,
+    Progress,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
+)
 from mlxlite.vision.images import Source, source_of, source_of_base64
 
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
@@ -350,8 +360,8 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _use(call: Call | Opened, input: Any) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": input}
+def _use(id: str, name: str, input: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": name, "input": input}
 
 
 def _frame(kind: str, **rest: Any) -> bytes:
@@ -390,6 +400,10 @@ class MessagesWriter:
         index = self._num_blocks - 1
         return head + _frame("content_block_start", index=index, content_block=block)
 
+    def _need(self, block: Mapping[str, Any]) -> bytes:
+        """A new block, unless one of its type is open."""
+        return b"" if self._kind == block["type"] else self._open(block)
+
     def _piece(self, kind: str, **piece: str) -> bytes:
         delta = {"type": kind, **piece}
         return _frame("content_block_delta", index=self._num_blocks - 1, delta=delta)
@@ -405,29 +419,24 @@ class MessagesWriter:
         message = self._message([], Usage(num_prompt=self._num_prompt), None)
         return _frame("message_start", message=message) + _frame("ping")
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        frames = b""
-        if delta.text and delta.channel is Channel.REASONING:
-            if self._kind != "thinking":
-                frames = self._open({"type": "thinking", "thinking": "", "signature": ""})
-            frames += self._piece("thinking_delta", thinking=delta.text)
-        elif delta.text:
-            if self._kind != "text":
-                frames = self._open({"type": "text", "text": ""})
-            frames += self._piece("text_delta", text=delta.text)
-        return frames + b"".join(map(self._part, parts_of(delta)))
-
-    def _part(self, part: CallPart) -> bytes:
-        """The end of a call that proves to be none is the end of its block too."""
-        match part:
-            case Opened():
-                return self._open(_use(part, {}))
-            case Arguments(text):
+    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+        """The end of a call that did not parse is the end of its block too."""
+        match event:
+            case TextDelta(text) if text:
+                head = self._need({"type": "text", "text": ""})
+                return head + self._piece("text_delta", text=text)
+            case ReasoningDelta(text) if text:
+                head = self._need({"type": "thinking", "thinking": "", "signature": ""})
+                return head + self._piece("thinking_delta", thinking=text)
+            case ToolCallStart(id, name):
+                return self._open(_use(id, name, {}))
+            case ToolCallArguments(text):
                 return self._piece("input_json_delta", partial_json=text)
-        return self._close()
-
-    def progress(self, index: int, progress: Progress) -> bytes:
-        return _frame("ping")
+            case ToolCallEnd() | ToolCallInvalid():
+                return self._close()
+            case Progress():
+                return _frame("ping")
+        return b""
 
     def done(self, index: int, done: Done, total: Usage | None) -> bytes:
         last = _frame("message_delta", delta=_end(done), usage=_usage(total or done.usage))
@@ -436,16 +445,16 @@ class MessagesWriter:
     def fail(self, error: APIError) -> bytes:
         return sse_event("error", anthropic_error(error))
 
-    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
-        """Thoughts, then text, then calls, whatever their order was."""
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
+        """Reasoning, then text, then calls, whatever their order was."""
         (choice,) = choices
-        thought, said = "".join(choice.thoughts), "".join(choice.texts)
         content: list[dict[str, Any]] = []
-        if thought:
-            content.append({"type": "thinking", "thinking": thought, "signature": ""})
-        if said:
-            content.append({"type": "text", "text": said})
-        content += [_use(call, orjson.loads(call.arguments)) for call in choice.calls]
+        if reasoning := choice.reasoning:
+            content.append({"type": "thinking", "thinking": reasoning, "signature": ""})
+        if text := choice.text:
+            content.append({"type": "text", "text": text})
+        for call in choice.calls:
+            content.append(_use(call.id, call.name, orjson.loads(call.arguments)))
         return orjson.dumps(self._message(content, total, choice.done))
 
 
@@ -467,7 +476,7 @@ async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
 
 
 def _handle_count(service: Service, exchange: Exchange, body: bytes) -> None:
-    answer(service, exchange, partial(_count, service, exchange, body))
+    in_task(service, exchange, partial(_count, service, exchange, body))
 
 
 ENDPOINTS: Final = (

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import orjson
-
 from mlxlite.api.constraints import (
     CONSTRAINT_FIELDS,
     ToolUse,
@@ -39,32 +37,26 @@ from mlxlite.api.request import (
     template_kwargs,
 )
 from mlxlite.api.writers import (
-    Choice,
+    Call,
+    Collected,
     Envelope,
+    OpenAIWriter,
     StreamOptions,
     TokenBytes,
     call_json,
     finish_reason,
     frame,
     logprobs_json,
-    stream_failure,
-    timings_json,
-    usage_json,
 )
-from mlxlite.engine.sequence import Prompt, Usage
-from mlxlite.http.errors import APIError, bad
-from mlxlite.http.sse import SSE_DONE, sse_data
+from mlxlite.engine.sequence import Logprobs, Prompt
+from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model
 from mlxlite.output.events import (
-    Arguments,
-    Broken,
-    Call,
-    Channel,
-    Closed,
-    Delta,
-    Done,
-    Opened,
-    Progress,
+    ParserEvent,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallStart,
 )
 
 FIELDS: Final[Mapping[str, Field]] = {
@@ -158,12 +150,12 @@ def _continues(given: Given) -> bool | None:
     return False if prompted else wanted
 
 
-class ChatWriter:
-    """A chat completion. Each choice has its role's chunk, its text's, and one that finishes it.
+class ChatWriter(OpenAIWriter):
+    """A chat completion. Each choice has its role's chunk, its text's, and one that finishes it."""
 
-    The frame around a piece of text never changes, so it is built once for each choice: a token
-    costs one JSON string.
-    """
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    has_stop_reason = True
 
     def __init__(
         self,
@@ -174,111 +166,52 @@ class ChatWriter:
         num_choices: int = 1,
         has_logprobs: bool = False,
     ) -> None:
-        self._envelope = envelope
-        self._token_bytes = token_bytes
-        self._options = options or StreamOptions()
-        self._num_choices = num_choices
+        super().__init__(envelope, token_bytes, options, num_choices=num_choices)
         self._has_logprobs = has_logprobs
-        mark = "\0"
-        self._frames = [
-            sse_data(orjson.dumps(self._chunk(i, {"content": mark}))).split(orjson.dumps(mark))
-            for i in range(num_choices)
-        ]
         self._num_calls = [0] * num_choices
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = self._envelope.as_json("chat.completion.chunk") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._options.include_usage else chunk
-
     def begin(self) -> bytes:
-        role = {"role": "assistant", "content": ""}
-        return b"".join(frame(self._chunk(i, role)) for i in range(self._num_choices))
+        role = {"delta": {"role": "assistant", "content": ""}}
+        return b"".join(frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        options = self._options
-        is_content = delta.channel is Channel.CONTENT and not delta.calls and delta.part is None
-        if isinstance(delta.part, Closed | Broken) and not delta.logprobs:
-            return b""  # OpenAI has no word for the end of a call
-        has_extras = delta.logprobs or options.continuous_usage or options.timings_per_token
-        if is_content and not has_extras:
-            head, tail = self._frames[index]
-            return head + orjson.dumps(delta.text) + tail
-        chunk = self._chunk(index, self._said(index, delta))
-        if delta.logprobs:
-            content = logprobs_json(delta.logprobs, self._token_bytes)
-            chunk["choices"][0]["logprobs"] = {"content": content}
-        return frame(self._with_usage(chunk, delta.usage))
+    def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+        return {"delta": self._delta(index, event)}
 
-    def _said(self, index: int, delta: Delta) -> dict[str, Any]:
-        if delta.channel is Channel.REASONING:
-            return {"reasoning_content": delta.text, "reasoning": delta.text}
-        match delta.part:
-            case Opened(id, name):
+    def _delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+        match event:
+            case TextDelta(text):
+                return {"content": text}
+            case ReasoningDelta(text):
+                return {"reasoning_content": text, "reasoning": text}
+            case ToolCallStart(id, name):
                 self._num_calls[index] += 1
-                opening = {"index": self._num_calls[index] - 1} | call_json(Call(id, name, ""))
-                return {"tool_calls": [opening]}
-            case Arguments(text):
+                number = self._num_calls[index] - 1
+                return {"tool_calls": [{"index": number} | call_json(Call(id, name, ""))]}
+            case ToolCallArguments(text):
                 more = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
                 return {"tool_calls": [more]}
-            case Closed() | Broken():
-                return {}
-        if not delta.calls:
-            return {"content": delta.text}
-        first = self._num_calls[index]
-        self._num_calls[index] += len(delta.calls)
-        calls = [{"index": i} | call_json(call) for i, call in enumerate(delta.calls, first)]
-        return {"tool_calls": calls}
+        return {}
 
-    def _with_usage(self, chunk: dict[str, Any], usage: Usage | None) -> dict[str, Any]:
-        if usage is not None and self._options.continuous_usage:
-            chunk["usage"] = usage_json(usage)
-        if usage is not None and self._options.timings_per_token:
-            chunk["timings"] = timings_json(usage)
-        return chunk
+    def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
+        return {"content": logprobs_json(drawn, self._token_bytes)}
 
-    def progress(self, index: int, progress: Progress) -> bytes:
-        """llama-server's `prompt_progress`."""
-        usage = progress.usage
-        chunk = self._chunk(index, {})
-        chunk["prompt_progress"] = {
-            "total": usage.num_prompt,
-            "cache": usage.num_cached,
-            "processed": progress.num_computed,
-            "time_ms": round(usage.prefill_s * 1000, 3),
+    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": choice.text if choice.text or not choice.calls else None,
+            "refusal": None,
         }
-        return frame(chunk)
-
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
-        """The last finish chunk carries the usage and timings of all.
-
-        With `include_usage` only the separate chunk has the usage, or clients that add up would
-        count it twice; the timings stay.
-        """
-        chunk = self._chunk(index, {}, finish_reason(done))
-        chunk["choices"][0]["stop_reason"] = done.stop  # vLLM's
-        if total is None:
-            return frame(chunk)
-        chunk["timings"] = timings_json(total)
-        if not self._options.include_usage:
-            chunk["usage"] = usage_json(total)
-            return frame(chunk) + SSE_DONE
-        last = self._envelope.as_json("chat.completion.chunk") | {"choices": []}
-        return frame(chunk) + frame(last | {"usage": usage_json(total)}) + SSE_DONE
-
-    def fail(self, error: APIError) -> bytes:
-        return stream_failure(error)
-
-    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
-        for choice in choices:
-            if self._has_logprobs:
-                choice.logprobs = logprobs_json(choice.drawn, self._token_bytes)
-        answer = self._envelope.as_json("chat.completion")
-        answer |= {"choices": [choice.as_json(i) for i, choice in enumerate(choices)]}
-        answer |= {"usage": usage_json(total), "timings": timings_json(total)}
-        return orjson.dumps(answer)
+        if reasoning := choice.reasoning:
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if choice.calls:
+            message["tool_calls"] = [call_json(call) for call in choice.calls]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(index, choice.drawn) if self._has_logprobs else None,
+            "finish_reason": finish_reason(choice.done),
+            "stop_reason": choice.done.stop if choice.done is not None else None,
+        }
 
 
 def _writer(

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
-import orjson
-
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Field, read_fields, supported, unsupported
@@ -23,23 +21,20 @@ from mlxlite.api.request import (
 from mlxlite.api.service import Service
 from mlxlite.api.writers import (
     MIN_LOGPROB,
-    Choice,
+    Collected,
     Envelope,
+    OpenAIWriter,
     StreamOptions,
     TokenBytes,
     finish_reason,
     frame,
-    stream_failure,
-    timings_json,
-    usage_json,
 )
 from mlxlite.config.options import Config
-from mlxlite.engine.sequence import Logprobs, Prompt, Usage
+from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, bad
-from mlxlite.http.sse import SSE_DONE
+from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model
-from mlxlite.output.events import Delta, Done, Progress
+from mlxlite.output.events import ParserEvent, TextDelta
 
 MAX_COMPLETION_LOGPROBS = 20  # OpenAI's bound is 5, vLLM's 20
 
@@ -104,8 +99,10 @@ def _render(model: Model, request: CompletionRequest, _config: Config) -> list[P
     return [Prompt(encode(model, text, "prompt")) for text in request.prompts]
 
 
-class CompletionWriter:
+class CompletionWriter(OpenAIWriter):
     """A text completion, streamed or whole; `echoes` is the text that each choice begins with."""
+
+    object_name = chunk_name = "text_completion"
 
     def __init__(
         self,
@@ -115,47 +112,31 @@ class CompletionWriter:
         *,
         echoes: Sequence[str],
     ) -> None:
-        self._envelope = envelope
-        self._token_bytes = token_bytes
-        self._options = options
+        super().__init__(envelope, token_bytes, options, num_choices=len(echoes))
         self._echoes = echoes
         # Where the next token's text begins; a decoder holds what is half a character so far.
         self._num_chars = [len(echo) for echo in echoes]
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in echoes]
 
-    def _chunk(self, index: int, written: str, reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "text": written, "logprobs": None, "finish_reason": reason}
-        chunk = self._envelope.as_json("text_completion") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._options.include_usage else chunk
-
     def begin(self) -> bytes:
-        chunks = (self._chunk(i, echo) for i, echo in enumerate(self._echoes) if echo)
+        chunks = (self._chunk(i, {"text": echo}) for i, echo in enumerate(self._echoes) if echo)
         return b"".join(map(frame, chunks))
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        chunk = self._chunk(index, delta.text)
-        if delta.logprobs:
-            chunk["choices"][0]["logprobs"] = self._logprobs(index, delta.logprobs)
-        if delta.usage is not None and self._options.continuous_usage:
-            chunk["usage"] = usage_json(delta.usage)
-        if delta.usage is not None and self._options.timings_per_token:
-            chunk["timings"] = timings_json(delta.usage)
-        return frame(chunk)
+    def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+        return {"text": event.text if isinstance(event, TextDelta) else ""}
 
-    def _logprobs(
-        self, index: int, logprobs: Sequence[tuple[int, Logprobs]]
-    ) -> dict[str, list[Any]]:
+    def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
         """The legacy form: parallel lists, and each token's place in the text."""
         offsets = []
-        for token, _ in logprobs:
+        for token, _ in drawn:
             offsets.append(self._num_chars[index])
             self._num_chars[index] += len(self._decoders[index].decode(self._token_bytes(token)))
         return {
-            "tokens": [self._spell(token) for token, _ in logprobs],
-            "token_logprobs": [max(item.drawn, MIN_LOGPROB) for _, item in logprobs],
+            "tokens": [self._spell(token) for token, _ in drawn],
+            "token_logprobs": [max(item.drawn, MIN_LOGPROB) for _, item in drawn],
             "top_logprobs": [
                 {self._spell(token): max(value, MIN_LOGPROB) for token, value in item.top}
-                for _, item in logprobs
+                for _, item in drawn
             ],
             "text_offset": offsets,
         }
@@ -163,44 +144,13 @@ class CompletionWriter:
     def _spell(self, token: int) -> str:
         return self._token_bytes(token).decode("utf-8", "replace")
 
-    def progress(self, index: int, progress: Progress) -> bytes:
-        chunk = self._chunk(index, "")
-        usage = progress.usage
-        chunk["prompt_progress"] = {
-            "total": usage.num_prompt,
-            "cache": usage.num_cached,
-            "processed": progress.num_computed,
-            "time_ms": round(usage.prefill_s * 1000, 3),
+    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": self._echoes[index] + choice.text,
+            "logprobs": self._logprobs(index, choice.drawn) if choice.drawn else None,
+            "finish_reason": finish_reason(choice.done),
         }
-        return frame(chunk)
-
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
-        chunk = self._chunk(index, "", finish_reason(done))
-        if total is None:
-            return frame(chunk)
-        chunk["timings"] = timings_json(total)
-        if not self._options.include_usage:
-            chunk["usage"] = usage_json(total)
-            return frame(chunk) + SSE_DONE
-        last = self._envelope.as_json("text_completion") | {"choices": []}
-        return frame(chunk) + frame(last | {"usage": usage_json(total)}) + SSE_DONE
-
-    def fail(self, error: APIError) -> bytes:
-        return stream_failure(error)
-
-    def whole(self, choices: Sequence[Choice], total: Usage) -> bytes:
-        answer = self._envelope.as_json("text_completion")
-        answer["choices"] = [
-            {
-                "index": i,
-                "text": self._echoes[i] + "".join(choice.texts),
-                "logprobs": self._logprobs(i, choice.drawn) if choice.drawn else None,
-                "finish_reason": finish_reason(choice.done),
-            }
-            for i, choice in enumerate(choices)
-        ]
-        answer |= {"usage": usage_json(total), "timings": timings_json(total)}
-        return orjson.dumps(answer)
 
 
 def _writer(

@@ -13,7 +13,7 @@ import orjson
 
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Field, no_op, read_fields, supported
-from mlxlite.api.generate import answer, context_exceeded
+from mlxlite.api.generate import context_exceeded, in_task
 from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
 from mlxlite.api.render import encode
 from mlxlite.api.request import MODEL
@@ -117,7 +117,7 @@ async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
 
 
 def _handle(service: Service, exchange: Exchange, body: bytes) -> None:
-    answer(service, exchange, lambda: _embed(service, exchange, body))
+    in_task(service, exchange, lambda: _embed(service, exchange, body))
 
 
 ENDPOINTS: Final = (

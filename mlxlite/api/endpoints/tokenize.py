@@ -10,7 +10,7 @@ import orjson
 from mlxlite.api.conversation import Message
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Field, read_fields, supported, unsupported
-from mlxlite.api.generate import answer, parse_and_render
+from mlxlite.api.generate import in_task, parse_and_render
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
 from mlxlite.api.render import render_chat
@@ -167,7 +167,7 @@ ENDPOINTS: Final = (
         path="/tokenize",
         summary="A text's tokens",
         fields=TOKENIZE_FIELDS,
-        handle=lambda *request: answer(request[0], request[1], lambda: _answer_tokens(*request)),
+        handle=lambda *request: in_task(request[0], request[1], lambda: _answer_tokens(*request)),
     ),
     Endpoint(
         method="POST",
@@ -175,6 +175,6 @@ ENDPOINTS: Final = (
         summary="Tokens' text",
         fields=DETOKENIZE_FIELDS,
         required=("tokens",),
-        handle=lambda *request: answer(request[0], request[1], lambda: _answer_text(*request)),
+        handle=lambda *request: in_task(request[0], request[1], lambda: _answer_text(*request)),
     ),
 )

@@ -4,6 +4,7 @@ The cases are tables keyed by field, as in `test_request`; a field that has no c
 are checked event by event against the vendors' own types, and read by their own clients.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -40,26 +41,26 @@ from mlxlite.api.endpoints.responses import (
 )
 from mlxlite.api.endpoints.responses import (
     ResponsesRequest,
-    ResponsesWriter,
     parse_responses,
 )
 from mlxlite.api.fields import Field, Use, markdown
 from mlxlite.api.generate import context_exceeded
 from mlxlite.api.request import GENERATION_FIELDS, ChatRequest
+from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.stored_responses import MAX_CONVERSATIONS, StoredResponses
-from mlxlite.api.writers import Choice, Envelope, StreamOptions
+from mlxlite.api.writers import Call, Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError, Cause
 from mlxlite.output.events import (
-    Arguments,
-    Broken,
-    Call,
-    Channel,
-    Closed,
-    Delta,
     Done,
-    Opened,
+    ParserEvent,
     Progress,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
 )
 from mlxlite.output.grammar import Constraint, Kind
 from mlxlite.vision.images import Source
@@ -988,26 +989,32 @@ def frames(stream: bytes) -> Iterator[tuple[str, Any]]:
         yield payload["type"], payload
 
 
-def run(writer: Any, pieces: Sequence[str | Delta], end: Done | APIError = DONE) -> bytes:
+def run_events(writer: Any, events: Sequence[ParserEvent]) -> bytes:
+    return b"".join(writer.event(0, event) for event in events)
+
+
+def run(writer: Any, pieces: Sequence[str | ParserEvent], end: Done | APIError = DONE) -> bytes:
     stream: bytes = writer.begin()
-    for i, piece in enumerate(pieces):
-        stream += writer.delta(0, Delta(piece, i + 1) if isinstance(piece, str) else piece)
+    for piece in pieces:
+        stream += writer.event(0, TextDelta(piece) if isinstance(piece, str) else piece)
     failed = isinstance(end, APIError)
     return stream + (writer.fail(end) if failed else writer.done(0, end, end.usage))
 
 
-def thought(text: str, *logprobs: tuple[int, Logprobs]) -> Delta:
-    return Delta(text, 1, logprobs, channel=Channel.REASONING)
+def thought(text: str, *logprobs: tuple[int, Logprobs]) -> ReasoningDelta:
+    return ReasoningDelta(text, logprobs=logprobs)
 
 
-def called(*calls: Call, text: str = "") -> Delta:
-    return Delta(text, 1, calls=calls)
+def called(call: Call, *arguments: str) -> list[ParserEvent]:
+    """A call; its arguments in pieces, or whole."""
+    pieces = map(ToolCallArguments, arguments or (call.arguments,))
+    return [ToolCallStart(call.id, call.name), *pieces, ToolCallEnd(call.arguments)]
 
 
 PARIS = Call("call_1", "get_weather", '{"city":"Paris"}')
 NOW = Call("call_2", "now", "{}")
-# As `Channels` gives it: reasoning, what is then said, two calls.
-FULL = [thought("h"), thought("m"), "let me ", "see", called(PARIS), called(NOW)]
+# As a parser gives it: reasoning, what is then said, two calls.
+FULL = [thought("h"), thought("m"), "let me ", "see", *called(PARIS), *called(NOW)]
 SAID = Message(
     Role.ASSISTANT,
     "let me see",
@@ -1019,67 +1026,45 @@ SAID = Message(
 )
 
 
-def choice_of(pieces: Sequence[str | Delta], done: Done) -> Choice:
+def choice_of(pieces: Sequence[str | ParserEvent], done: Done) -> Collected:
     """What an answer that does not stream is made of."""
-    choice = Choice(done=done)
+    choice = Collected(done=done)
     for piece in pieces:
-        choice.take(Delta(piece, 1) if isinstance(piece, str) else piece)
+        choice.take(TextDelta(piece) if isinstance(piece, str) else piece)
     return choice
 
 
-def in_parts(call: Call, *arguments: str) -> list[Delta]:
-    """A call that is told as it is written."""
-    told = [Arguments(text) for text in arguments or (call.arguments,)]
-    parts = (Opened(call.id, call.name), *told, Closed(call))
-    return [Delta("", 1, part=part) for part in parts]
-
-
-def broken(text: str = "<call>{") -> list[Delta]:
-    """One that proves to be none, and what follows."""
-    parts = (Opened("call_3", "ls"), Arguments("{"), Broken(text))
-    return [*(Delta("", 1, part=part) for part in parts), Delta("!</call>", 1)]
+def broken(text: str = "<call>{") -> list[ParserEvent]:
+    """One that does not parse, and what follows."""
+    start, arguments = ToolCallStart("call_3", "ls"), ToolCallArguments("{")
+    return [start, arguments, ToolCallInvalid(text), TextDelta("!</call>")]
 
 
 # Anything that may come, in any order.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-WHOLE = st.one_of(
-    TEXT,
-    st.builds(thought, TEXT),
-    st.sampled_from([called(PARIS), called(NOW), called(PARIS, NOW, text="x")]),
-).map(lambda piece: [piece])
-IN_PARTS = st.sampled_from([in_parts(NOW), in_parts(PARIS, '{"city":', '"Paris"}')])
+ONE = st.one_of(TEXT, st.builds(thought, TEXT)).map(lambda piece: [piece])
+CALLS = st.sampled_from(
+    [called(PARIS), called(NOW), called(PARIS) + called(NOW), called(PARIS, '{"city":', '"Paris"}')]
+)
 
 
-def listed(groups: st.SearchStrategy[Any]) -> st.SearchStrategy[list[str | Delta]]:
+def listed(groups: st.SearchStrategy[Any]) -> st.SearchStrategy[list[str | ParserEvent]]:
     return st.lists(groups).map(lambda found: [piece for group in found for piece in group])
 
 
-PIECES = listed(WHOLE | IN_PARTS)
+PIECES = listed(ONE | CALLS)
 
 
-def distinct(pieces: Sequence[str | Delta]) -> list[str | Delta]:
+def distinct(pieces: Sequence[str | ParserEvent]) -> list[str | ParserEvent]:
     """The same with an id of its own for every call."""
-    num_calls = 0
-
-    def renamed(piece: str | Delta) -> str | Delta:
-        nonlocal num_calls
-        if isinstance(piece, str):
-            return piece
-        ids = [f"call_{num_calls + i}" for i in range(len(piece.calls))]
-        num_calls += len(ids)
-        calls = tuple(replace(call, id=id) for call, id in zip(piece.calls, ids, strict=True))
-        match piece.part:
-            case Opened(_, name):
-                num_calls += 1
-                return replace(piece, part=Opened(f"call_{num_calls - 1}", name))
-            case Closed(call):
-                return replace(piece, part=Closed(replace(call, id=f"call_{num_calls - 1}")))
-        return replace(piece, calls=calls)
-
-    return [renamed(piece) for piece in pieces]
+    ids = (f"call_{number}" for number in itertools.count())
+    return [
+        replace(piece, id=next(ids)) if isinstance(piece, ToolCallStart) else piece
+        for piece in pieces
+    ]
 
 
-def message_stream(*pieces: str | Delta, end: Done | APIError = DONE) -> bytes:
+def message_stream(*pieces: str | ParserEvent, end: Done | APIError = DONE) -> bytes:
     return run(MessagesWriter(MSG, 10), pieces, end)
 
 
@@ -1162,7 +1147,7 @@ def test_anthropics_client_reads_a_stream_and_a_whole_answer_alike(
     done: Done, reason: str | None, stop: str | None
 ) -> None:
     streamed = read_by_anthropic(message_stream("hel", "lo", end=done))
-    body = MessagesWriter(MSG, 10).whole([Choice(["hel", "lo"], done=done)], done.usage)
+    body = MessagesWriter(MSG, 10).whole([Collected(["hel", "lo"], done=done)], done.usage)
     whole = anthropic_client(body, "application/json").messages.create(
         model="tiny", max_tokens=5, messages=HELLO
     )
@@ -1206,7 +1191,7 @@ def test_thoughts_text_and_calls_are_blocks_one_after_the_other() -> None:
 
 
 def test_a_call_is_closed_at_once() -> None:
-    told = [kind for kind, _ in frames(MessagesWriter(MSG, 10).delta(0, called(PARIS)))]
+    told = [kind for kind, _ in frames(run_events(MessagesWriter(MSG, 10), called(PARIS)))]
     assert told == ["content_block_start", "content_block_delta", "content_block_stop"]
 
 
@@ -1251,8 +1236,8 @@ def test_an_answer_that_is_sent_back_is_what_was_said() -> None:
 def test_an_answer_with_calls_stops_for_them_unless_it_was_cut(
     done: Done, reason: str | None
 ) -> None:
-    body = MessagesWriter(MSG, 10).whole([choice_of([called(PARIS)], done)], USAGE)
-    for message in (read_by_anthropic(message_stream(called(PARIS), end=done)), json.loads(body)):
+    body = MessagesWriter(MSG, 10).whole([choice_of(called(PARIS), done)], USAGE)
+    for message in (read_by_anthropic(message_stream(*called(PARIS), end=done)), json.loads(body)):
         found = message if isinstance(message, dict) else message.model_dump()
         assert (found["stop_reason"], found["stop_sequence"]) == (reason, None)
 
@@ -1265,7 +1250,7 @@ def test_a_thought_that_is_cut_is_closed(end: Done) -> None:
 
 @given(PIECES)
 def test_blocks_rise_and_hold_the_same_as_a_whole_message_in_whatever_order_they_come(
-    pieces: list[str | Delta],
+    pieces: list[str | ParserEvent],
 ) -> None:
     blocks: list[dict[str, Any]] = []
     texts: list[str] = []
@@ -1303,7 +1288,7 @@ def test_blocks_rise_and_hold_the_same_as_a_whole_message_in_whatever_order_they
 
 def test_an_empty_answer_has_an_empty_list_of_blocks() -> None:
     assert read_by_anthropic(message_stream()).content == []
-    body = MessagesWriter(MSG, 10).whole([Choice([""], done=DONE)], USAGE)
+    body = MessagesWriter(MSG, 10).whole([Collected([""], done=DONE)], USAGE)
     assert json.loads(body)["content"] == []
 
 
@@ -1312,7 +1297,7 @@ def test_any_split_of_a_text_is_the_same_message(pieces: list[str]) -> None:
     read = list(frames(message_stream(*pieces)))
     texts = [payload["delta"]["text"] for kind, payload in read if kind == "content_block_delta"]
     assert "".join(texts) == "".join(pieces)
-    whole = MessagesWriter(MSG, 10).whole([Choice(list(pieces), done=DONE)], USAGE)
+    whole = MessagesWriter(MSG, 10).whole([Collected(list(pieces), done=DONE)], USAGE)
     assert "".join(block["text"] for block in json.loads(whole)["content"]) == "".join(pieces)
 
 
@@ -1323,7 +1308,7 @@ def test_anthropics_client_reads_awkward_text(text: str) -> None:
 
 
 def test_progress_is_a_ping() -> None:
-    ping = MessagesWriter(MSG, 10).progress(0, Progress(4, USAGE))
+    ping = MessagesWriter(MSG, 10).event(0, Progress(4, USAGE))
     assert list(frames(ping)) == [("ping", {"type": "ping"})]
 
 
@@ -1403,10 +1388,10 @@ ECHOED: dict[str, Any] = {
 
 
 def responses_writer(**fields: Any) -> ResponsesWriter:
-    return ResponsesWriter(RESP, token_bytes, response(**fields))
+    return ResponsesWriter(RESP, token_bytes, response(**fields).echo)
 
 
-def response_stream(*pieces: str | Delta, end: Done | APIError = DONE) -> bytes:
+def response_stream(*pieces: str | ParserEvent, end: Done | APIError = DONE) -> bytes:
     return run(responses_writer(), pieces, end)
 
 
@@ -1463,7 +1448,7 @@ def test_a_responses_stream_has_each_event_in_openais_order() -> None:
 
 def test_a_whole_response_is_what_openais_own_types_take() -> None:
     writer = responses_writer(**ECHOED)
-    body = writer.whole([Choice(["hel", "lo"], done=DONE)], USAGE)
+    body = writer.whole([Collected(["hel", "lo"], done=DONE)], USAGE)
     Response.model_validate_json(body, strict=True)
     answer = json.loads(body)
     assert answer.items() >= ECHOED.items()
@@ -1485,7 +1470,7 @@ def test_a_whole_response_is_what_openais_own_types_take() -> None:
 
 
 def test_a_silent_request_is_echoed_with_openais_defaults() -> None:
-    answer = json.loads(responses_writer().whole([Choice(["x"], done=DONE)], USAGE))
+    answer = json.loads(responses_writer().whole([Collected(["x"], done=DONE)], USAGE))
     assert answer["store"] is answer["parallel_tool_calls"] is True
     assert answer["tool_choice"] == "auto"
     assert answer["tools"] == []
@@ -1494,7 +1479,7 @@ def test_a_silent_request_is_echoed_with_openais_defaults() -> None:
     for name in ("instructions", "temperature", "top_p", "previous_response_id", "user"):
         assert answer[name] is None
     told = responses_writer(reasoning={"effort": "low", "summary": "auto"})
-    answer = json.loads(told.whole([Choice(["x"], done=DONE)], USAGE))
+    answer = json.loads(told.whole([Collected(["x"], done=DONE)], USAGE))
     assert answer["reasoning"]["effort"] == "low"
 
 
@@ -1513,7 +1498,7 @@ def test_a_silent_request_is_echoed_with_openais_defaults() -> None:
 def test_tools_their_choice_and_a_format_are_echoed_as_they_were_asked_for(
     asked: dict[str, Any],
 ) -> None:
-    body = responses_writer(**asked).whole([Choice(["x"], done=DONE)], USAGE)
+    body = responses_writer(**asked).whole([Collected(["x"], done=DONE)], USAGE)
     Response.model_validate_json(body, strict=True)
     assert json.loads(body).items() >= asked.items()
     validated(run(responses_writer(**asked), ["x"]))
@@ -1533,7 +1518,7 @@ def test_a_streamed_response_ends_as_the_whole_one(
 ) -> None:
     streamed, whole = responses_writer(), responses_writer()
     *_, (last, payload) = validated(run(streamed, ["hel", "lo"], done))
-    body = whole.whole([Choice(["hel", "lo"], done=done)], done.usage)
+    body = whole.whole([Collected(["hel", "lo"], done=done)], done.usage)
     assert last == kind
     assert payload["response"] == json.loads(body)
     assert payload["response"]["status"] == status
@@ -1572,7 +1557,7 @@ def test_an_empty_response_has_an_empty_message() -> None:
     kinds = [kind for kind, _ in validated(stream)]
     assert kinds == [*FIRST, *OPENED, *CLOSED, "response.completed"]
     assert read_by_openai(stream)[1].output_text == ""
-    whole = responses_writer().whole([Choice([], done=DONE)], USAGE)
+    whole = responses_writer().whole([Collected([], done=DONE)], USAGE)
     assert json.loads(whole)["output"][0]["content"][0]["text"] == ""
 
 
@@ -1582,7 +1567,7 @@ def test_any_split_of_a_text_is_the_same_response(pieces: list[str]) -> None:
     read = list(frames(run(writer, pieces)))
     deltas = [payload["delta"] for kind, payload in read if kind == "response.output_text.delta"]
     assert "".join(deltas) == "".join(pieces)
-    whole = responses_writer().whole([Choice(["".join(pieces)], done=DONE)], USAGE)
+    whole = responses_writer().whole([Collected(["".join(pieces)], done=DONE)], USAGE)
     assert writer.body == whole
     assert writer.answer == Message(Role.ASSISTANT, "".join(pieces))
 
@@ -1591,8 +1576,8 @@ def test_logprobs_come_with_their_text_and_all_of_them_at_the_end() -> None:
     drawn = [(97, Logprobs(-0.5, ((97, -0.5), (98, -1.5)))), (98, Logprobs(-0.25))]
     asked: dict[str, Any] = {"include": [LOGPROBS], "top_logprobs": 2}
     writer = responses_writer(**asked)
-    stream = writer.begin() + writer.delta(0, Delta("a", 1, (drawn[0],)))
-    stream += writer.delta(0, Delta("", 2, (drawn[1],))) + writer.done(0, DONE, USAGE)
+    stream = writer.begin() + writer.event(0, TextDelta("a", logprobs=(drawn[0],)))
+    stream += writer.event(0, TextDelta("", logprobs=(drawn[1],))) + writer.done(0, DONE, USAGE)
     events = validated(stream)
     deltas = [payload for kind, payload in events if kind == "response.output_text.delta"]
     assert [[entry["token"] for entry in delta["logprobs"]] for delta in deltas] == [["a"], ["b"]]
@@ -1601,7 +1586,7 @@ def test_logprobs_come_with_their_text_and_all_of_them_at_the_end() -> None:
     final = dict(events)["response.output_text.done"]["logprobs"]
     assert final == deltas[0]["logprobs"] + deltas[1]["logprobs"]
     whole = responses_writer(**asked)
-    body = whole.whole([Choice(["a"], drawn=drawn, done=DONE)], USAGE)
+    body = whole.whole([Collected(["a"], drawn=drawn, done=DONE)], USAGE)
     assert Response.model_validate_json(body, strict=True).top_logprobs == 2
     assert json.loads(body)["output"][0]["content"][0]["logprobs"] == final
 
@@ -1716,10 +1701,10 @@ def test_openais_client_accumulates_reasoning_and_calls() -> None:
 
 def test_an_answer_that_only_calls_has_no_message() -> None:
     writer = responses_writer()
-    events = validated(run(writer, [called(PARIS)], CALLED))
+    events = validated(run(writer, called(PARIS), CALLED))
     assert [kind for kind, _ in events] == [*FIRST, *CALL_EVENTS, "response.completed"]
     assert writer.answer == Message(Role.ASSISTANT, None, tool_calls=SAID.tool_calls[:1])
-    body = responses_writer().whole([choice_of([called(PARIS)], CALLED)], USAGE)
+    body = responses_writer().whole([choice_of(called(PARIS), CALLED)], USAGE)
     assert writer.body == body
 
 
@@ -1754,13 +1739,13 @@ def test_reasoning_that_is_cut_is_incomplete_and_no_message_follows(done: Done) 
 
 def test_a_call_that_is_made_is_complete_though_the_answer_is_cut() -> None:
     done = replace(CALLED, reason=FinishReason.LENGTH)
-    *_, (kind, payload) = validated(response_stream("a", called(PARIS), end=done))
+    *_, (kind, payload) = validated(response_stream("a", *called(PARIS), end=done))
     assert kind == "response.incomplete"
     assert [item["status"] for item in payload["response"]["output"]] == ["completed"] * 2
 
 
 def test_a_stream_that_fails_leaves_only_what_was_open_incomplete() -> None:
-    pieces = [thought("hm"), called(PARIS), "so"]
+    pieces = [thought("hm"), *called(PARIS), "so"]
     *_, (_, payload) = validated(response_stream(*pieces, end=FAILURE))
     found = [(item["type"], item["status"]) for item in payload["response"]["output"]]
     assert found == [
@@ -1771,7 +1756,7 @@ def test_a_stream_that_fails_leaves_only_what_was_open_incomplete() -> None:
 
 
 def test_a_call_before_a_failure_stays_complete() -> None:
-    *_, (_, payload) = validated(response_stream(called(PARIS), end=FAILURE))
+    *_, (_, payload) = validated(response_stream(*called(PARIS), end=FAILURE))
     assert [item["status"] for item in payload["response"]["output"]] == ["completed"]
 
 
@@ -1779,9 +1764,10 @@ def test_logprobs_wait_for_a_message_to_go_with() -> None:
     a, b, c, d = ((97 + i, Logprobs(-0.5)) for i in range(4))
     pieces = [
         thought("h", a),
-        Delta("x", 2, (b,)),
-        Delta("", 3, (c,)),
-        Delta("", 4, (d,), calls=(NOW,)),
+        TextDelta("x", logprobs=(b,)),
+        TextDelta("", logprobs=(c,)),
+        ToolCallStart(NOW.id, NOW.name, logprobs=(d,)),
+        *called(NOW)[1:],
     ]
     asked: dict[str, Any] = {"include": [LOGPROBS]}
     writer, whole = responses_writer(**asked), responses_writer(**asked)
@@ -1795,16 +1781,16 @@ def test_logprobs_wait_for_a_message_to_go_with() -> None:
     assert whole.whole([choice_of(pieces, CALLED)], USAGE) == writer.body
 
 
-@pytest.mark.parametrize("pieces", [[thought("h", (97, Logprobs(-0.5)))], [called(NOW)]])
-def test_logprobs_are_not_told_where_there_is_no_message(pieces: list[Delta]) -> None:
-    drawn = Delta("", 2, ((98, Logprobs(-0.5)),))
+@pytest.mark.parametrize("pieces", [[thought("h", (97, Logprobs(-0.5)))], called(NOW)])
+def test_logprobs_are_not_told_where_there_is_no_message(pieces: list[ParserEvent]) -> None:
+    drawn = TextDelta("", logprobs=((98, Logprobs(-0.5)),))
     events = validated(run(responses_writer(include=[LOGPROBS]), [*pieces, drawn]))
     assert "response.output_text.delta" not in dict(events)
 
 
 def test_logprobs_of_an_answer_without_text_are_told_with_its_empty_message() -> None:
     asked: dict[str, Any] = {"include": [LOGPROBS]}
-    pieces = [Delta("", 1, ((98, Logprobs(-0.5)),))]
+    pieces = [TextDelta("", logprobs=((98, Logprobs(-0.5)),))]
     writer, whole = responses_writer(**asked), responses_writer(**asked)
     events = dict(validated(run(writer, pieces)))
     assert [entry["token"] for entry in events["response.output_text.done"]["logprobs"]] == ["b"]
@@ -1812,7 +1798,7 @@ def test_logprobs_of_an_answer_without_text_are_told_with_its_empty_message() ->
 
 
 def test_a_call_in_parts_is_told_in_parts_by_both_dialects() -> None:
-    pieces = in_parts(PARIS, '{"city":"', "Par", 'is"}')
+    pieces = called(PARIS, '{"city":"', "Par", 'is"}')
     events = validated(response_stream("a", *pieces, end=CALLED))
     call = [(kind, x) for kind, x in events if x.get("output_index") == 1]
     added, delta, args_done, item_done = CALL_EVENTS
@@ -1850,9 +1836,9 @@ def test_a_call_that_breaks_is_incomplete_and_its_text_goes_on(end: Done) -> Non
     assert body["content"] == [{"type": "text", "text": "a<call>{!</call>"}]
 
 
-@given(listed(WHOLE | IN_PARTS | st.builds(broken)))
+@given(listed(ONE | CALLS | st.builds(broken)))
 def test_items_are_distinct_and_say_the_same_as_a_whole_response_in_whatever_order_they_come(
-    pieces: list[str | Delta],
+    pieces: list[str | ParserEvent],
 ) -> None:
     pieces = distinct(pieces)
     streamed, whole = responses_writer(), responses_writer()
@@ -1887,7 +1873,7 @@ def test_what_responses_repeat_is_never_too_deep_to_write(
 
 
 def test_progress_says_nothing_in_responses() -> None:
-    assert responses_writer().progress(0, Progress(4, USAGE)) == b""
+    assert responses_writer().event(0, Progress(4, USAGE)) == b""
 
 
 @pytest.mark.parametrize("pieces", [[], ["hel"]])
@@ -2101,7 +2087,7 @@ def test_what_codex_sends_without_tools_is_accepted() -> None:
     assert request.ignored == ()
     assert (request.is_stored, request.is_stream) == (False, True)
     assert request.template_kwargs == {"enable_thinking": True, "reasoning_effort": "medium"}
-    validated(run(ResponsesWriter(RESP, token_bytes, request), ["ok"]))
+    validated(run(ResponsesWriter(RESP, token_bytes, request.echo), ["ok"]))
 
 
 def test_what_codex_sends_with_tools_is_accepted() -> None:
@@ -2110,8 +2096,8 @@ def test_what_codex_sends_with_tools_is_accepted() -> None:
     request = response(**CODEX | {"tools": [shell]})
     assert request.tools == (Tool("shell", "", parameters),)
     assert (request.max_calls, request.constraint, request.ignored) == (1, None, ())
-    writer = ResponsesWriter(RESP, token_bytes, request)
-    events = validated(run(writer, [called(Call("call_1", "shell", '{"command":["ls"]}'))], CALLED))
+    writer = ResponsesWriter(RESP, token_bytes, request.echo)
+    events = validated(run(writer, called(Call("call_1", "shell", '{"command":["ls"]}')), CALLED))
     assert events[-1][1]["response"]["tools"] == [shell]
 
 

@@ -46,7 +46,7 @@ from mlxlite.api.generate import failure, total_usage
 from mlxlite.api.readers import MAX_PROMPTS
 from mlxlite.api.writers import (
     MIN_LOGPROB,
-    Choice,
+    Collected,
     Envelope,
     StreamOptions,
     Writer,
@@ -56,7 +56,11 @@ from mlxlite.api.writers import (
 )
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
-from mlxlite.output.events import Delta, Done, Progress
+from mlxlite.output.events import (
+    Done,
+    Progress,
+    TextDelta,
+)
 from tests.api.test_request import (
     CASES,
     Accepted,
@@ -326,7 +330,7 @@ def payloads_of(frames: bytes) -> list[Any]:
     return [json.loads(block) for block in blocks if block != b"[DONE]"]
 
 
-def whole(*choices: Choice, echoes: tuple[str, ...] = ()) -> Any:
+def whole(*choices: Collected, echoes: tuple[str, ...] = ()) -> Any:
     total = total_usage([choice.done for choice in choices if choice.done is not None])
     raw = writer(*echoes, num_choices=len(choices)).whole(choices, total)
     Completion.model_validate_json(raw, strict=True)
@@ -334,7 +338,7 @@ def whole(*choices: Choice, echoes: tuple[str, ...] = ()) -> Any:
 
 
 def test_a_whole_completion_has_every_key_that_openais_document_requires() -> None:
-    assert whole(Choice(["hel", "lo"], done=DONE)) == {
+    assert whole(Collected(["hel", "lo"], done=DONE)) == {
         "id": "cmpl-1",
         "object": "text_completion",
         "created": 1_700_000_000,
@@ -352,7 +356,7 @@ def test_a_stream_is_text_and_a_finish_with_usage_and_timings(
     text: str, include_usage: bool
 ) -> None:
     completion = writer("echo " + text, include_usage=include_usage)
-    frames = completion.begin() + completion.delta(0, Delta(text, 1))
+    frames = completion.begin() + completion.event(0, TextDelta(text))
     frames += completion.done(0, DONE, USAGE)
     assert frames.endswith(b"data: [DONE]\n\n")
     chunks = payloads_of(frames)
@@ -380,18 +384,18 @@ def test_only_an_echo_is_said_before_the_first_token() -> None:
 
 
 def test_usage_and_timings_come_with_every_text_where_they_were_asked_for() -> None:
-    delta = Delta("x", 2, (), replace(USAGE, num_output=2))
-    (chunk,) = payloads_of(writer().delta(0, delta))
+    delta = TextDelta("x", usage=replace(USAGE, num_output=2))
+    (chunk,) = payloads_of(writer().event(0, delta))
     assert chunk.keys().isdisjoint({"usage", "timings"})
     options = {"include_usage": True, "continuous_usage": True, "timings_per_token": True}
-    (chunk,) = payloads_of(writer(**options).delta(0, delta))
+    (chunk,) = payloads_of(writer(**options).event(0, delta))
     assert delta.usage is not None
     assert chunk["usage"] == usage_json(delta.usage)
     assert chunk["timings"] == timings_json(delta.usage)
 
 
 def test_progress_is_llama_servers_object_in_a_chunk_without_text() -> None:
-    (chunk,) = payloads_of(writer(num_choices=2).progress(1, Progress(7, USAGE)))
+    (chunk,) = payloads_of(writer(num_choices=2).event(1, Progress(7, USAGE)))
     assert chunk["prompt_progress"] == {"total": 10, "cache": 4, "processed": 7, "time_ms": 500.0}
     assert chunk["choices"][0] == {
         "index": 1,
@@ -407,7 +411,7 @@ def drawn(text: str) -> list[tuple[int, Logprobs]]:
 
 
 def test_logprobs_have_the_legacy_form() -> None:
-    (choice,) = whole(Choice(["abc"], drawn=drawn("abc"), done=DONE))["choices"]
+    (choice,) = whole(Collected(["abc"], drawn=drawn("abc"), done=DONE))["choices"]
     assert choice["logprobs"] == {
         "tokens": ["a", "b", "c"],
         "token_logprobs": [-0.5] * 3,
@@ -421,17 +425,19 @@ def test_the_logprobs_of_a_stream_add_up_to_those_of_the_whole_answer() -> None:
     deltas = [("a", drawn("a")), ("", drawn("b")), ("bcd", drawn("cd"))]
     folded: dict[str, list[Any]] = {}
     for text, tokens in deltas:
-        completion.delta(0, Delta("xyz", 1, tuple(drawn("xyz"))))  # the other choice's are its own
-        (chunk,) = payloads_of(completion.delta(1, Delta(text, 1, tuple(tokens))))
+        completion.event(
+            0, TextDelta("xyz", logprobs=tuple(drawn("xyz")))
+        )  # the other choice's are its own
+        (chunk,) = payloads_of(completion.event(1, TextDelta(text, logprobs=tuple(tokens))))
         for name, values in chunk["choices"][0]["logprobs"].items():
             folded.setdefault(name, []).extend(values)
-    (choice,) = whole(Choice(["abcd"], drawn=drawn("abcd"), done=DONE))["choices"]
+    (choice,) = whole(Collected(["abcd"], drawn=drawn("abcd"), done=DONE))["choices"]
     assert folded == choice["logprobs"]
 
 
 def test_an_offset_is_where_a_tokens_text_begins_even_if_it_is_half_a_character() -> None:
     text = "a🙂b"
-    (choice,) = whole(Choice([text], drawn=drawn(text), done=DONE))["choices"]
+    (choice,) = whole(Collected([text], drawn=drawn(text), done=DONE))["choices"]
     assert choice["text"] == text
     offsets = choice["logprobs"]["text_offset"]
     assert text[offsets[-1] :] == "b"
@@ -441,7 +447,7 @@ def test_an_offset_is_where_a_tokens_text_begins_even_if_it_is_half_a_character(
 
 def test_what_is_impossible_has_a_logprob_that_json_can_say() -> None:
     item = Logprobs(-math.inf, ((97, -math.inf), (98, -20_000.0)))
-    (choice,) = whole(Choice(["a"], drawn=[(97, item)], done=DONE))["choices"]
+    (choice,) = whole(Collected(["a"], drawn=[(97, item)], done=DONE))["choices"]
     assert choice["logprobs"]["token_logprobs"] == [MIN_LOGPROB]
     assert choice["logprobs"]["top_logprobs"] == [{"a": MIN_LOGPROB, "b": MIN_LOGPROB}]
 

@@ -1,0 +1,264 @@
+"""The answer of OpenAI's Responses: items and events, made of a generation's events. Pure.
+
+A state machine: an answer is a list of items, of which at most one is open; reasoning, text and
+calls open what they need, and an open item is closed before another begins or the answer ends.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import orjson
+
+from mlxlite.api.conversation import Message, Role, ToolCall
+from mlxlite.api.writers import Call, Collected, Envelope, TokenBytes, logprobs_json
+from mlxlite.engine.sequence import FinishReason, Usage
+from mlxlite.http.errors import APIError
+from mlxlite.http.sse import sse_event
+from mlxlite.output.events import (
+    Done,
+    ParserEvent,
+    Progress,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallInvalid,
+    ToolCallStart,
+)
+
+_STATUSES: Final = {
+    FinishReason.STOP: "completed",
+    FinishReason.LENGTH: "incomplete",
+    FinishReason.CANCELLED: "cancelled",
+}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.num_prompt,
+        "input_tokens_details": {"cached_tokens": usage.num_cached, "cache_write_tokens": 0},
+        "output_tokens": usage.num_output,
+        "output_tokens_details": {"reasoning_tokens": usage.num_reasoning},
+        "total_tokens": usage.num_prompt + usage.num_output,
+    }
+
+
+_TEXT_EVENTS: Final = {  # how an item's text is told
+    "message": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "function_call": "response.function_call_arguments",
+}
+
+
+@dataclass(slots=True)
+class _Item:
+    """A message, reasoning or a call of the answer, as far as it is written."""
+
+    kind: str
+    id: str
+    call: Call | None = None
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    status: str = "in_progress"
+    invalid_text: str = ""  # what the model wrote, where it is no call after all
+
+    def finish_call(self, arguments: str) -> None:
+        assert self.call is not None
+        self.call = replace(self.call, arguments=arguments)
+
+    def said(self) -> dict[str, Any]:
+        text = "".join(self.texts)
+        if self.call is not None:
+            return {"name": self.call.name, "arguments": text}
+        logprobs = {"logprobs": self.logprobs} if self.kind == "message" else {}
+        return {"text": text, **logprobs}
+
+    def part(self) -> dict[str, Any]:
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", **self.said()}
+        return {"type": "output_text", "annotations": [], **self.said()}
+
+    def as_json(self) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
+        if self.call is not None:
+            return {**item, "call_id": self.call.id, **self.said()}
+        item["content"] = [] if self.status == "in_progress" else [self.part()]
+        if self.kind == "reasoning":
+            return {**item, "summary": []}
+        return {**item, "role": "assistant"}
+
+
+class ResponsesWriter:
+    """A response, streamed or whole.
+
+    Once it has ended, `body` is what a client gets that asks for it again, and `answer` what a
+    later response goes on from; there is none when it has failed.
+    """
+
+    def __init__(
+        self, envelope: Envelope, token_bytes: TokenBytes, echo: Mapping[str, Any]
+    ) -> None:
+        self.body: bytes | None = None
+        self.answer: Message | None = None
+        self._envelope = envelope
+        self._token_bytes = token_bytes
+        self._echo = echo
+        self._items: list[_Item] = []
+        self._open_kind = ""  # of the last item, if it is open
+        self._logprobs: list[dict[str, Any]] = []  # drawn since the last text of a message
+        self._num_events = 0
+
+    def _event(self, kind: str, **rest: Any) -> bytes:
+        payload = {"type": kind, "sequence_number": self._num_events, **rest}
+        self._num_events += 1
+        return sse_event(kind, orjson.dumps(payload))
+
+    def _response(self, status: str, **rest: Any) -> dict[str, Any]:
+        return {
+            "id": self._envelope.id,
+            "object": "response",
+            "created_at": self._envelope.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self._envelope.model,
+            "output": [item.as_json() for item in self._items],
+            "usage": None,
+            **self._echo,
+            **rest,
+        }
+
+    def _item(self, kind: str) -> bytes:
+        """An event of the last item."""
+        kind, index = f"response.output_item.{kind}", len(self._items) - 1
+        return self._event(kind, output_index=index, item=self._items[-1].as_json())
+
+    def _about(self, kind: str, **rest: Any) -> bytes:
+        """An event of what is in the last item."""
+        item, index = self._items[-1], len(self._items) - 1
+        place = {} if item.call is not None else {"content_index": 0}
+        return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
+
+    def _add(self, kind: str, id: str, call: Call | None = None) -> bytes:
+        """A new item, once the one that is open is closed."""
+        head = self._close("completed")
+        self._items.append(_Item(kind, id, call))
+        self._open_kind = kind
+        return head + self._item("added")
+
+    def _open(self, kind: str, prefix: str) -> bytes:
+        """An item with a part for text, unless it is open."""
+        if self._open_kind == kind:
+            return b""
+        number = sum(item.kind == kind for item in self._items)
+        id = prefix + self._envelope.id.removeprefix("resp_") + (f"_{number}" if number else "")
+        head, part = self._add(kind, id), self._items[-1].part()
+        return head + self._about("response.content_part.added", part=part)
+
+    def _text_delta(self, text: str, **rest: Any) -> bytes:
+        """Append to the open item; the delta event of its text."""
+        self._items[-1].texts.append(text)
+        return self._about(f"{_TEXT_EVENTS[self._open_kind]}.delta", delta=text, **rest)
+
+    def _say(self, text: str) -> bytes:
+        head = self._open("message", "msg_")
+        logprobs, self._logprobs = self._logprobs, []
+        self._items[-1].logprobs += logprobs
+        return head + self._text_delta(text, logprobs=logprobs)
+
+    def _close(self, status: str) -> bytes:
+        """The end of what is open, if anything is."""
+        if not self._open_kind:
+            return b""
+        item = self._items[-1]
+        frames = self._about(f"{_TEXT_EVENTS[self._open_kind]}.done", **item.said())
+        if item.call is None:
+            frames += self._about("response.content_part.done", part=item.part())
+        item.status, self._open_kind = status, ""
+        return frames + self._item("done")
+
+    def begin(self) -> bytes:
+        created = self._event("response.created", response=self._response("in_progress"))
+        return created + self._event("response.in_progress", response=self._response("in_progress"))
+
+    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+        if isinstance(event, Progress):
+            return b""  # the dialect has no event for it
+        self._logprobs += logprobs_json(event.logprobs, self._token_bytes)
+        match event:
+            case TextDelta(text) if text:
+                return self._say(text)
+            case ReasoningDelta(text) if text:
+                return self._open("reasoning", "rs_") + self._text_delta(text)
+            case ToolCallArguments(text):
+                return self._text_delta(text)
+            case ToolCallEnd(arguments):
+                self._items[-1].finish_call(arguments)
+                return self._close("completed")
+            case ToolCallInvalid(text):
+                self._items[-1].invalid_text = text
+                return self._close("incomplete")
+        head = self._say("") if self._has_logprobs_to_write else b""
+        if isinstance(event, ToolCallStart):
+            call = Call(event.id, event.name, "")
+            head += self._add("function_call", "fc_" + event.id.removeprefix("call_"), call)
+        return head
+
+    @property
+    def _has_logprobs_to_write(self) -> bool:
+        return bool(self._logprobs) and self._open_kind == "message"
+
+    def _end(self, done: Done, usage: Usage) -> dict[str, Any]:
+        """The finished response, which is remembered, and all its items as one turn."""
+        status = _STATUSES[done.reason]
+        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response = self._response(status, incomplete_details=details, usage=_usage(usage))
+        self.body = orjson.dumps(response)
+        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[Call]()
+        for item in self._items:
+            if item.invalid_text:  # for the model, what it has written is text
+                texts["message"] += item.invalid_text
+            elif item.call is not None:
+                made.append(item.call)
+            else:
+                texts[item.kind] += "".join(item.texts)
+        calls = tuple(ToolCall(call.id, call.name, orjson.loads(call.arguments)) for call in made)
+        said, thought = texts["message"] or (None if calls else ""), texts["reasoning"] or None
+        self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
+        return response
+
+    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+        """An empty answer has its message too; one that was cancelled ends as incomplete."""
+        has_completed = done.reason is FinishReason.STOP
+        head = b"" if self._items else self._open("message", "msg_")
+        if self._has_logprobs_to_write:
+            head += self._say("")
+        head += self._close("completed" if has_completed else "incomplete")
+        response = self._end(done, total or done.usage)
+        kind = "response.completed" if has_completed else "response.incomplete"
+        return head + self._event(kind, response=response)
+
+    def fail(self, error: APIError) -> bytes:
+        """Told twice, as OpenAI does: some clients know the one event, some the other."""
+        if self._open_kind:
+            self._items[-1].status = "incomplete"
+        detail = {"code": error.code, "message": error.message, "param": error.param}
+        reason = {"code": "server_error", "message": error.message}
+        response = self._response("failed", error=reason)
+        self.body = orjson.dumps(response)
+        return self._event("error", **detail) + self._event("response.failed", response=response)
+
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
+        """The response that a stream would have ended with: reasoning, then text, then calls."""
+        (choice,) = choices
+        assert choice.done is not None
+        self.event(0, ReasoningDelta(choice.reasoning))
+        self.event(0, TextDelta(choice.text, logprobs=tuple(choice.drawn)))
+        for call in choice.calls:
+            self.event(0, ToolCallStart(call.id, call.name))
+            self.event(0, ToolCallArguments(call.arguments))
+            self.event(0, ToolCallEnd(call.arguments))
+        self.done(0, choice.done, total)
+        assert self.body is not None
+        return self.body
