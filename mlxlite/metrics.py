@@ -1,34 +1,31 @@
-"""Counters, gauges and histograms of one server, and their two renderings.
+"""Counters, gauges and histograms of one server, as Prometheus text and as JSON.
 
-The engine and the server say what happened in domain words (`prompt_done`, `step`, `finished`);
-which instruments that touches, and under whose names they appear, is decided here and nowhere
-else. `/metrics` shows vLLM's names, llama-server's names and a few of our own in the Prometheus
-text format, or the seed's nine values as JSON. Sources: `vllm/v1/metrics/loggers.py` and
-llama.cpp's `tools/server/README.md` for names, types, labels and bounds.
+The engine and the server report events (`prompt_done`, `step`, `finished`). This module decides
+which instruments an event changes and under which names they appear: vLLM's, llama-server's and a
+few of our own. Names, types, labels and bounds are those of `vllm/v1/metrics/loggers.py` and of
+llama.cpp's `tools/server/README.md`.
 
-Must never: read a clock (times are passed in), build a dict or a string for a token, or let a
-client choose how many label sets there are. One thread, the loop's, calls everything.
+Must never: read a clock (times are arguments), build a dict or a string for each token, or let a
+client decide the number of label sets. All calls are made on the event loop's thread.
 
-Invariants, tested: a value exposed under two names is stored once; `_bucket` never falls with
-`le`, and its `+Inf` is `_count`; `vllm:e2e_request_latency_seconds_count` is the sum of
+Invariants, tested: a value with two names is stored once; `_bucket` never falls with `le`, and its
+`+Inf` is `_count`; `vllm:e2e_request_latency_seconds_count` is the sum of
 `vllm:request_success_total`; the same calls give the same bytes.
 """
 
 import math
-import re
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
-from itertools import pairwise
-from typing import Generic, TypeVar
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Literal
 
 from mlxlite.engine.sequence import Usage
 from mlxlite.prefix_cache.operations import CacheStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OTHER = "other"  # the label value for what is not known, or one too many
-# Label sets of one family; the next ones share one more, all of whose labels are "other".
-MAX_LABEL_SETS = 64
+OTHER = "other"  # the label value of every unknown route or method
+
 # Bounds in seconds, as in vLLM: a dashboard's quantiles mean the same on both servers.
 TTFT_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -38,201 +35,87 @@ ITL_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
     1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
-LATENCY_S = (
+E2E_S = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0,
     120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-# Ours: from the loop lag that nobody notices (0.2 ms) to the one that a health check does.
+
+# Our own: from a loop lag without effect (0.2 ms) to one that fails a health check.
 STEP_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64)
-# A method is the client's to invent, so those that are not here are "other".
+
+# Clients can send any method; one that is not listed is counted as "other".
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
-_LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+
+_NOT_FINITE = {"inf": "+Inf", "-inf": "-Inf", "nan": "NaN"}
+
+Kind = Literal["counter", "gauge", "histogram"]
+Bounds = tuple[float, ...]
 Labels = tuple[tuple[str, str], ...]
 
 
-class Value:
-    """One number: of a counter, which only grows, or of a gauge."""
+class Instrument:
+    """A counter, a gauge or a histogram; with label names, one for each set of their values.
 
-    __slots__ = ("number",)
+    The page shows it under one name or several. A histogram has finite `bounds`, which rise.
+    """
 
-    def __init__(self) -> None:
-        self.number: float = 0
-
-    def add(self, amount: float = 1) -> None:
-        self.number += amount
-
-    def set(self, number: float) -> None:
-        self.number = number
-
-
-class Distribution:
-    """The observations of a histogram: how many in each bucket, how many in all, and their sum."""
-
-    __slots__ = ("bounds", "count", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
+    def __init__(self, kind: Kind, help_text: str, bounds: Bounds = (), *label_names: str) -> None:
+        assert bool(bounds) == (kind == "histogram"), help_text
+        assert all(low < high for low, high in pairwise((*bounds, math.inf))), bounds
+        self.kind: Kind = kind
+        self.help_text = help_text
+        self.label_names = label_names
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)  # not cumulative; the last is above every bound
+        self.number: float = 0  # of a histogram: the sum of its observations
         self.count = 0
-        self.sum: float = 0
+        self.counts = [0] * (len(bounds) + 1)  # not cumulative; the last is above every bound
+        self._children: dict[tuple[str, ...], Instrument] = {} if label_names else {(): self}
+
+    def labels(self, *values: str) -> "Instrument":
+        """The one with these label values, in the order of `label_names`; made when new."""
+        child = self._children.get(values)
+        if child is None:
+            assert len(values) == len(self.label_names), (self.label_names, values)
+            child = self._children[values] = Instrument(self.kind, "", self.bounds)
+        return child
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1  # a bound belongs to its own bucket
         self.count += 1
-        self.sum += value
+        self.number += value
 
     @property
     def mean(self) -> float:
-        return self.sum / self.count if self.count else 0.0
+        return self.number / self.count if self.count else 0.0
 
+    def lines(self, name: str, fixed: Labels = ()) -> Iterator[str]:
+        """The text under this name; `fixed` labels come before its own."""
+        yield f"# HELP {name} {_escaped(self.help_text)}"
+        yield f"# TYPE {name} {self.kind}"
+        for values, child in sorted(self._children.items(), key=lambda item: item[0]):
+            pairs = (*fixed, *zip(self.label_names, values, strict=True))
+            yield from child._samples(name, [_label(*pair) for pair in pairs])
 
-S = TypeVar("S", Value, Distribution)
-
-
-class _Family(ABC, Generic[S]):
-    """One name with its help, its type and a series for each label set."""
-
-    kind: str
-
-    def __init__(
-        self,
-        name: str,
-        help_text: str,
-        label_names: tuple[str, ...] = (),
-        *,
-        fixed: Labels = (),
-        max_label_sets: int = MAX_LABEL_SETS,
-    ) -> None:
-        names = [label for label, _ in fixed] + list(label_names)
-        assert _METRIC_NAME.fullmatch(name), name
-        assert all(_LABEL_NAME.fullmatch(label) and label != "le" for label in names), names
-        assert len(set(names)) == len(names), names
-        self.name = name
-        self.help_text = help_text
-        self.label_names = label_names
-        self.fixed = fixed
-        self.max_label_sets = max_label_sets
-        self._series: dict[tuple[str, ...], S] = {}
-
-    def labels(self, *values: str) -> S:
-        """The series of these label values, in the order of `label_names`; made when new."""
-        series = self._series.get(values)
-        if series is not None:
-            return series
-        assert len(values) == len(self.label_names), (self.name, values)
-        if len(self._series) >= self.max_label_sets:
-            values = (OTHER,) * len(values)
-        return self._series.setdefault(values, self._new())
-
-    def share(self, of: "_Family[S]") -> None:
-        """Show the series of another family under this one's name, help and fixed labels."""
-        assert self.kind == of.kind, self.name
-        assert not self._series, self.name
-        assert self.label_names == of.label_names, self.name
-        self._series = of._series
-
-    def lines(self) -> Iterator[str]:
-        yield f"# HELP {self.name} {_escape_help(self.help_text)}"
-        yield f"# TYPE {self.name} {self.kind}"
-        for values, series in sorted(self._series.items(), key=lambda item: item[0]):
-            own: Labels = tuple(zip(self.label_names, values, strict=True))
-            yield from self._samples(self.fixed + own, series)
-
-    @abstractmethod
-    def _new(self) -> S: ...
-
-    @abstractmethod
-    def _samples(self, labels: Labels, series: S) -> Iterator[str]: ...
-
-
-class _Number(_Family[Value]):
-    def _new(self) -> Value:
-        return Value()
-
-    def _samples(self, labels: Labels, series: Value) -> Iterator[str]:
-        yield _sample(self.name, labels, series.number)
-
-
-class Counter(_Number):
-    """A family of numbers that only grow. By convention its name ends in `_total`."""
-
-    kind = "counter"
-
-
-class Gauge(_Number):
-    """A family of numbers that rise and fall."""
-
-    kind = "gauge"
-
-
-class Histogram(_Family[Distribution]):
-    """A family of distributions over the same bounds, which rise; `+Inf` is added."""
-
-    kind = "histogram"
-
-    def __init__(
-        self,
-        name: str,
-        help_text: str,
-        bounds: tuple[float, ...],
-        label_names: tuple[str, ...] = (),
-        *,
-        fixed: Labels = (),
-        max_label_sets: int = MAX_LABEL_SETS,
-    ) -> None:
-        super().__init__(name, help_text, label_names, fixed=fixed, max_label_sets=max_label_sets)
-        assert bounds, name
-        assert all(low < high for low, high in pairwise((*bounds, math.inf))), bounds
-        self.bounds = bounds
-
-    def _new(self) -> Distribution:
-        return Distribution(self.bounds)
-
-    def _samples(self, labels: Labels, series: Distribution) -> Iterator[str]:
-        num = 0
-        for bound, count in zip((*self.bounds, math.inf), series.counts, strict=True):
-            num += count
+    def _samples(self, name: str, labels: list[str]) -> Iterator[str]:
+        if not self.bounds:
+            yield _sample(name, labels, self.number)
+            return
+        for bound, num in zip((*self.bounds, math.inf), accumulate(self.counts), strict=True):
             # "1.0" and not "1", as the Python client and with it vLLM write it.
-            le = _number(float(bound))
-            yield _sample(f"{self.name}_bucket", (*labels, ("le", le)), num)
-        yield _sample(f"{self.name}_sum", labels, series.sum)
-        yield _sample(f"{self.name}_count", labels, num)
-
-
-Family = Counter | Gauge | Histogram
-F = TypeVar("F", Counter, Gauge, Histogram)
-
-
-class Registry:
-    """The families, in the order in which they are shown."""
-
-    def __init__(self) -> None:
-        self._families: list[Family] = []
-
-    def add(self, family: F) -> F:
-        """Refuses a name that is taken, also by a histogram's `_bucket`, `_sum` or `_count`."""
-        taken = {name for known in self._families for name in _sample_names(known)}
-        assert taken.isdisjoint(_sample_names(family)), family.name
-        self._families.append(family)
-        return family
-
-    def render(self) -> bytes:
-        """The Prometheus text format, version 0.0.4, in UTF-8."""
-        lines = [line for family in self._families for line in family.lines()]
-        # A model's path may hold bytes that are no UTF-8 (surrogate escapes): shown as "?".
-        return "".join(f"{line}\n" for line in lines).encode("utf-8", errors="replace")
+            yield _sample(f"{name}_bucket", [*labels, f'le="{_text(float(bound))}"'], num)
+        yield _sample(f"{name}_sum", labels, self.number)
+        yield _sample(f"{name}_count", labels, self.count)
 
 
 class Metrics:
-    """All the instruments of one server.
+    """All instruments of one server, and the events that change them; times are in seconds.
 
-    `routes` are the handler labels that may appear. `start_time_s` is Unix time.
+    `routes` are the known values of the label `handler`. `start_time_s` is Unix time.
     `max_context_tokens` bounds the buckets of the prompt and output histograms.
     """
 
@@ -245,130 +128,86 @@ class Metrics:
         routes: Collection[str] = (),
         max_context_tokens: int = 131072,
     ) -> None:
-        self._registry = Registry()
-        self._fixed: Labels = (("model_name", model_name), ("engine", "0"))
         self._routes = frozenset(routes)
-        self._add_gauges()
-        self._add_counters()
-        self._add_histograms(max_context_tokens)
-        self._add_ours()
-        started = Gauge(
-            "mlxlite:process_start_time_seconds", "When the server started, in Unix time."
-        )
-        self._registry.add(started).labels().set(start_time_s)
-        constant = Gauge("mlxlite:info", "Always 1; the label says it.", ("version",))
-        self._registry.add(constant).labels(version).set(1)
+        self._vllm_labels: Labels = (("model_name", model_name), ("engine", "0"))
+        self._page: dict[str, Instrument] = {}  # in the order in which it is shown
+        self._add_numbers()
+        self._add_histograms(bounds_1_2_5(max_context_tokens))
+        self._add_ours(version, start_time_s)
 
-    # --- the instruments: each vLLM value, and beside it llama-server's name for the same -------
+    def _add(
+        self, kind: Kind, name: str, help_text: str, bounds: Bounds = (), *label_names: str
+    ) -> Instrument:
+        self._page[name] = Instrument(kind, help_text, bounds, *label_names)
+        return self._page[name]
 
-    def _add_gauges(self) -> None:
-        add, fixed = self._registry.add, self._fixed
-        running = add(Gauge("vllm:num_requests_running", "In prefill or decode.", fixed=fixed))
-        waiting = add(Gauge("vllm:num_requests_waiting", "In the queue.", fixed=fixed))
-        usage = add(
-            Gauge("vllm:kv_cache_usage_perc", "Of the memory for sequences, 0 to 1.", fixed=fixed)
-        )
-        self.kv_usage = usage.labels()
-        add(Gauge("llamacpp:requests_processing", "In prefill or decode.")).share(running)
-        add(Gauge("llamacpp:requests_deferred", "In the queue.")).share(waiting)
-        self.num_running, self.num_waiting = running.labels(), waiting.labels()
-
-    def _add_counters(self) -> None:
-        add, fixed = self._registry.add, self._fixed
-        prompt = add(
-            Counter("vllm:prompt_tokens_total", "Prompt tokens, cached or not.", fixed=fixed)
-        )
-        cached = add(
-            Counter("vllm:prompt_tokens_cached_total", "Prompt tokens not computed.", fixed=fixed)
-        )
-        output = add(Counter("vllm:generation_tokens_total", "Output tokens.", fixed=fixed))
-        finished = add(
-            Counter(
-                "vllm:request_success_total", "Ended sequences.", ("finished_reason",), fixed=fixed
-            )
-        )
-        asked = add(Counter("vllm:prefix_cache_queries_total", "Tokens looked for.", fixed=fixed))
-        hits = add(Counter("vllm:prefix_cache_hits_total", "Tokens found.", fixed=fixed))
-        self.num_asked, self.num_hits = asked.labels(), hits.labels()
-        preempted = add(
-            Counter("vllm:num_preemptions_total", "Sequences that gave way.", fixed=fixed)
-        )
-        self.num_preempted = preempted.labels()
-        # llama-server's does not count the cached ones, vLLM's does: two values.
-        computed = add(Counter("llamacpp:prompt_tokens_total", "Prompt tokens computed."))
-        add(Counter("llamacpp:tokens_predicted_total", "Output tokens.")).share(output)
-        add(Counter("llamacpp:prompt_tokens_cached_total", "Prompt tokens not computed.")).share(
-            cached
-        )
-        prompt_s = add(Counter("llamacpp:prompt_seconds_total", "Spent on prompts."))
-        output_s = add(Counter("llamacpp:tokens_predicted_seconds_total", "Spent on outputs."))
-        self.prompt_s, self.output_s = prompt_s.labels(), output_s.labels()
-        decodes = add(Counter("llamacpp:n_decode_total", "Steps that ran the model."))
-        self.prompt_tokens, self.cached_tokens = prompt.labels(), cached.labels()
-        self.output_tokens, self.computed_tokens = output.labels(), computed.labels()
-        self.num_decodes = decodes.labels()
-        self.num_finished = {
-            reason: finished.labels(reason) for reason in ("stop", "length", "abort", "error")
-        }
+    def _add_numbers(self) -> None:
+        gauge, total = partial(self._add, "gauge"), partial(self._add, "counter")
+        self.num_running = gauge("vllm:num_requests_running", "In prefill or decode.")
+        self.num_waiting = gauge("vllm:num_requests_waiting", "In the queue.")
+        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "Of the memory for sequences, 0 to 1.")
+        self._page["llamacpp:requests_processing"] = self.num_running
+        self._page["llamacpp:requests_deferred"] = self.num_waiting
+        self.prompt_tokens = total("vllm:prompt_tokens_total", "Prompt tokens, cached or not.")
+        self.cached_tokens = total("vllm:prompt_tokens_cached_total", "Prompt tokens not computed.")
+        self.output_tokens = total("vllm:generation_tokens_total", "Output tokens.")
+        ended = total("vllm:request_success_total", "Ended sequences.", (), "finished_reason")
+        self.num_finished = {why: ended.labels(why) for why in ("stop", "length", "abort", "error")}
         self.num_finished["cancelled"] = self.num_finished["abort"]  # our word, vLLM's word
+        self.num_asked = total("vllm:prefix_cache_queries_total", "Tokens looked for.")
+        self.num_hits = total("vllm:prefix_cache_hits_total", "Tokens found.")
+        self.num_preempted = total("vllm:num_preemptions_total", "Sequences that gave way.")
+        # llama-server's total leaves out cached tokens, vLLM's includes them: two instruments.
+        self.computed_tokens = total("llamacpp:prompt_tokens_total", "Prompt tokens computed.")
+        self._page["llamacpp:tokens_predicted_total"] = self.output_tokens
+        self._page["llamacpp:prompt_tokens_cached_total"] = self.cached_tokens
+        self.prompt_s = total("llamacpp:prompt_seconds_total", "Spent on prompts.")
+        self.output_s = total("llamacpp:tokens_predicted_seconds_total", "Spent on outputs.")
+        self.num_decodes = total("llamacpp:n_decode_total", "Steps that ran the model.")
 
-    def _add_histograms(self, max_context_tokens: int) -> None:
-        token_bounds = bounds_1_2_5(max_context_tokens)
-
-        def add(name: str, help_text: str, bounds: tuple[float, ...]) -> Distribution:
-            family = Histogram(f"vllm:{name}", help_text, bounds, fixed=self._fixed)
-            return self._registry.add(family).labels()
-
-        self.ttft_s = add("time_to_first_token_seconds", "Arrival to first token.", TTFT_S)
-        self.itl_s = add("inter_token_latency_seconds", "One token to the next.", ITL_S)
-        self.e2e_s = add("e2e_request_latency_seconds", "Arrival to end.", LATENCY_S)
-        self.queue_s = add("request_queue_time_seconds", "Arrival to start.", LATENCY_S)
-        self.prefill_s = add("request_prefill_time_seconds", "Start to first token.", LATENCY_S)
-        self.decode_s = add("request_decode_time_seconds", "First token to last.", LATENCY_S)
-        self.inference_s = add("request_inference_time_seconds", "Start to end.", LATENCY_S)
-        self.tpot_s = add("request_time_per_output_token_seconds", "Mean of a sequence.", ITL_S)
-        self.max_output = add("request_params_max_tokens", "What was asked for.", token_bounds)
-        self.num_prompt = add("request_prompt_tokens", "Of an ended sequence.", token_bounds)
-        self.num_output = add("request_generation_tokens", "Of an ended sequence.", token_bounds)
-        self.step_tokens = add("iteration_tokens_total", "Tokens in a step.", ITERATION_TOKENS)
-
-    def _add_ours(self) -> None:
-        add = self._registry.add
-        phases = add(Histogram("mlxlite:step_seconds", "Parts of a tick.", STEP_S, ("phase",)))
-        rows = add(Histogram("mlxlite:batch_rows", "Rows of a step that decodes.", BATCH_ROWS))
-        lag = add(Histogram("mlxlite:loop_lag_seconds", "How late the loop woke up.", STEP_S))
-        connections = add(Gauge("mlxlite:connections", "Open HTTP connections."))
-        held = Gauge("mlxlite:prefix_cache_bytes", "Held by the prefix cache.", ("where",))
-        held_bytes = add(held)
-        self.held_bytes = {where: held_bytes.labels(where) for where in ("memory", "disk")}
-        evicted = add(Counter("mlxlite:prefix_cache_evictions_total", "Prefixes that gave way."))
-        loaded = add(Counter("mlxlite:prefix_cache_disk_loads_total", "Prefixes read from disk."))
-        self.num_evicted, self.num_loaded = evicted.labels(), loaded.labels()
-        ignored = add(Counter("mlxlite:ignored_fields_total", "Unknown fields in requests."))
-        # vLLM has this one from its web framework, and so without a prefix.
-        self.http_requests = add(
-            Counter(
-                "http_requests_total",
-                "HTTP requests answered.",
-                ("handler", "method", "status"),
-                max_label_sets=(len(self._routes) + 1) * (len(METHODS) + 1) * 5,
-            )
+    def _add_histograms(self, tokens: Bounds) -> None:
+        add = partial(self._add, "histogram")
+        self.ttft_s = add("vllm:time_to_first_token_seconds", "Arrival to first token.", TTFT_S)
+        self.itl_s = add("vllm:inter_token_latency_seconds", "One token to the next.", ITL_S)
+        self.e2e_s = add("vllm:e2e_request_latency_seconds", "Arrival to end.", E2E_S)
+        self.queue_s = add("vllm:request_queue_time_seconds", "Arrival to start.", E2E_S)
+        self.prefill_s = add("vllm:request_prefill_time_seconds", "Start to first token.", E2E_S)
+        self.decode_s = add("vllm:request_decode_time_seconds", "First token to last.", E2E_S)
+        self.inference_s = add("vllm:request_inference_time_seconds", "Start to end.", E2E_S)
+        self.tpot_s = add(
+            "vllm:request_time_per_output_token_seconds", "Mean of a sequence.", ITL_S
         )
-        self.schedule_s, self.lane_s = phases.labels("schedule"), phases.labels("lane")
-        self.deliver_s = phases.labels("deliver")
-        self.build_s, self.dispatch_s = phases.labels("build"), phases.labels("dispatch")
-        self.wait_s = phases.labels("wait")
-        self.batch_rows, self.lag_s = rows.labels(), lag.labels()
-        self.connections, self.num_ignored_fields = connections.labels(), ignored.labels()
+        self.max_output = add("vllm:request_params_max_tokens", "What was asked for.", tokens)
+        self.num_prompt = add("vllm:request_prompt_tokens", "Of an ended sequence.", tokens)
+        self.num_output = add("vllm:request_generation_tokens", "Of an ended sequence.", tokens)
+        self.step_tokens = add("vllm:iteration_tokens_total", "Tokens in a step.", ITERATION_TOKENS)
+        step_s = add("mlxlite:step_seconds", "Parts of a tick.", STEP_S, "phase")
+        self.schedule_s, self.lane_s = step_s.labels("schedule"), step_s.labels("lane")
+        self.deliver_s, self.build_s = step_s.labels("deliver"), step_s.labels("build")
+        self.dispatch_s, self.wait_s = step_s.labels("dispatch"), step_s.labels("wait")
+        self.batch_rows = add("mlxlite:batch_rows", "Rows of a step that decodes.", BATCH_ROWS)
+        self.lag_s = add("mlxlite:loop_lag_seconds", "How late the loop woke up.", STEP_S)
 
-    # --- what happened ------------------------------------------------------------------------
+    def _add_ours(self, version: str, start_time_s: float) -> None:
+        gauge, total = partial(self._add, "gauge"), partial(self._add, "counter")
+        self.connections = gauge("mlxlite:connections", "Open HTTP connections.")
+        held = gauge("mlxlite:prefix_cache_bytes", "Held by the prefix cache.", (), "where")
+        self.memory_bytes, self.disk_bytes = held.labels("memory"), held.labels("disk")
+        self.num_evicted = total("mlxlite:prefix_cache_evictions_total", "Prefixes that gave way.")
+        self.num_loaded = total("mlxlite:prefix_cache_disk_loads_total", "Prefixes read from disk.")
+        self.num_ignored = total("mlxlite:ignored_fields_total", "Unknown fields in requests.")
+        # vLLM has this one from its web framework, and so without a prefix.
+        labels = ("handler", "method", "status")
+        self.http_requests = total("http_requests_total", "HTTP requests answered.", (), *labels)
+        started = "When the server started, in Unix time."
+        gauge("mlxlite:process_start_time_seconds", started).number = start_time_s
+        info = gauge("mlxlite:info", "Always 1; the label says it.", (), "version")
+        info.labels(version).number = 1
 
     def queued(self, n: int) -> None:
-        """`n` sequences are in the queue now."""
         self.num_waiting.number = n
 
     def running(self, n: int) -> None:
-        """`n` sequences are in prefill or decode now."""
         self.num_running.number = n
 
     def prompt_done(self, num_tokens: int, queue_s: float, num_cached: int = 0) -> None:
@@ -383,7 +222,7 @@ class Metrics:
         self.ttft_s.observe(seconds)
 
     def tokens(self, num: int) -> None:
-        """`num` more output tokens, of whatever sequences; first ones included."""
+        """`num` more output tokens of any sequences; first tokens included."""
         self.output_tokens.number += num
 
     def token_gap(self, seconds: float) -> None:
@@ -397,7 +236,7 @@ class Metrics:
         lane_s: float,
         deliver_s: float,
     ) -> None:
-        """One tick. A step that only releases or admits is timed, but is no batch."""
+        """One tick. A step that only releases or admits rows is timed, but is no batch."""
         self.schedule_s.observe(schedule_s)
         self.lane_s.observe(lane_s)
         self.deliver_s.observe(deliver_s)
@@ -408,7 +247,7 @@ class Metrics:
             self.batch_rows.observe(num_rows)
 
     def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
-        """What the lane spent on one step: its graph, handing it to the device, its tokens."""
+        """The device thread's time for one step: its graph, its dispatch, the wait for tokens."""
         self.build_s.observe(build_s)
         self.dispatch_s.observe(dispatch_s)
         self.wait_s.observe(wait_s)
@@ -421,7 +260,7 @@ class Metrics:
         self.num_output.observe(num_output)
 
     def times(self, usage: Usage, max_tokens: int) -> None:
-        """Where the time of an ended sequence went, and how long it might have been."""
+        """The times of an ended sequence, and its limit of output tokens."""
         self.prompt_s.number += usage.prefill_s
         self.output_s.number += usage.decode_s
         self.prefill_s.observe(usage.prefill_s)
@@ -432,19 +271,17 @@ class Metrics:
         self.max_output.observe(max_tokens)
 
     def preempted(self) -> None:
-        """A sequence that had given way begins again."""
         self.num_preempted.number += 1
 
     def memory(self, num_bytes: int, max_bytes: int | None) -> None:
-        """What sequences hold now, of what there is for them."""
+        """The bytes that sequences hold now; `max_bytes` is their limit."""
         self.kv_usage.number = num_bytes / max_bytes if max_bytes else 0.0
 
     def prefix_cache(self, stats: CacheStats) -> None:
-        """The prefix cache as it is now: it counts for itself."""
+        """The prefix cache's own totals and sizes, as they are now."""
         self.num_asked.number, self.num_hits.number = stats.num_asked, stats.num_hit
         self.num_evicted.number, self.num_loaded.number = stats.num_evicted, stats.num_from_disk
-        self.held_bytes["memory"].number = stats.num_bytes
-        self.held_bytes["disk"].number = stats.disk_bytes
+        self.memory_bytes.number, self.disk_bytes.number = stats.num_bytes, stats.disk_bytes
 
     def loop_lag(self, seconds: float) -> None:
         self.lag_s.observe(seconds)
@@ -452,11 +289,9 @@ class Metrics:
     def http(self, handler: str, method: str, status: int) -> None:
         """An HTTP request was answered; `handler` is the route that matched, not the path."""
         assert 100 <= status <= 599, status
-        self.http_requests.labels(
-            handler if handler in self._routes else OTHER,
-            method if method in METHODS else OTHER,
-            f"{status // 100}xx",
-        ).add()
+        known_handler = handler if handler in self._routes else OTHER
+        known_method = method if method in METHODS else OTHER
+        self.http_requests.labels(known_handler, known_method, f"{status // 100}xx").number += 1
 
     def connection_opened(self) -> None:
         self.connections.number += 1
@@ -465,17 +300,18 @@ class Metrics:
         self.connections.number -= 1
 
     def ignored_fields(self, num: int) -> None:
-        """A request had `num` fields that no one knows."""
-        self.num_ignored_fields.number += num
-
-    # --- renderings ---------------------------------------------------------------------------
+        self.num_ignored.number += num
 
     def render_prometheus(self) -> bytes:
-        return self._registry.render()
+        """The Prometheus text format, version 0.0.4, in UTF-8."""
+        lines: list[str] = []
+        for name, instrument in self._page.items():
+            lines += instrument.lines(name, self._vllm_labels if name.startswith("vllm:") else ())
+        # A model's path may hold bytes that are not UTF-8 (surrogate escapes): shown as "?".
+        return "".join(f"{line}\n" for line in lines).encode("utf-8", errors="replace")
 
     def seed_json(self, max_batch_size: int) -> dict[str, float | int]:
-        """The seed's nine values. A batch is a step that decodes; latency is end to end."""
-        prompt, cached = self.prompt_tokens.number, self.cached_tokens.number
+        """Nine totals. A batch is a step that decodes; latency is end to end."""
         return {
             "waiting_requests": int(self.num_waiting.number),
             "running_requests": int(self.num_running.number),
@@ -484,7 +320,7 @@ class Metrics:
             "total_batches_processed": self.batch_rows.count,
             "avg_batch_size": self.batch_rows.mean,
             "avg_latency_ms": self.e2e_s.mean * 1000,
-            "cache_hit_rate": cached / prompt if prompt else 0.0,
+            "cache_hit_rate": self.cached_tokens.number / (self.prompt_tokens.number or 1),
             "total_tokens_generated": int(self.output_tokens.number),
         }
 
@@ -497,28 +333,18 @@ def bounds_1_2_5(max_value: int) -> tuple[float, ...]:
     return tuple(bound for bound in series if bound <= max_value)
 
 
-def _sample_names(family: Family) -> set[str]:
-    if isinstance(family, Histogram):
-        return {family.name} | {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
-    return {family.name}
+def _sample(name: str, labels: list[str], value: float) -> str:
+    return f"{name}{{{','.join(labels)}}} {_text(value)}" if labels else f"{name} {_text(value)}"
 
 
-def _sample(name: str, labels: Labels, value: float) -> str:
-    if not labels:
-        return f"{name} {_number(value)}"
-    pairs = ",".join(f'{label}="{_escape_label(text)}"' for label, text in labels)
-    return f"{name}{{{pairs}}} {_number(value)}"
+def _text(value: float) -> str:
+    return _NOT_FINITE.get(text := repr(value), text)
 
 
-def _number(value: float) -> str:
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
-    return "NaN" if math.isnan(value) else repr(value)
-
-
-def _escape_label(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _escape_help(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n")
+
+
+def _label(name: str, value: str) -> str:
+    escaped = _escaped(value).replace('"', r"\"")
+    return f'{name}="{escaped}"'
