@@ -501,7 +501,7 @@ def test_every_known_route_method_and_status_has_its_own_count() -> None:
     assert set(samples.values()) == {1}
 
 
-# --- the JSON -------------------------------------------------------------------------------------
+# --- the JSON -----------------------------------------------------------------------------------
 
 
 def test_the_json_has_nine_values_and_they_are_true() -> None:

@@ -1,25 +1,25 @@
-"""What makes a dataclass a command line: each field is a flag, a variable and a line of help.
+"""A dataclass as a command line: each field is a flag, an environment variable, a line of help.
 
-A field is written once. Its metadata carries the help, the group and the limits; the parser, the
-environment variables (``MLXLITE_<FLAG>``), the validation and the README's table are derived from
-it. A flag beats the environment, which beats the default. A variable that is set but empty counts
-as unset; a flag that is given but empty (``--api-key ""``) is an answer: none.
+A field is written once. Its metadata holds the help and the limits; the parser, the environment
+variables (``MLXLITE_<FLAG>``), the validation and the table for the README are derived from it. A
+flag beats the environment, which beats the default. An empty variable counts as unset; an empty
+value of a flag (``--api-key ""``) counts as given.
 
-It decides nothing about which flags there are (`config` does), must never import anything but the
-standard library, and never puts a secret into a message. Every `ConfigError` names the flag,
-variable or field at fault.
+Which flags exist is decided in `options`. Must never: import anything but the standard library, or
+put a secret into a message. Every `ConfigError` names the flag, variable or field at fault.
 """
 
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 from mlxlite import __version__
 
 T = TypeVar("T")
+
 ENV_PREFIX = "MLXLITE_"
 _BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
@@ -29,63 +29,51 @@ _SIZE = re.compile(r"(?=.*[1-9])([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?", re.IG
 
 
 class ConfigError(ValueError):
-    """The configuration cannot work; the message says which flag, variable or field, and why.
+    """The configuration cannot work; the message names the flag, variable or field, and the reason.
 
-    A program that meets one prints it on stderr and exits with `config.USAGE_STATUS`.
+    A program prints it on stderr and exits with `options.USAGE_STATUS`.
     """
-
-
-def default_text(f: Field[Any]) -> str:
-    flag = meta(f)
-    if flag.default_text is not None:
-        return flag.default_text
-    match f.default:
-        case None | ():
-            return "none"
-        case bool():
-            return str(f.default).lower()
-        case tuple():
-            return ",".join(f.default)
-        case _:
-            return str(f.default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """What a field knows about itself beyond its name, type and default."""
+    """What a field declares beyond its name, type and default."""
 
     help: str
-    group: str
     metavar: str
+    heading: str | None = None  # of the group that begins with this flag
     short: str | None = None
     default_text: str | None = None  # how help shows a default that is not a plain value
     env_aliases: tuple[str, ...] = ()  # read after MLXLITE_<FLAG>, in this order
     minimum: float = 0  # no number here can be negative
     maximum: float = math.inf
     choices: tuple[object, ...] = ()
-    item: re.Pattern[str] | None = None  # what a text, or each one of a list, must match in full
-    item_text: str = ""  # ... in words
-    is_secret: bool = False  # never repeat the value
+    pattern: re.Pattern[str] | None = None  # of a text, or of each item of a list, in full
+    pattern_text: str = ""  # ... in words
+    is_secret: bool = False  # messages and reprs leave out the value
 
 
-def flag(default: T, group: str, metavar: str, help: str, **more: Any) -> T:
+def flag(default: T, metavar: str, help: str, **more: Any) -> T:
     """A field that is a flag; `more` are further members of `Flag`."""
-    known = Flag(group=group, metavar=metavar, help=help, **more)
+    known = Flag(metavar=metavar, help=help, **more)
     return field(default=default, repr=not known.is_secret, metadata={"flag": known})
 
 
-def size(default: Any, group: str, help: str, **more: Any) -> Any:
-    more |= {"item": _SIZE, "item_text": "a size such as 12GB"}
-    """A text that is a number of bytes, for `num_bytes`."""
-    return flag(default, group, "SIZE", help, **more)
+def switch(default: bool, help: str, **more: Any) -> bool:
+    return flag(default, "true|false", help, **more)
+
+
+def size(default: Any, help: str, **more: Any) -> Any:
+    """A field whose text is a number of bytes, for `num_bytes`."""
+    return flag(default, "SIZE", help, pattern=_SIZE, pattern_text="a size such as 12GB", **more)
 
 
 def num_bytes(size: str | None) -> int | None:
-    """A number with an optional KB, MB, GB or TB, powers of 1000."""
+    """The value of a `size`: a number with an optional KB, MB, GB or TB, powers of 1000."""
     if size is None:
         return None
     match = _SIZE.fullmatch(size)
-    assert match is not None, "the field's pattern has seen to it"
+    assert match is not None, "the field's pattern has been checked"
     number, unit = match.groups()
     return int(float(number) * 1000 ** " KMGT".index(unit.upper() or " "))
 
@@ -94,8 +82,7 @@ def num_bytes(size: str | None) -> int | None:
 
 
 def meta(f: Field[Any]) -> Flag:
-    flag = f.metadata["flag"]
-    assert isinstance(flag, Flag)
+    flag: Flag = f.metadata["flag"]
     return flag
 
 
@@ -112,94 +99,93 @@ def env_names(f: Field[Any]) -> tuple[str, ...]:
     return (ENV_PREFIX + f.name.upper(), *meta(f).env_aliases)
 
 
-def _negation(f: Field[Any]) -> str:
-    return "--no-" + _name(f).removeprefix("--")
+def _negations(f: Field[Any]) -> tuple[str, ...]:
+    return ("--no-" + _name(f).removeprefix("--"),) if f.type is bool else ()
 
 
-# --- text → values ---
+def default_text(f: Field[Any]) -> str:
+    text = meta(f).default_text
+    if text is not None:
+        return text
+    if f.default in (None, ()):
+        return "none"
+    if isinstance(f.default, tuple):
+        return ",".join(f.default)
+    return str(f.default).lower() if f.type is bool else str(f.default)
+
+
+# --- values ---
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """One type a field may have. `parse` raises `ValueError` for text that is no such value."""
+    """A type of field. `read` makes a value of text, or raises `ValueError`."""
 
     wants: str
-    parse: Callable[[str], object]
-    accepts: Callable[[object], bool]
+    types: tuple[type, ...]
+    read: Callable[[str], object]
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_text_list(value: object) -> bool:
-    return isinstance(value, tuple) and all(_is_text(item) for item in value)
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(cast("float", value))
-
-
-def _parse_bool(raw: str) -> bool:
+def _read_bool(raw: str) -> bool:
     value = _BOOLEANS.get(raw.strip().lower())
     if value is None:
         raise ValueError(raw)
     return value
 
 
-def _parse_list(raw: str) -> tuple[str, ...]:
+def _read_list(raw: str) -> tuple[str, ...]:
     return tuple(item for item in (part.strip() for part in raw.split(",")) if item)
 
 
-# A field's annotation picks its row; a field of another type is our bug, a KeyError in any test.
+# The keys are annotations; a field of another type is our bug, a KeyError in any test.
 _KINDS: dict[Any, _Kind] = {
-    bool: _Kind("true or false", _parse_bool, lambda value: type(value) is bool),
-    int: _Kind("a whole number", int, lambda value: type(value) is int),  # True is no number
-    float: _Kind("a finite number", float, _is_finite),
-    str: _Kind("text, not empty", str, _is_text),
-    str | None: _Kind(
-        "text, not empty, or None",
-        lambda raw: raw or None,
-        lambda value: value is None or _is_text(value),
-    ),
-    tuple[str, ...]: _Kind("a tuple of strings", _parse_list, _is_text_list),
+    bool: _Kind("true or false", (bool,), _read_bool),
+    int: _Kind("a whole number", (int,), int),
+    float: _Kind("a finite number", (int, float), float),
+    str: _Kind("text, not empty", (str,), str),
+    str | None: _Kind("text, not empty, or None", (str, type(None)), lambda raw: raw or None),
+    tuple[str, ...]: _Kind("a tuple of strings", (tuple,), _read_list),
 }
 
 
-def _convert(f: Field[Any], source: str, raw: str) -> object:
-    """The value of a field from text found at `source`; raises `ConfigError` naming the source."""
-    kind = _KINDS[f.type]
-    try:
-        value = kind.parse(raw)
-    except ValueError:
-        raise ConfigError(f"{source}: must be {kind.wants}{_shown(f, raw)}") from None
-    complaint = complaint_of(f, value)
-    if complaint is not None:
-        raise ConfigError(f"{source}: {complaint}")
-    return value
+def _has_type(value: object, types: tuple[type, ...]) -> bool:
+    """False also for empty text and numbers that are not finite; a bool is not a number here."""
+    if not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
+        return False
+    if isinstance(value, tuple):
+        return all(_has_type(item, (str,)) for item in value)
+    return value != "" and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def complaint_of(f: Field[Any], value: Any) -> str | None:
     """What is wrong with a field's value, or None."""
-    flag, kind = meta(f), _KINDS[f.type]
-    if not kind.accepts(value):
-        return f"must be {kind.wants}{_shown(f, value)}"
-    if flag.choices and value not in flag.choices:
-        return f"must be one of {', '.join(map(str, flag.choices))}{_shown(f, value)}"
-    if f.type in (int, float) and not flag.minimum <= value <= flag.maximum:
-        limits = f"at least {flag.minimum}"
+    flag, kind, wants = meta(f), _KINDS[f.type], ""
+    if not _has_type(value, kind.types):
+        wants = kind.wants
+    elif flag.choices and value not in flag.choices:
+        wants = f"one of {', '.join(map(str, flag.choices))}"
+    elif f.type in (int, float) and not flag.minimum <= value <= flag.maximum:
+        wants = f"at least {flag.minimum}"
         if flag.maximum != math.inf:
-            limits = f"between {flag.minimum} and {flag.maximum}"
-        return f"must be {limits}{_shown(f, value)}"
-    if flag.item is not None and value is not None:
+            wants = f"between {flag.minimum} and {flag.maximum}"
+    elif flag.pattern is not None and value is not None:
         items = (value,) if isinstance(value, str) else value
-        bad = next((item for item in items if not flag.item.fullmatch(item)), None)
-        return None if bad is None else f"must be {flag.item_text}{_shown(f, bad)}"
-    return None
+        value = next((item for item in items if not flag.pattern.fullmatch(item)), None)
+        wants = "" if value is None else flag.pattern_text
+    shown = "" if flag.is_secret else f", not {value!r}"
+    return f"must be {wants}{shown}" if wants else None
 
 
-def _shown(f: Field[Any], value: object) -> str:
-    return "" if meta(f).is_secret else f", not {value!r}"
+def _value_of(f: Field[Any], source: str, raw: str) -> object:
+    """The value of a field from the text of its flag or variable, which is the `source`."""
+    try:
+        value = _KINDS[f.type].read(raw)
+    except ValueError:
+        value = raw  # `complaint_of` refuses its type
+    complaint = complaint_of(f, value)
+    if complaint is not None:
+        raise ConfigError(f"{source}: {complaint}")
+    return value
 
 
 # --- the command line and the environment ---
@@ -211,7 +197,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(cls: Any) -> _Parser:
-    """The parser the fields spell out. It yields text only, and only for flags that were given."""
+    """The parser of the fields' flags. It returns text, and only for flags that are given.
+
+    Flags and variables are converted alike, by `_value_of`. With argparse's `type`, a bad value
+    would be an error even where `--help` follows or the same flag with a good one.
+    """
     parser = _Parser(
         prog="mlxlite",
         usage="mlxlite [--model PATH|ID] [--port PORT] [flag ...]",
@@ -223,17 +213,14 @@ def _parser(cls: Any) -> _Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=8),
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(cls):
-        flag = meta(f)
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(flag.group)
-        _add_flag(groups[flag.group], f)
+        if meta(f).heading:
+            group = parser.add_argument_group(meta(f).heading)
+        _add_flag(group, f)
     about = parser.add_argument_group("About")
     about.add_argument("-h", "--help", action="help", help="show this and exit")
-    about.add_argument(
-        "--version", action="version", version=f"mlxlite {__version__}", help="show it and exit"
-    )
+    version = f"mlxlite {__version__}"
+    about.add_argument("--version", action="version", version=version, help="show it and exit")
     return parser
 
 
@@ -243,50 +230,54 @@ def _add_flag(group: argparse._ArgumentGroup, f: Field[Any]) -> None:
     options: dict[str, Any] = {"dest": f.name, "metavar": flag.metavar}
     if f.type is bool:
         options |= {"nargs": "?", "const": "true"}
-        group.add_argument(
-            _negation(f), dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
-        )
     if f.type == tuple[str, ...]:
         options |= {"action": "append"}
+    for name in _negations(f):
+        group.add_argument(
+            name, dest=f.name, action="store_const", const="false", help=argparse.SUPPRESS
+        )
     group.add_argument(*option_strings(f), help=text.replace("%", "%%"), **options)
 
 
 def values_of(cls: Any, argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a dataclass that a command line and an environment give. Raises `ConfigError`.
+    """The values of a dataclass's fields that a command line and an environment give.
 
-    `SystemExit(0)` after ``--help`` or ``--version``.
+    Raises `ConfigError`, and `SystemExit(0)` after ``--help`` or ``--version``.
     """
     values: dict[str, Any] = {}
     given = _read_argv(cls, argv)
     for f in fields(cls):
-        found = _flag_text(f, given) or _env_text(f, environ)
-        if found is not None:
-            source, raw = found
-            values[f.name] = _convert(f, source, raw)
+        sources = {_name(f): given.get(f.name)}
+        sources |= {name: environ.get(name) or None for name in env_names(f)}
+        for source, raw in sources.items():
+            if raw is not None:
+                values[f.name] = _value_of(f, source, raw)
+                break
     return values
 
 
-def _read_argv(cls: Any, argv: Sequence[str]) -> dict[str, Any]:
-    """The text given for each field on the command line: a string, or a list of them."""
-    given, rest = _parser(cls).parse_known_args(_attach_values(cls, argv))
-    if rest:
-        # Only the name: what follows an equals sign may be a key.
-        unknown = next((arg.partition("=")[0] for arg in rest if arg.startswith("-")), None)
-        if unknown is None:
-            raise ConfigError(f"unexpected argument {rest[0]!r}")
+def _read_argv(cls: Any, argv: Sequence[str]) -> dict[str, str]:
+    """The text given for each field on the command line; a list's repetitions are joined."""
+    known = {"-h", "--help", "--version"}
+    known.update(o for f in fields(cls) for o in (*option_strings(f), *_negations(f)))
+    given, rest = _parser(cls).parse_known_args(_attach_values(cls, argv, known))
+    # Only the name: the text after an equals sign may be a key.
+    unknown = next((arg.partition("=")[0] for arg in rest if arg.startswith("-")), None)
+    if unknown is not None:
         import difflib  # for this line alone
 
-        near = difflib.get_close_matches(unknown, _all_option_strings(cls), n=1)
-        raise ConfigError(
-            f"unknown flag {unknown}" + (f"; did you mean {near[0]}?" if near else "")
-        )
-    return vars(given)
+        near = difflib.get_close_matches(unknown, known, n=1)
+        raise ConfigError(f"unknown flag {unknown}" + "".join(f"; did you mean {n}?" for n in near))
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}")
+    return {
+        name: raw if isinstance(raw, str) else ",".join(raw) for name, raw in vars(given).items()
+    }
 
 
-def _attach_values(cls: Any, argv: Sequence[str]) -> list[str]:
+def _attach_values(cls: Any, argv: Sequence[str], known: Collection[str]) -> list[str]:
     """`argv` with each value that begins with a dash, as a random key may, tied to its flag."""
     takes_value = {o for f in fields(cls) if f.type is not bool for o in option_strings(f)}
-    known = _all_option_strings(cls)
     attached: list[str] = []
     for arg in argv:
         is_odd_value = re.match(r"-[^-]", arg) is not None and arg not in known
@@ -295,24 +286,3 @@ def _attach_values(cls: Any, argv: Sequence[str]) -> list[str]:
         else:
             attached.append(arg)
     return attached
-
-
-def _all_option_strings(cls: Any) -> set[str]:
-    strings = {"-h", "--help", "--version"}
-    for f in fields(cls):
-        strings.update(option_strings(f))
-        if f.type is bool:
-            strings.add(_negation(f))
-    return strings
-
-
-def _flag_text(f: Field[Any], given: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The flag and the text that was given with it, or None; a list's repetitions are joined."""
-    if f.name not in given:
-        return None
-    raw = given[f.name]
-    return _name(f), raw if isinstance(raw, str) else ",".join(raw)
-
-
-def _env_text(f: Field[Any], environ: Mapping[str, str]) -> tuple[str, str] | None:
-    return next(((name, environ[name]) for name in env_names(f) if environ.get(name)), None)

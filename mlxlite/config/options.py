@@ -1,8 +1,8 @@
-"""Decides what the operator asked for: one frozen `Config`, whose fields are the flags.
+"""The settings of a server: one frozen `Config`, whose fields are the flags.
 
-A field is written once: how it becomes a flag, a variable and a line of help is `flags`.
+A field is written once; `flags` makes a flag, a variable and a line of help of it.
 
-It must never import anything but the standard library and `flags`, touch a file (except in
+Must never: import anything but the standard library and `flags`, touch a file (except in
 `Config.api_keys`), or put an API key into a message or a repr. Invariants, tested: a `Config` that
 exists is valid, however it was made; a host that other machines can reach has a key; every
 `ConfigError` names the flag, variable or field at fault.
@@ -16,243 +16,150 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from mlxlite.config.flags import ConfigError, complaint_of, flag, num_bytes, size, values_of
+from mlxlite.config.flags import ConfigError, complaint_of, flag, num_bytes, size, switch, values_of
 
 DEMO_ID = "mlxlite-demo"
 USAGE_STATUS = 2  # the exit status argparse and getopt use for a bad command line
-# What a client can put into a header, hmac.compare_digest can compare, and a comma can separate.
+# Characters that a header can hold, hmac.compare_digest can compare and a comma can separate.
 _API_KEY = re.compile(r"[!-+\--~]+")
 _API_KEY_TEXT = "visible ASCII characters without a comma"
 _MODE = re.compile(r"0?[0-7]{3}")
+_LEVELS = ("debug", "info", "warning", "error")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
-_MODEL = "Model"
-_NETWORK = "Network"
-_SECURITY = "Security"
-_SCHEDULING = "Scheduling"
-_MEMORY = "Memory"
-_PREFIXES = "Prefix cache"
-_LIMITS = "Limits"
-_PICTURES = "Pictures"
-_PROCESS = "Process"
-_BOOL = "true|false"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything an operator can decide. Raises `ConfigError` for values that cannot work."""
+    """All settings of a server. Raises `ConfigError` for values that cannot work."""
 
     model: str | None = flag(
         None,
-        _MODEL,
         "PATH|ID",
         "a model directory, a file inside it, or a Hugging Face id",
+        heading="Model",
         short="-m",
         default_text="the built-in demo model",
     )
     model_id: str | None = flag(
-        None,
-        _MODEL,
-        "NAME",
-        "the model's name in /v1/models and in answers",
-        default_text="derived from --model",
+        None, "NAME", "the model's name in the API", default_text="derived from --model"
     )
-    strict_model_id: bool = flag(
-        False, _MODEL, _BOOL, "requests to generate that name another model get a 404"
+    strict_model_id: bool = switch(False, "404 for generation requests that name another model")
+    embedding: bool = switch(
+        False, "no effect, for launchers that pass it: /v1/embeddings is always served"
     )
-    embedding: bool = flag(
-        False,
-        _MODEL,
-        _BOOL,
-        "no effect, for the app that sends it: /v1/embeddings is always served",
-    )
-    adapter_path: str | None = flag(
-        None, _MODEL, "PATH", "a LoRA adapter's directory, applied at start"
-    )
+    adapter_path: str | None = flag(None, "PATH", "directory of a LoRA adapter, applied at start")
     chat_template: str | None = flag(
-        None,
-        _MODEL,
-        "PATH|TEXT",
-        "a Jinja chat template, as a path or as the text itself",
-        default_text="the model's own",
+        None, "PATH|TEXT", "Jinja chat template: path or text", default_text="the model's own"
     )
-    ctx_size: int = flag(
-        0,
-        _MODEL,
-        "TOKENS",
-        "most tokens in prompt and output together; 0 = the model's own maximum",
-    )
-    max_tokens: int = flag(
-        0,
-        _MODEL,
-        "TOKENS",
-        "output limit of a request that names none; 0 = whatever context is left",
-    )
+    ctx_size: int = flag(0, "TOKENS", "limit of prompt and output together; 0 = the model's own")
+    max_tokens: int = flag(0, "TOKENS", "a request's default output limit; 0 = the context left")
 
     host: str = flag(
-        "127.0.0.1",
-        _NETWORK,
-        "HOST",
-        "address to listen on; one that other machines can reach needs an API key",
+        "127.0.0.1", "HOST", "address to listen on; public ones need an API key", heading="Network"
     )
-    port: int = flag(8080, _NETWORK, "PORT", "port to listen on; 0 = any free one", maximum=65535)
-    uds: str | None = flag(
-        None, _NETWORK, "PATH", "listen on this Unix socket instead of host and port"
-    )
+    port: int = flag(8080, "PORT", "port to listen on; 0 = any free one", maximum=65535)
+    uds: str | None = flag(None, "PATH", "listen on this Unix socket instead of host and port")
     uds_mode: str = flag(
         "600",
-        _NETWORK,
         "MODE",
-        "who may connect to --uds, in chmod's digits: 660 adds its group",
-        item=_MODE,
-        item_text="three octal digits",
+        "permissions of --uds, in chmod's digits: 660 adds the group",
+        pattern=_MODE,
+        pattern_text="three octal digits",
     )
-    tls_cert: str | None = flag(
-        None, _NETWORK, "PATH", "serve HTTPS with this certificate chain (PEM)"
-    )
+    tls_cert: str | None = flag(None, "PATH", "serve HTTPS with this certificate chain (PEM)")
     tls_key: str | None = flag(
-        None,
-        _NETWORK,
-        "PATH",
-        "the certificate's private key (PEM), without a password",
-        default_text="in --tls-cert",
+        None, "PATH", "private key of --tls-cert (PEM), no password", default_text="in --tls-cert"
     )
 
     api_key: tuple[str, ...] = flag(
         (),
-        _SECURITY,
         "KEY,...",
         "accept this key (repeatable, or several separated by commas)",
+        heading="Security",
         env_aliases=("MLX_API_KEY",),
-        item=_API_KEY,
-        item_text=_API_KEY_TEXT,
+        pattern=_API_KEY,
+        pattern_text=_API_KEY_TEXT,
         is_secret=True,
     )
-    api_key_file: str | None = flag(
-        None, _SECURITY, "PATH", "accept the keys in this file too, one per line"
-    )
+    api_key_file: str | None = flag(None, "PATH", "accept the keys in this file too, one per line")
     cors_origins: tuple[str, ...] = flag(
         ("http://localhost", "http://127.0.0.1", "tauri://localhost"),
-        _SECURITY,
         "ORIGIN,...",
-        "web pages that may call, compared by scheme and host, whatever the port",
-        item=_ORIGIN,
-        item_text="an origin such as http://localhost",
+        "origins of web pages that may call, compared by scheme and host, whatever the port",
+        pattern=_ORIGIN,
+        pattern_text="an origin such as http://localhost",
     )
 
     max_batch_size: int = flag(
-        8, _SCHEDULING, "ROWS", "sequences decoded together; 0 = one sequence at a time"
+        8, "ROWS", "sequences decoded together; 0 = one at a time", heading="Scheduling"
     )
-    enable_continuous_batching: bool = flag(
-        True,
-        _SCHEDULING,
-        _BOOL,
-        "sequences join and leave a running batch; off, a batch is gathered and run to its end",
+    enable_continuous_batching: bool = switch(
+        True, "sequences join and leave a running batch; off: one is gathered and run to its end"
     )
-    batch_timeout_ms: int = flag(
-        100, _SCHEDULING, "MS", "how long a batch is gathered when continuous batching is off"
-    )
+    batch_timeout_ms: int = flag(100, "MS", "time to gather a batch without continuous batching")
     prefill_chunk_size: int = flag(
-        2048,
-        _SCHEDULING,
-        "TOKENS",
-        "prompt tokens computed at a time while nobody decodes",
-        minimum=1,
+        2048, "TOKENS", "prompt tokens computed in a step while no sequence decodes", minimum=1
     )
     prefill_budget_ms: int = flag(
-        100,
-        _SCHEDULING,
-        "MS",
-        "longest time a step that decodes may spend on prompts: what a running stream may wait",
-        minimum=1,
+        100, "MS", "longest prefill in a step that decodes: the delay of running streams", minimum=1
     )
 
     kv_bits: int = flag(
         0,
-        _MEMORY,
         "BITS",
-        "keep keys and values in 4 or 8 bits; 0 = as the model computes them",
+        "4 or 8 for keys and values; 0 = as computed",
+        heading="Memory",
         choices=(0, 4, 8),
     )
     kv_group_size: int = flag(
-        64,
-        _MEMORY,
-        "CHANNELS",
-        "channels that share a scale where --kv-bits is on",
-        choices=(32, 64, 128),
+        64, "CHANNELS", "channels that share a scale with --kv-bits", choices=(32, 64, 128)
     )
     memory_limit: str | None = size(
         None,
-        _MEMORY,
         "most memory for weights, caches and work, such as 12GB",
         default_text="what the device recommends; on a CPU 70% of the RAM",
     )
 
-    enable_prefix_caching: bool = flag(
-        True, _PREFIXES, _BOOL, "keep computed prompts, and never compute their beginnings twice"
+    enable_prefix_caching: bool = switch(
+        True, "keep computed prompts and reuse their beginnings", heading="Prefix cache"
     )
     kv_block_size: int = flag(
-        16, _PREFIXES, "TOKENS", "prompts are kept in blocks of so many tokens", minimum=1
+        16, "TOKENS", "size of the blocks that prompts are kept in", minimum=1
     )
     prefix_cache_bytes: str | None = size(
         None,
-        _PREFIXES,
-        "most memory for prefixes, such as 2GB; what runs comes first",
+        "most memory for prefixes, such as 2GB; running sequences have priority",
         default_text="30% of what sequences may hold",
     )
-    prefix_cache_dir: str | None = flag(
-        None, _PREFIXES, "PATH", "keep prefixes in files here too, over a restart"
-    )
-    prefix_cache_disk_bytes: str = size(
-        "10GB", _PREFIXES, "most that is kept in --prefix-cache-dir"
-    )
+    prefix_cache_dir: str | None = flag(None, "PATH", "keep prefixes in files too, across restarts")
+    prefix_cache_disk_bytes: str = size("10GB", "most bytes kept in --prefix-cache-dir")
     prefix_cache_scope: str = flag(
-        "shared",
-        _PREFIXES,
-        "SCOPE",
-        "shared, or key: requests find only prefixes of their own API key",
-        choices=("shared", "key"),
+        "shared", "SCOPE", "shared, or key: each API key has its own", choices=("shared", "key")
     )
 
     request_timeout_s: float = flag(
-        0, _LIMITS, "S", "longest time from a request's arrival to its end; 0 = none"
+        0, "S", "longest time from a request's arrival to its end; 0 = none", heading="Limits"
     )
     repetition_guard: int = flag(
-        0, _LIMITS, "TOKENS", "end an answer whose last so many tokens repeat one piece; 0 = off"
+        0, "TOKENS", "end an answer whose last N tokens repeat one piece; 0 = off"
     )
-    max_queue: int = flag(
-        256, _LIMITS, "N", "sequences that may wait; beyond that the answer is 429", minimum=1
-    )
+    max_queue: int = flag(256, "N", "waiting sequences; beyond that the answer is 429", minimum=1)
     max_body_mb: int = flag(
-        64, _LIMITS, "MB", "largest request body; beyond that the answer is 413", minimum=1
+        64, "MB", "largest request body; beyond it the answer is 413", minimum=1
     )
-    max_connections: int = flag(1024, _LIMITS, "N", "connections open at a time", minimum=1)
+    max_connections: int = flag(1024, "N", "connections open at a time", minimum=1)
 
-    allow_remote_images: bool = flag(
-        False,
-        _PICTURES,
-        _BOOL,
-        "fetch pictures that a request names by a URL, from public addresses alone",
+    allow_remote_images: bool = switch(
+        False, "fetch pictures by URL, from public addresses only", heading="Pictures"
     )
-    max_images: int = flag(
-        16, _PICTURES, "N", "pictures in a request, its history included", minimum=1, maximum=64
-    )
-    max_image_pixels: int = flag(
-        1_600_000, _PICTURES, "PIXELS", "a picture of more is scaled down to so many", minimum=1
-    )
-    max_image_mb: int = flag(
-        20, _PICTURES, "MB", "largest picture, as it is encoded", minimum=1, maximum=32
-    )
+    max_images: int = flag(16, "N", "pictures in a request and its history", minimum=1, maximum=64)
+    max_image_pixels: int = flag(1_600_000, "PIXELS", "larger pictures are scaled down", minimum=1)
+    max_image_mb: int = flag(20, "MB", "largest picture, as encoded", minimum=1, maximum=32)
 
     shutdown_grace_s: float = flag(
-        1.2, _PROCESS, "S", "how long running requests may go on after SIGTERM"
+        1.2, "S", "how long running requests may go on after SIGTERM", heading="Process"
     )
-    log_level: str = flag(
-        "info",
-        _PROCESS,
-        "LEVEL",
-        "debug, info, warning or error",
-        choices=("debug", "info", "warning", "error"),
-    )
+    log_level: str = flag("info", "LEVEL", "debug, info, warning or error", choices=_LEVELS)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -269,16 +176,16 @@ class Config:
 
     @classmethod
     def from_args(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
-        """What a command line (without the program's name) and an environment ask for.
+        """The settings of a command line (without the program's name) and an environment.
 
-        Raises `ConfigError` for anything it cannot take, an unknown flag included, and
-        `SystemExit(0)` after ``--help`` or ``--version``.
+        Raises `ConfigError` for bad values and unknown flags, and `SystemExit(0)` after ``--help``
+        or ``--version``.
         """
         return cls(**values_of(cls, argv, environ))
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach `host`; any name but localhost is taken as public."""
+        """True if only this machine can reach `host`; any name but localhost counts as public."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -294,7 +201,7 @@ class Config:
         try:
             path = Path(self.model).expanduser().resolve(strict=True)
         except (OSError, RuntimeError):
-            return self.model  # no path, so a Hugging Face id; the loader says if it is neither
+            return self.model  # no path, so a Hugging Face id; the loader refuses other text
         return path.name if path.is_dir() else path.parent.name
 
     def memory_limit_bytes(self) -> int | None:
@@ -306,15 +213,15 @@ class Config:
         return num_bytes(self.prefix_cache_bytes)
 
     def prefix_disk_bytes(self) -> int:
-        """What may be kept on disk: nothing without a directory."""
+        """`prefix_cache_disk_bytes` in bytes; 0 without a directory or without prefix caching."""
         wanted = num_bytes(self.prefix_cache_disk_bytes) or 0
         return wanted if self.prefix_cache_dir and self.enable_prefix_caching else 0
 
     def api_keys(self) -> tuple[str, ...]:
-        """Every accepted key, those of flag or environment first, then the file's; each one once.
+        """All accepted keys, each once: those of flag or environment, then the file's.
 
-        Reads the file at each call. Raises `ConfigError` if it cannot be read or holds no key: a
-        server that was told to ask for keys must not run without any.
+        Reads the file at each call. Raises `ConfigError` if it cannot be read or holds no key: an
+        empty file must not turn access control off.
         """
         if self.api_key_file is None:
             return tuple(dict.fromkeys(self.api_key))
@@ -335,7 +242,7 @@ class Config:
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """`Config.from_args` for a program: a `ConfigError` is a line on stderr and exit status 2."""
+    """`Config.from_args` for a program: prints a `ConfigError` on stderr, with exit status 2."""
     try:
         return Config.from_args(argv, environ)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""`mlxlite.config`: where a value comes from, what is refused, and what must never be shown."""
+"""`mlxlite.config`: sources of a value, refusals, and secrets that are never shown."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from mlxlite.vision.images import MAX_BYTES, MAX_IMAGES
 ROOT = Path(__file__).parents[2]
 HEAVY = {"mlx", "mlx_lm", "transformers", "numpy", "h11", "orjson", "huggingface_hub", "asyncio"}
 
-# What the app that launches us passes, at the seed's time and today.
+# The command line of the launching app, for the first server and for this one.
 LAUNCH = [
     *("--model", "/models/qwen/model.safetensors", "--port", "3417", "--model-id", "qwen"),
     *("--ctx-size", "8192", "--api-key", "s3cret"),
@@ -97,7 +97,7 @@ def help_command() -> list[str]:
     return ["-c", "from mlxlite.config import parse_args; parse_args(['--help'], {})"]
 
 
-# --- where a value comes from ---
+# --- the source of a value ---
 
 
 def test_without_flags_and_environment_everything_is_the_default() -> None:
@@ -109,7 +109,7 @@ def test_without_flags_and_environment_everything_is_the_default() -> None:
     assert (config.strict_model_id, config.embedding) == (False, False)
 
 
-def test_pictures_are_bounded_as_their_loader_bounds_them_and_none_is_fetched() -> None:
+def test_image_limits_are_those_of_the_image_loader_and_no_url_is_fetched() -> None:
     config, limits = from_args(), Limits()
     assert (config.max_images, config.max_image_pixels) == (limits.max_images, limits.max_pixels)
     assert (config.max_image_mb << 20, config.allow_remote_images) == (limits.max_bytes, False)
@@ -149,7 +149,7 @@ def test_every_field_can_be_set_by_its_flag_and_by_its_variable() -> None:
     }
     for f in dataclasses.fields(Config):
         raw, value = of_name.get(f.name) or of_type[f.type]
-        beside = ["--tls-cert=x"] if f.name == "tls_key" else []  # of no use alone
+        beside = ["--tls-cert=x"] if f.name == "tls_key" else []  # which it needs
         by_flag = from_args(*beside, f"--{f.name.replace('_', '-')}={raw}")
         by_variable = Config.from_args(beside, {f"MLXLITE_{f.name.upper()}": raw})
         assert by_flag == by_variable
@@ -202,7 +202,7 @@ def test_without_a_size_the_device_decides() -> None:
 
 
 @pytest.mark.parametrize("raw", ["12GiB", "12Gi", "1 KiB", "5MiB"])
-def test_a_binary_unit_is_taken_at_its_word_or_refused(raw: str) -> None:
+def test_a_binary_unit_means_powers_of_1024_or_is_refused(raw: str) -> None:
     powers = {"K": 2**10, "M": 2**20, "G": 2**30}
     number, unit = re.fullmatch(r"(\d+) ?([KMG])iB?", raw).groups()  # type: ignore[union-attr]
     try:
@@ -219,12 +219,12 @@ def test_an_odd_size_is_refused_by_its_flag(raw: str) -> None:
 
 
 def test_a_memory_limit_of_nothing_is_no_silent_default() -> None:
-    """The loader takes no bytes for no limit."""
+    """To the loader, a limit of 0 bytes means none."""
     with pytest.raises(ConfigError, match=r"^--memory-limit: must be "):
         from_args("--memory-limit", "0")
 
 
-# The flags of sizes, and what each one says in bytes.
+# The flags of sizes, and the methods that return their bytes.
 SIZES: dict[str, Callable[[Config], int | None]] = {
     "--memory-limit": Config.memory_limit_bytes,
     "--prefix-cache-bytes": Config.prefix_bytes,
@@ -241,7 +241,7 @@ def test_every_size_has_the_same_units_and_refusals(name: str) -> None:
             from_args(name, raw)
 
 
-def test_prefixes_are_cached_in_memory_and_for_everybody_until_it_is_said_otherwise() -> None:
+def test_by_default_prefixes_are_cached_in_memory_and_shared() -> None:
     config = from_args()
     assert (config.enable_prefix_caching, config.kv_block_size) == (True, 16)
     assert (config.prefix_cache_bytes, config.prefix_bytes()) == (None, None)
@@ -259,7 +259,7 @@ def test_nothing_is_kept_on_disk_without_a_directory_or_without_a_cache() -> Non
     assert off.prefix_disk_bytes() == 0
 
 
-def test_what_is_new_is_off_until_it_is_asked_for() -> None:
+def test_optional_features_are_off_by_default() -> None:
     config = from_args()
     assert (config.kv_bits, config.kv_group_size) == (0, 64)
     assert (config.adapter_path, config.memory_limit) == (None, None)
@@ -316,7 +316,7 @@ def test_a_negation_takes_no_value() -> None:
         from_args("--no-embedding=true")
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_any_command_line_gives_a_config_or_a_config_error(argv: list[str]) -> N
     assert dataclasses.replace(config) == config
 
 
-# --- who may reach it ---
+# --- hosts ---
 
 
 @pytest.mark.parametrize(
@@ -514,20 +514,20 @@ def test_no_message_repeats_a_key() -> None:
         assert "--api" in str(caught.value)
 
 
-# --- what changes nothing ---
+# --- flags without an effect ---
 
 
-def test_the_embedding_flag_is_taken_and_said_to_have_no_effect() -> None:
+def test_the_embedding_flag_is_accepted_and_documented_as_without_effect() -> None:
     assert from_args(*LAUNCH).embedding
     (row,) = [row for row in flag_table().splitlines() if "`--embedding`" in row]
     assert "no effect" in row
     assert "/v1/embeddings is always served" in row
 
 
-# --- what it tells ---
+# --- help and errors ---
 
 
-def test_help_and_version_leave_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_version_exit_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     for flag, expected in (("--help", "--max-batch-size ROWS"), ("-h", "MLXLITE_PORT")):
         with pytest.raises(SystemExit) as left:
             from_args("--unknown", flag)
@@ -552,7 +552,7 @@ def test_help_and_the_table_show_every_flag_its_default_and_its_variable(
         assert f" {name} " in help_text
         assert flag.help in help_text
         assert f"env: {variable}" in help_text
-        assert flag.group + ":" in help_text
+        assert flag.heading is None or f"{flag.heading}:" in help_text
         assert re.search(rf"^\| .*`{name}` \| .+ \| .*`{variable}`.* \| .+ \|$", table, re.M)
 
 
@@ -583,7 +583,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert HEAVY.isdisjoint(name.partition(".")[0] for name in imported)
 
 
-def test_the_package_finds_its_public_names_late() -> None:
+def test_the_package_imports_its_public_names_on_first_use() -> None:
     code = (
         "import sys, mlxlite; "
         "assert 'mlxlite.config' not in sys.modules; "

@@ -9,14 +9,12 @@ from mlxlite.engine.sampling_params import SamplingParams
 
 
 def flag_table() -> str:
-    """The README's table of flags, in Markdown: one row a flag, the groups as rows in bold."""
+    """The README's table of flags, in Markdown: one row a flag, the headings as rows in bold."""
     rows = ["| Flag | Default | Environment | Meaning |", "|---|---|---|---|"]
-    group = None
     for f in fields(Config):
         flag = meta(f)
-        if flag.group != group:
-            group = flag.group
-            rows.append(f"| **{group}** | | | |")
+        if flag.heading is not None:
+            rows.append(f"| **{flag.heading}** | | | |")
         names = ", ".join(f"`{name}`" for name in option_strings(f))
         env = ", ".join(f"`{name}`" for name in env_names(f))
         is_literal = flag.default_text is None and f.default not in (None, ())
