@@ -82,14 +82,10 @@ DEBT = {
     "runner.model_runner → vision.network",
 }
 LONG = {
-    "api.app.Routes",
-    "config.options.Config",
     "engine.scheduler.Scheduler",
     "http.parser.Connection",
-    "metrics.Metrics",
     "prefix_cache.index.PrefixCache",
     "runner.model_runner.ModelRunner",
-    "server.Server",
 }
 PUBLIC = {"Config": "config", "Server": "server"}  # what `mlxlite` itself exports, from where
 

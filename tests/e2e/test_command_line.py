@@ -33,7 +33,7 @@ KEY = "a-key"
 
 
 class Process:
-    """A running `python -m mlxlite`; what it prints is collected as it comes.
+    """A running `python -m mlxlite`; its output is collected as it arrives.
 
     `prefix` is a command that runs it, `variables` are added to its environment.
     """
@@ -85,7 +85,7 @@ class Process:
         self._popen.send_signal(number)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """The exit code; all that it printed is there then."""
+        """The exit code; `stdout` is complete then."""
         code = self._popen.wait(timeout_s)
         self._reader.join(TIMEOUT_S)
         return code
@@ -140,7 +140,9 @@ def until_it_listens(process: Process, port: int) -> None:
             time.sleep(0.01)
 
 
-def test_the_launching_app_gets_what_it_waits_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_launching_app_sees_the_lines_and_statuses_it_waits_for(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     port = free_port()
     model = str(checkpoint / "model.safetensors")
     flags = ("--model", model, "--port", str(port), "--model-id", "m", "--ctx-size", "256")
@@ -210,7 +212,7 @@ def test_a_signal_while_it_loads_ends_it_at_once(checkpoint: Path, tmp_path: Pat
 
 
 def fails(tmp_path: Path, *args: str, **more: Any) -> tuple[int, str]:
-    """Exit code and stderr of a start that comes to nothing; stdout stays empty."""
+    """Exit code and stderr of a start that fails; stdout stays empty."""
     with running(tmp_path, *args, **more) as process:
         code = process.wait()
         assert process.stdout == ""
@@ -234,7 +236,7 @@ def test_a_model_that_does_not_exist_is_exit_1_with_the_reason(tmp_path: Path) -
     assert f"there is no model at {missing}" in reason
 
 
-def test_a_cache_that_the_model_cannot_keep_in_few_bits_is_exit_1_with_the_reason(
+def test_kv_bits_that_the_model_does_not_support_are_exit_1_with_the_reason(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     """Its heads have 16 channels, and the smallest group of channels is 32."""
@@ -247,10 +249,10 @@ def test_a_cache_that_the_model_cannot_keep_in_few_bits_is_exit_1_with_the_reaso
 
 
 @pytest.mark.parametrize("limit", ["1KB", "500KB"])
-def test_too_little_memory_is_exit_1_with_the_words_that_the_app_knows(
+def test_too_little_memory_is_exit_1_with_the_words_that_the_app_looks_for(
     checkpoint: Path, tmp_path: Path, limit: str
 ) -> None:
-    """Less than the weights, and more than they are but too little for any sequence."""
+    """Less than the weights, and enough for them but for no sequence."""
     flags = ("--port", "0", "--model", str(checkpoint), "--memory-limit", limit)
     code, reason = fails(tmp_path, *flags)
     assert code == 1
