@@ -46,5 +46,5 @@ def test_each_row_in_the_readme_names_tests_that_there_are(section: str, least: 
     assert len(rows) > least
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row)
-        assert named or "`python -m bench." in row, row
+        assert named or "`python -m tests.robustness." in row, row
         assert set(named) <= there_are, row

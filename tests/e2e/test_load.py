@@ -1,7 +1,7 @@
 """Load: more than fits, clients that vanish at any moment, readers that are slow. Nothing is lost.
 
 Around a scripted runner, so that what is asserted are counts: places in the queue, tokens, rows in
-steps. What it costs in seconds and bytes is measured by hand: `python -m bench.soak`.
+steps. What it costs in seconds and bytes is measured by hand: `python -m tests.robustness.soak`.
 """
 
 import asyncio

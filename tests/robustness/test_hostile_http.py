@@ -3,7 +3,7 @@
 `test_http1` proves the protocol's refusals without a socket, at every split; here it is shown that
 they cost the server nothing: a well-formed error, a closed connection, and the very next ordinary
 request on a new connection is answered. Then anything at all, from a fuzzer, over everything that
-reads a client's bytes; `python -m bench.fuzz` has millions more of it.
+reads a client's bytes; `python -m tests.robustness.fuzz` runs millions of inputs.
 """
 
 import asyncio
@@ -37,7 +37,6 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench.fuzz import PARSERS, SEEDS, TARGETS, mutated
 from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.http import connection
 from mlxlite.http.connection import (
@@ -48,6 +47,7 @@ from mlxlite.http.connection import (
     Client,
 )
 from mlxlite.models.interface import PromptError
+from tests.robustness.fuzz import PARSERS, SEEDS, TARGETS, mutated
 
 CHAT = "/v1/chat/completions"
 SECOND = request("GET", "/health")  # what would be smuggled

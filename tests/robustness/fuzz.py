@@ -1,13 +1,13 @@
-"""Bytes that nobody would send, over http1 and over whatever reads a request's body.
+"""Fuzzing: arbitrary bytes into the HTTP parser and into every parser of a request body.
 
-Every target takes any bytes and may answer with what it documents: an APIError of a 4xx, an
-image's ImageError, http1 nothing but values. Everything else is a finding. The tests run the same
-targets for a few seconds (`tests/test_hostile_http.py`); here it is millions of inputs, by hand:
+A target accepts any bytes and raises nothing but an APIError with a 4xx status, for an image also an
+ImageError. Any other exception is a finding, and so is an input that takes a second to compute.
+`test_hostile_http` runs the same targets for a few seconds; this module runs millions of inputs:
 
-    python -m bench.fuzz --inputs 1000000 --seed 1
+    python -m tests.robustness.fuzz --inputs 1000000 --seed 1
 
-Inputs are mutations of `SEEDS`: of the bytes, and of the JSON inside them. With atheris installed
-(`pip install atheris`) `--engine atheris` has libFuzzer choose them by what code they reach.
+Inputs are mutations of `SEEDS` (the bodies are in `seeds.json`): of the bytes, and of the JSON
+inside them. With atheris installed, `--engine atheris` lets libFuzzer choose them by coverage.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
@@ -45,23 +46,14 @@ from mlxlite.vision.images import ImageError, load, source_of
 
 Target = Callable[[bytes], None]
 
-SLOW_S = 1.0  # of computing; an input that takes longer is a finding too
+SLOW_S = 1.0  # of CPU time for one input
 _LIMITS = Limits(max_header_bytes=512, max_body_bytes=256)
-_USAGE = Usage(num_prompt=1, num_output=1)
-_DEFAULTS = SamplingParams(temperature=1)
-# Both are of one pixel.
-_PNG = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGP4z8DwHwAFAAH/iZk9"
-    "HQAAAABJRU5ErkJggg=="
-)
-_GIF = "R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
-
 
 # --- targets ----------------------------------------------------------------------------------
 
 
 def http(data: bytes) -> None:
-    """A connection, fed in pieces, that answers whatever it is asked."""
+    """A connection, fed in pieces, that answers every request."""
     size = 1 + (data[0] if data else 0) % 97
     connection = Connection(_LIMITS)
     for start in range(0, len(data), size):
@@ -73,7 +65,7 @@ def http(data: bytes) -> None:
 
 
 def _answer(connection: Connection) -> bool:
-    """Whether the connection goes on."""
+    """Answer every complete request; whether the connection stays open."""
     while True:
         match connection.next_event():
             case Head():
@@ -86,8 +78,7 @@ def _answer(connection: Connection) -> bool:
             case Malformed(status, message):
                 assert 400 <= status <= 505
                 assert message.isascii()
-                answer = connection.respond(status, [])
-                assert b"onnection: close" in answer
+                assert b"onnection: close" in connection.respond(status, [])
                 return False
             case Signal.CLOSED:
                 return False
@@ -95,9 +86,7 @@ def _answer(connection: Connection) -> bool:
                 return True
 
 
-def _parser(parse: Callable[[bytes], Any], use: Callable[[Any], None]) -> Target:
-    """A body's reader, and what is done with what it has read."""
-
+def _parser(parse: Callable[[bytes], Any], use: Callable[[Any], object]) -> Target:
     def target(data: bytes) -> None:
         try:
             read = parse(data)
@@ -110,14 +99,14 @@ def _parser(parse: Callable[[bytes], Any], use: Callable[[Any], None]) -> Target
 
 
 def _check(error: APIError) -> None:
-    """A refusal is the client's mistake, short, and well formed."""
+    """An error has a 4xx status, is short, and is valid JSON."""
     assert 400 <= error.status < 500
     assert len(error.message) < 1000
     assert json.loads(error.body())["error"]["message"] == error.message
 
 
 def _use_options(request: Request) -> None:
-    request.sampling_params(_DEFAULTS, seed=1)
+    request.sampling_params(SamplingParams(temperature=1), seed=1)
     ",".join(request.ignored).encode()
 
 
@@ -131,26 +120,22 @@ def _use_chat(request: ChatRequest) -> None:
 
 
 def _use_response(request: Any) -> None:
-    """What a response repeats of its request can be written."""
+    """The fields that a response repeats from its request can be written."""
     _use_chat(request)
-    envelope = Envelope("resp_1", 0, "model", "fp")
-    assert ResponsesWriter(envelope, _token_bytes, request.echo).begin()
-    choice = Collected()
-    choice.take(TextDelta("text", usage=_USAGE))
-    choice.done = Done(FinishReason.STOP, _USAGE)
-    assert ResponsesWriter(envelope, _token_bytes, request.echo).whole([choice], _USAGE)
 
 
-def _use_nothing(_request: Any) -> None:
-    pass
+    def writer() -> ResponsesWriter:
+        return ResponsesWriter(Envelope("resp_1", 0, "model", "fp"), lambda _: b"x", request.echo)
 
-
-def _token_bytes(_token: int) -> bytes:
-    return b"x"
+    assert writer().begin()
+    usage, choice = Usage(num_prompt=1, num_output=1), Collected()
+    choice.take(TextDelta("text", usage=usage))
+    choice.done = Done(FinishReason.STOP, usage)
+    assert writer().whole([choice], usage)
 
 
 def media(data: bytes) -> None:
-    """A picture's place in a request, and its bytes where they are in it."""
+    """An image's URL in a request, and its bytes if the URL has them inline."""
     text = data.decode("utf-8", "replace")
     try:
         source = source_of(text, "url")
@@ -159,16 +144,16 @@ def media(data: bytes) -> None:
         _check(bad(str(error), error.param))
 
 
-PARSERS: Mapping[str, tuple[Callable[[bytes], Any], Callable[[Any], None]]] = {
+PARSERS: Mapping[str, tuple[Callable[[bytes], Any], Callable[[Any], object]]] = {
     "chat": (parse_chat, _use_chat),
     "completion": (parse_completion, _use_options),
     "messages": (parse_messages, _use_chat),
     "count_tokens": (parse_count_tokens, _use_chat),
     "responses": (parse_responses, _use_response),
-    "embedding": (parse_embedding, _use_nothing),
-    "tokenize": (parse_tokenize, _use_nothing),
-    "detokenize": (parse_detokenize, _use_nothing),
-    "cancel": (parse_cancel, _use_nothing),
+    "embedding": (parse_embedding, bool),
+    "tokenize": (parse_tokenize, bool),
+    "detokenize": (parse_detokenize, bool),
+    "cancel": (parse_cancel, bool),
 }
 TARGETS: Mapping[str, Target] = {
     "http1": http,
@@ -177,134 +162,20 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
-# --- what is mutated --------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------
 
-_PICTURE = f"data:image/png;base64,{_PNG}"
-_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-_FUNCTION = {"name": "f", "description": "d", "parameters": _SCHEMA, "strict": True}
-_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-_TURNS = [
-    {"role": "system", "content": "x-anthropic-billing-header: y\nsystem"},
-    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _PICTURE}}]},
-    {"role": "assistant", "content": None, "tool_calls": [_CALL], "reasoning_content": "hm"},
-    {"role": "tool", "tool_call_id": "c", "content": "2"},
-]
-_OPTIONS: Mapping[str, Any] = {
-    "max_tokens": 5,
-    "temperature": 0.5,
-    "top_p": 0.9,
-    "top_k": 5,
-    "min_p": 0.1,
-    "seed": 7,
-    "stop": ["a", "b"],
-    "stream": True,
-    "stream_options": {"include_usage": True},
-    "logit_bias": {"5": 1.5},
-    "n": 2,
-    "priority": -1,
-    "presence_penalty": 0.5,
-    "stop_token_ids": [1, 2],
-    "unknown": {"a": [None, True]},
-}
-_BODIES: Mapping[str, list[Any]] = {
-    "chat": [
-        {"messages": _TURNS, **_OPTIONS, "logprobs": True, "top_logprobs": 3},
-        {
-            "messages": _TURNS,
-            "tools": [{"type": "function", "function": _FUNCTION}],
-            "tool_choice": {"type": "function", "function": {"name": "f"}},
-            "reasoning_effort": "low",
-            "chat_template_kwargs": {"x": {"y": []}},
-        },
-        {
-            "messages": _TURNS[:1],
-            "response_format": {"type": "json_schema", "json_schema": {"schema": _SCHEMA}},
-            "thinking_budget": 64,
-        },
-        {"messages": _TURNS[:1], "structured_outputs": {"regex": "a+"}, "guided_choice": None},
-        {"messages": _TURNS[:1], "functions": [_FUNCTION], "function_call": "auto"},
-    ],
-    "completion": [{"prompt": ["a", [1, 2]], **_OPTIONS, "logprobs": 3}, {"prompt": "a"}],
-    "messages": [
-        {
-            "max_tokens": 2048,
-            "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
-            "messages": [
-                {"role": "user", "content": "hi"},
-                {
-                    "role": "assistant",
-                    "content": [
-                        {"type": "thinking", "thinking": "hm", "signature": "s"},
-                        {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}},
-                    ],
-                },
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "tool_result", "tool_use_id": "t", "content": "2"},
-                        {
-                            "type": "image",
-                            "source": {"type": "base64", "media_type": "image/gif", "data": _GIF},
-                        },
-                    ],
-                },
-            ],
-            "tools": [{"name": "f", "description": "d", "input_schema": _SCHEMA}],
-            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
-            "thinking": {"type": "enabled", "budget_tokens": 1024},
-            "metadata": {"user_id": "u"},
-            "stop_sequences": ["a"],
-        }
-    ],
-    "responses": [
-        {
-            "input": [
-                {"type": "message", "role": "user", "content": "hi"},
-                {"role": "user", "content": [{"type": "input_image", "image_url": _PICTURE}]},
-                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
-                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-                {"type": "function_call_output", "call_id": "c", "output": "2"},
-            ],
-            "instructions": "be brief",
-            "tools": [{"type": "function", **_FUNCTION}],
-            "tool_choice": {"type": "function", "name": "f"},
-            "reasoning": {"effort": "low", "summary": "auto"},
-            "metadata": {"a": "b"},
-            "include": ["message.output_text.logprobs"],
-            "top_logprobs": 2,
-            "previous_response_id": "resp_x",
-        },
-        {
-            "input": "hi",
-            "text": {"format": {"type": "json_schema", "name": "n", "schema": _SCHEMA}},
-            "store": False,
-        },
-    ],
-    "embedding": [{"input": ["a", [1, 2]], "encoding_format": "base64", "dimensions": 4}],
-    "tokenize": [{"content": "a", "with_pieces": True}, {"messages": _TURNS}],
-    "detokenize": [{"tokens": [1, 2, 3]}],
-    "cancel": [{"id": "chatcmpl-1"}, {}],
-}
-_HTTP = (
-    b"GET /health?x=1 HTTP/1.1\r\nHost: localhost:80\r\nAccept: */*\r\n\r\n",
-    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.0\r\n\r\n",
-    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
-    b"3;e=1\r\nabc\r\n0\r\nA: b\r\n\r\n",
-    b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    b"HEAD http://x/a%20b HTTP/1.1\r\nhost: x\r\nConnection: keep-alive\r\n\r\n",
-)
-SEEDS: Mapping[str, tuple[bytes, ...]] = {
-    "http1": _HTTP,
-    **{name: tuple(json.dumps(b).encode() for b in bodies) for name, bodies in _BODIES.items()},
-    "count_tokens": tuple(json.dumps(b).encode() for b in _BODIES["messages"]),
-    "media": (
-        _PICTURE.encode(),
-        f"data:;base64,{_GIF}".encode(),
-        b"https://user@[2001:db8::1]:8080/a.png?b#c",
-        b"http://localhost/%00",
-    ),
-}
+
+def _seeds() -> dict[str, tuple[bytes, ...]]:
+    """By target. In the file a string is raw bytes and anything else is a JSON body."""
+    values: dict[str, list[Any]] = json.loads(Path(__file__).with_name("seeds.json").read_bytes())
+    values["count_tokens"] = values["messages"]
+    return {
+        name: tuple((v if isinstance(v, str) else json.dumps(v)).encode() for v in own)
+        for name, own in values.items()
+    }
+
+
+SEEDS: Mapping[str, tuple[bytes, ...]] = _seeds()
 NASTY: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400),
     *(0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), float("-inf")),
@@ -318,14 +189,11 @@ WORDS: tuple[bytes, ...] = (
     *(b"\xef\xbb\xbf", b"\xed\xa0\x80", b"[" * 300, b"]" * 300, b'{"a":' * 300, b"9" * 400),
     *(f'"{name}":'.encode() for name in (*FIELDS, *COMPLETION_FIELDS, *EMBEDDING_FIELDS)),
 )
-
-
-_NAMES = ("type", "schema", "a\0", "", *FIELDS)
 _DEEP = re.compile(rb'"@(list|dict)(\d+)@"')
 
 
 def mutated(seed: bytes, rng: random.Random) -> bytes:
-    """A few changes to the JSON, if it is any, or to the bytes, or to both."""
+    """A few changes to the JSON, if the seed is JSON, or to the bytes, or to both."""
     data = seed
     if seed[:1] == b"{" and rng.random() < 0.8:
         value = json.loads(seed)
@@ -342,9 +210,8 @@ def mutated(seed: bytes, rng: random.Random) -> bytes:
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """A copy in which one place is another: replaced, gone, doubled or far too deep."""
-    is_full = isinstance(value, dict | list) and len(value) > 0
-    if not is_full or rng.random() < 0.15:
+    """A copy with one value replaced, removed, repeated or nested far too deep."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
         return _nasty(rng)
     if isinstance(value, list):
         items = list(value)
@@ -363,14 +230,14 @@ def _changed(value: Any, rng: random.Random) -> Any:
         case 0:
             changed[rng.choice(list(FIELDS))] = changed.pop(name)
         case 1:
-            changed[rng.choice(_NAMES)] = _nasty(rng)
+            changed[rng.choice(("type", "schema", "a\0", "", *FIELDS))] = _nasty(rng)
         case _:
             changed[name] = _changed(value[name], rng)
     return changed
 
 
 def _nasty(rng: random.Random) -> Any:
-    """One value in five is a mark for something deep: json has its own limit."""
+    """One value in five is a placeholder for deep nesting, which `json.dumps` cannot write."""
     if rng.random() < 0.8:
         return rng.choice(NASTY)
     return f"@{rng.choice(('list', 'dict'))}{rng.choice((50, 99, 105, 240, 255, 500, 1000))}@"
@@ -400,7 +267,7 @@ def _change_bytes(raw: bytearray, rng: random.Random) -> None:
 
 
 class Findings:
-    """Counts inputs, and keeps one of each kind that did what no target documents."""
+    """Counts inputs; keeps one input for each place of an undocumented exception."""
 
     def __init__(self) -> None:
         self.num_inputs: Counter[str] = Counter()
@@ -412,7 +279,7 @@ class Findings:
         began = thread_time()
         try:
             TARGETS[name](data)
-        except Exception as error:  # the point of the whole
+        except Exception as error:  # any undocumented exception is a finding
             place = traceback.extract_tb(error.__traceback__)[-1]
             key = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
             self.found.setdefault(key, (name, data, traceback.format_exc(limit=-8)))
@@ -427,8 +294,7 @@ class Findings:
             f"{self.num_inputs.total():,} inputs in {seconds:.0f} s ({engine}): "
             + ", ".join(f"{name} {num:,}" for name, num in self.num_inputs.items()),
             f"uncaught exceptions: {len(self.found)}",
-            f"slowest input: {self.slowest[0] * 1000:.0f} ms, {self.slowest[1]}, "
-            f"{len(self.slowest[2])} bytes",
+            "slowest input: {:.3f} s, {}, {} bytes".format(*self.slowest[:2], len(self.slowest[2])),
         ]
         for key, (name, data, trace) in self.found.items():
             lines += [f"--- {key}: {name}, {data[:200]!r}", trace]
@@ -436,18 +302,15 @@ class Findings:
 
 
 def run_plain(num_inputs: int, seed: int) -> Findings:
-    """Targets in turn; the same seed gives the same inputs."""
-    rng = random.Random(seed)
-    findings = Findings()
-    names = list(TARGETS)
-    for i in range(num_inputs):
-        name = names[i % len(names)]
+    """Targets in turn; equal seeds give equal inputs."""
+    rng, findings = random.Random(seed), Findings()
+    for _, name in zip(range(num_inputs), cycle(TARGETS), strict=False):
         findings.run(name, mutated(rng.choice(SEEDS[name]), rng))
     return findings
 
 
 def run_atheris(num_inputs: int, seed: int) -> None:
-    """libFuzzer's choice; the first byte names the target. It ends the process itself."""
+    """libFuzzer chooses; the first byte selects the target. Ends the process."""
     import atheris
 
     findings, names, began = Findings(), list(TARGETS), perf_counter()
@@ -465,21 +328,20 @@ def run_atheris(num_inputs: int, seed: int) -> None:
             (corpus / f"{name}-{j}").write_bytes(bytes([i]) + data)
     words = corpus.with_suffix(".dict")
     escaped = ("".join(f"\\x{byte:02x}" for byte in word[:64]) for word in WORDS)
-    words.write_text("".join(f'"{word}"\n' for word in escaped), encoding="ascii")
+    words.write_text("\n".join(f'"{word}"' for word in escaped), encoding="ascii")
     options = [f"-runs={num_inputs * 2}", f"-seed={seed}", f"-dict={words}", "-max_len=4096"]
     atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(corpus)], one)
     atheris.Fuzz()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.fuzz")
+    parser = argparse.ArgumentParser("python -m tests.robustness.fuzz")
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=("plain", "atheris"), default="plain")
     args = parser.parse_args()
     if args.engine == "atheris":
-        run_atheris(args.inputs, args.seed)
-        return
+        return run_atheris(args.inputs, args.seed)
     began = perf_counter()
     findings = run_plain(args.inputs, args.seed)
     print(findings.report(f"seed {args.seed}", perf_counter() - began))
