@@ -1,18 +1,23 @@
-"""Ours against another server, as ratios: what was measured, what is asked of it, what was noisy.
+"""Ours beside another arm, as ratios: what was measured, the bound, and what was noisy.
 
-A `Comparison` holds the figures of the pairs and nothing else; the ratio is the median of the
-pairs' ratios. It never says that a bound is kept when the pairs disagree about it.
+A `Comparison` has the figures of the pairs and nothing else; the ratio is the median of the pairs'
+ratios, never a ratio of medians: both sides of a pair were measured within seconds. A verdict is
+open when the pairs disagree about the bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 from statistics import median
 from typing import Any, Self
 
-NOISE = 0.2  # of the median: pairs whose ratios are further apart than this are marked
+NOISE = 0.2  # of the median: pairs whose ratios are further apart are marked
 MARK = "~"
 COLUMNS = ("what", "ours", "theirs", "ours ÷ theirs (range)", "asked", "kept")
+# On a CPU a server of ours can run without the forms that its layers get there.
+EQUAL = "On equal kernels, mlx-lm's own: the ratios that hold on a GPU."
+FITTED = "As installed:"
 
 
 class Verdict(StrEnum):
@@ -46,7 +51,7 @@ def at_most(bound: float) -> Asked:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Figures of one thing, a pair's at the same place in both; `unit` says how they are shown."""
+    """Figures of one thing; both sides have a pair's at the same place."""
 
     what: str
     unit: str  # "tok/s", "ms" (of seconds) or "MiB" (of bytes)
@@ -54,25 +59,20 @@ class Comparison:
     theirs: Sequence[float]
     peer: str
     asked: Asked | None = None
+    is_equal: bool = False  # on equal kernels
 
     @property
     def ratios(self) -> list[float]:
-        """Ours through theirs, pair by pair."""
-        return ratios(self.ours, self.theirs)
+        return [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
 
     @property
     def ratio(self) -> float:
         return median(self.ratios)
 
     @property
-    def spread(self) -> float:
-        """How far the pairs' ratios are apart, as a share of their median."""
-        return (max(self.ratios) - min(self.ratios)) / self.ratio
-
-    @property
     def is_noisy(self) -> bool:
-        """A lone pair has nothing to agree with."""
-        return len(self.ours) < 2 or self.spread > NOISE
+        spread = max(self.ratios) - min(self.ratios)
+        return len(self.ours) < 2 or spread > NOISE * self.ratio
 
     @property
     def verdict(self) -> Verdict:
@@ -94,32 +94,10 @@ class Comparison:
             self.verdict,
         ]
 
-    def as_json(self) -> dict[str, Any]:
-        asked = (
-            None
-            if self.asked is None
-            else {
-                "bound": self.asked.bound,
-                "is_least": self.asked.is_least,
-            }
-        )
-        return {
-            "what": self.what,
-            "unit": self.unit,
-            "ours": list(self.ours),
-            "theirs": list(self.theirs),
-            "peer": self.peer,
-            "asked": asked,
-        }
-
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         asked = value["asked"]
         return cls(**{**value, "asked": None if asked is None else Asked(**asked)})
-
-
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def shown(values: Sequence[float], unit: str) -> str:
@@ -134,13 +112,22 @@ def shown(values: Sequence[float], unit: str) -> str:
             return f"{middle:.0f} {unit}"
 
 
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def markdown(comparisons: Sequence[Comparison]) -> str:
-    """A table for each peer."""
-    parts = []
-    for peer in dict.fromkeys(comparison.peer for comparison in comparisons):
-        columns = [name.replace("theirs", peer) for name in COLUMNS]
-        lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | --- |"]
-        own = [comparison for comparison in comparisons if comparison.peer == peer]
-        lines += [f"| {' | '.join(comparison.row())} |" for comparison in own]
-        parts.append("\n".join(lines))
+    """A table for each peer; those on equal kernels first, with a heading if there are both."""
+    parts: list[str] = []
+    has_equal = any(comparison.is_equal for comparison in comparisons)
+    ordered = sorted(comparisons, key=lambda c: not c.is_equal)
+    for is_equal, group in groupby(ordered, lambda c: c.is_equal):
+        parts += [EQUAL if is_equal else FITTED] if has_equal else []
+        by_peer: dict[str, list[Comparison]] = {}
+        for comparison in group:
+            by_peer.setdefault(comparison.peer, []).append(comparison)
+        for peer, own in by_peer.items():
+            columns = [name.replace("theirs", peer) for name in COLUMNS]
+            parts.append(table(columns, [comparison.row() for comparison in own]))
     return "\n\n".join(parts)

@@ -1,18 +1,18 @@
-"""The load generator: asks a server what a plan says, and notes when each token came.
+"""The load generator: sends a plan's requests to a server and records when each token arrived.
 
-It is a process of its own, so that its Python never competes with the server's loop for anything
-but a core, and it does little with each line: no JSON is parsed while an answer runs, tokens are
-counted by the lines that have text. It speaks to any server with the OpenAI API: HTTP/1.0 and 1.1,
-chunked bodies, counted ones and such as end with the connection. Reads `{"port", "model", "plan"}`
-from stdin and writes the streams to stdout, both JSON. Imports neither MLX nor mlxlite.
-
-    python -m bench.load <plan.json >streams.json
+It is a process of its own, so that its Python never competes with the server's event loop for more
+than a core, and it parses no JSON while an answer is running: tokens are counted by the lines that
+have text. It supports any server with the OpenAI API: HTTP/1.0 and 1.1, bodies that are chunked,
+counted or ended by the connection. It reads `{"port", "model", "plan"}` from stdin and writes the
+streams to stdout, both JSON. Imports neither MLX nor mlxlite.
 """
 
 import asyncio
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from time import perf_counter
 from typing import Any
@@ -34,7 +34,7 @@ _END = b"\r\n0\r\n\r\n"  # of a chunked answer
 
 
 class Framing(Enum):
-    """How the end of a body is known."""
+    """What ends a body."""
 
     CHUNKED = auto()
     COUNTED = auto()
@@ -42,20 +42,17 @@ class Framing(Enum):
 
 
 class Answer:
-    """One answer as it comes: bytes and the time go in, a stream's figures come out.
-
-    It knows no socket. The same bytes give the same counts however they are split (tested).
-    """
+    """Parses one answer into a stream's figures, which do not depend on how bytes are split."""
 
     def __init__(self, stream: Stream, keeps_lines: bool = False) -> None:
         self.stream = stream
         self.is_whole = False
-        self.closes = False  # nothing more can be asked on this connection
+        self.closes = False  # the connection takes no further request
         self._head = b""
         self._is_ok = self._is_streamed = self._is_done = False
         self._framing: Framing | None = None
         self._num_left = 0  # bytes, of a counted body
-        self._rest = b""  # of a line that has not ended
+        self._rest = b""  # of an incomplete line
         self._end = b""  # the last bytes of a chunked body
         self._keeps_lines = keeps_lines
         self.lines: list[bytes] = []
@@ -80,13 +77,13 @@ class Answer:
             case Framing.COUNTED:
                 self._num_left -= len(data)
                 is_over = self._num_left <= 0
-            case _:  # a client reads no further than this, whatever the connection does
+            case _:  # a client stops reading here, even if the connection stays open
                 is_over = self._is_streamed and self._is_done
         if is_over:
             self._finish(now)
 
     def close(self, reason: str) -> None:
-        """The connection has ended, which ends some bodies and breaks others off."""
+        """The connection was closed: the end of some bodies, and an error in others."""
         if self.is_whole:
             return
         if self._framing is Framing.CLOSED and self.stream.left_s is None:
@@ -137,21 +134,21 @@ class Answer:
             self._count(body)
             self.stream.token_s = [now]
             self.lines = [body]
-        # A server that counts nothing in a stream is counted by its frames.
+        # A server without usage in its streams is counted by its frames.
         self.stream.num_tokens = self.stream.num_tokens or len(self.stream.token_s)
         if not self.stream.num_tokens and self.stream.error is None:
             self.stream.error = f"no text: {self._rest[-300:].decode(errors='replace')}"
 
     @property
     def text(self) -> str:
-        """What was said, if lines were kept."""
+        """The answer's text, if lines were kept."""
         parts = []
         for line in self.lines:
             value = line.strip().removeprefix(b"data:").strip()
             if value.startswith(b"{"):
                 for choice in orjson.loads(value).get("choices", ()):
-                    said = choice.get("delta") or choice.get("message") or {}
-                    parts.append(said.get("content") or "")
+                    message = choice.get("delta") or choice.get("message") or {}
+                    parts.append(message.get("content") or "")
         return "".join(parts)
 
 
@@ -166,41 +163,8 @@ def _joined(chunks: bytes) -> bytes:
     return b"".join(parts)
 
 
-class Connection(asyncio.Protocol):
-    """A connection with at most one answer under way."""
-
-    def __init__(self) -> None:
-        self.is_open = True
-        self._answer: Answer | None = None
-        self._has_come: asyncio.Event = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        if self._answer is not None:
-            self._answer.take(data, perf_counter())
-            self._has_come.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.is_open = False
-        if self._answer is not None:
-            self._answer.close(str(exc))
-            self._has_come.set()
-
-    def ask(self, data: bytes, answer: Answer) -> None:
-        self._answer = answer
-        self.transport.write(data)
-
-    async def news(self) -> None:
-        """Return when something has come, or the connection has gone."""
-        await self._has_come.wait()
-        self._has_come.clear()
-
-
 class Client:
-    """Asks its requests one after the other, on one connection as long as the server keeps it."""
+    """Sends requests one after the other, on one connection for as long as the server keeps it."""
 
     def __init__(
         self, index: int, given: Mapping[str, Any], asks: Sequence[Mapping[str, Any]]
@@ -210,20 +174,14 @@ class Client:
         self._model: str | None = given.get("model")
         self._asks = asks
         self._after_tokens: int = given["plan"]["after_tokens"]
-        self._connection: Connection | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._messages: list[Any] = []
         self.streams: list[Stream] = []
         self.is_under_way = asyncio.Event()
 
-    @property
-    def is_early(self) -> bool:
-        """Whether it asks at once: such clients are connected before the clock starts."""
-        return not self._asks[0]["at_s"]
-
-    async def connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        _, self._connection = await loop.create_connection(Connection, HOST, self._port)
-        return self._connection
+    async def connect(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection(HOST, self._port)
 
     async def run(self, begun_at: float) -> None:
         try:
@@ -241,33 +199,38 @@ class Client:
         self.streams.append(stream)
         answer = Answer(stream, keeps_lines=len(self._asks) > 1)
         try:
-            if self._connection is None or not self._connection.is_open:
+            if self._reader is None or self._reader.at_eof():
                 await self.connect()
         except OSError as error:
             stream.error = f"there was no connection: {error}"
             stream.ended_s = perf_counter()
             return
-        assert self._connection is not None
-        self._connection.ask(data, answer)
-        try:
+        assert self._writer is not None
+        self._writer.write(data)
+        with suppress(TimeoutError):
             async with asyncio.timeout(ask["leave_after_s"]):
-                while not answer.is_whole and not self._wants_to_leave(ask, stream):
-                    await self._connection.news()
-                    if stream.opened_s and len(stream.token_s) >= self._after_tokens:
-                        self.is_under_way.set()
-        except TimeoutError:
-            pass
+                await self._read(answer, ask["leave_after_tokens"] or math.inf)
         if not answer.is_whole:
             self.leave()
         elif answer.closes:
-            self._connection.transport.close()
-            self._connection = None
+            self.close()
         if answer.lines:
             self._messages.append({"role": "assistant", "content": answer.text})
 
-    def _wants_to_leave(self, ask: Mapping[str, Any], stream: Stream) -> bool:
-        wanted = ask["leave_after_tokens"]
-        return wanted is not None and len(stream.token_s) >= wanted
+    async def _read(self, answer: Answer, most_tokens: float) -> None:
+        assert self._reader is not None
+        stream = answer.stream
+        while not answer.is_whole and len(stream.token_s) < most_tokens:
+            try:
+                data, reason = await self._reader.read(1 << 16), "closed"
+            except ConnectionError as error:
+                data, reason = b"", str(error)
+            if data:
+                answer.take(data, perf_counter())
+            else:
+                answer.close(reason)
+            if stream.opened_s and len(stream.token_s) >= self._after_tokens:
+                self.is_under_way.set()
 
     def _request(self, ask: Mapping[str, Any]) -> bytes:
         body = dict(ask["body"])
@@ -283,24 +246,23 @@ class Client:
         return head.encode() + data
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.transport.abort()
+        if self._writer is not None:
+            self._writer.transport.abort()
+        self._reader = self._writer = None
 
     def leave(self) -> None:
-        """Hang up, whatever is still under way."""
-        if self._connection is not None and self._connection.is_open:
-            self.streams[-1].left_s = perf_counter()
-            self._connection.transport.abort()
+        """Disconnect, even in the middle of an answer."""
+        self.streams[-1].left_s = perf_counter()
+        self.close()
 
 
 async def run(given: Mapping[str, Any]) -> list[Stream]:
-    """Those who ask at once are connected first, unless the plan says that they connect late: the
-    clock sees their requests, no handshakes.
-    """
+    """Clients that send at once are connected before the clock starts, or late by the plan."""
     plan = given["plan"]
-    clients = [Client(i, given, asks) for i, asks in enumerate((*plan["first"], *plan["then"]))]
-    for client in clients:
-        if client.is_early and not plan["connects_late"]:
+    every = (*plan["first"], *plan["then"])
+    clients = [Client(i, given, asks) for i, asks in enumerate(every)]
+    for client, asks in zip(clients, every, strict=True):
+        if not asks[0]["at_s"] and not plan["connects_late"]:
             await client.connect()
     begun_at = perf_counter()
     runs = [asyncio.ensure_future(c.run(begun_at)) for c in clients[: len(plan["first"])]]
@@ -321,7 +283,7 @@ async def run(given: Mapping[str, Any]) -> list[Stream]:
 
 def main() -> None:
     streams = asyncio.run(run(orjson.loads(sys.stdin.buffer.read())))
-    sys.stdout.buffer.write(orjson.dumps([stream.as_json() for stream in streams]))
+    sys.stdout.buffer.write(orjson.dumps(streams))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What is measured: random checkpoints of known sizes, any other one made endless, and prompts of a
-wanted length.
+"""Random checkpoints of known sizes, endless copies of others, prompts of a wanted length.
 
 A checkpoint is a directory that the real server and mlx-lm load like any other. Its weights are
 random, so its speed is a model's and its text is noise. The vocabulary is ASCII and no special
@@ -8,7 +7,7 @@ token is drawn, so that each token is text at once and a frame of the server is 
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from bench.plan import Request
 
 NUM_VOCAB = 4096
 CONTEXT_SIZE = 8192
-_PAD = "<pad>"  # never drawn; one of the peers will not load a tokenizer without it
+_PAD = "<pad>"  # never drawn; one of the peers loads no tokenizer without it
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -25,30 +24,17 @@ _TEMPLATE = (
 _ONSETS = ("b", "d", "f", "gr", "k", "l", "m", "n", "p", "r", "st", "t", "v", "w", "")
 _CODAS = ("a", "e", "i", "o", "u", "an", "el", "is", "or", "un")
 
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "small": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "intermediate_size": 768,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-    "medium": {  # 27M parameters, 2M of them the vocabulary's
-        "hidden_size": 512,
-        "num_hidden_layers": 8,
-        "intermediate_size": 1536,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-    },
+_KEYS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+         "num_key_value_heads", "head_dim")  # fmt: skip
+SIZES: Mapping[str, tuple[int, ...]] = {
+    "small": (256, 4, 768, 4, 2, 64),  # 4M parameters
+    "medium": (512, 8, 1536, 8, 4, 64),  # 27M parameters, 2M of them the vocabulary's
 }
 
 
 def _words() -> list[str]:
-    """A language of two and three syllables, the same in each run."""
-    syllables = [onset + coda for onset, coda in product(_ONSETS, _CODAS)]
-    choose = random.Random(0)
+    """Words of two and three syllables, the same in each run."""
+    syllables, choose = [a + b for a, b in product(_ONSETS, _CODAS)], random.Random(0)
     return ["".join(choose.choices(syllables, k=choose.choice((2, 2, 3)))) for _ in range(6000)]
 
 
@@ -56,7 +42,7 @@ WORDS = tuple(_words())
 
 
 def save_checkpoint(path: Path, size: str) -> None:
-    """A random float32 qwen3 with its tokenizer. Makes MLX objects: call it on the lane."""
+    """A random float32 qwen3 with its tokenizer. Makes MLX objects: for the device thread."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import qwen3
@@ -71,12 +57,12 @@ def save_checkpoint(path: Path, size: str) -> None:
         "tie_word_embeddings": True,
         "eos_token_id": None,
     }
-    settings |= SIZES[size]
+    settings |= dict(zip(_KEYS, SIZES[size], strict=True))
     (path / "config.json").write_text(json.dumps(settings))
     mx.random.seed(0)
     network = qwen3.Model(qwen3.ModelArgs.from_dict(settings))
-    # A text of blanks alone is no sign of life: some servers hold it until there is more, which
-    # would look like waiting. A row of zeros has the logit 0, and 4096 others the greatest.
+    # Some servers hold back a text of blanks alone, which would look like waiting. A row of zeros
+    # has the logit 0, which is never the greatest of 4096.
     blank = [id for id, text in enumerate(_texts(path)) if not text.strip("ĠĊ") or text == _PAD]
     network.model.embed_tokens.weight[mx.array(blank)] = 0
     weights = dict(tree_flatten(network.parameters()))
@@ -84,7 +70,7 @@ def save_checkpoint(path: Path, size: str) -> None:
 
 
 def _save_tokenizer(path: Path) -> int:
-    """Train and save a byte-level BPE of `NUM_VOCAB` tokens; how many it has become."""
+    """Train and save a byte-level BPE of at most `NUM_VOCAB` tokens; their number."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -105,7 +91,7 @@ def _save_tokenizer(path: Path) -> int:
 
 
 def _texts(path: Path) -> list[str]:
-    """The vocabulary by id, in the byte level's writing."""
+    """The vocabulary by id, in the byte level's alphabet."""
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
@@ -113,11 +99,10 @@ def _texts(path: Path) -> list[str]:
 
 
 def save_endless(path: Path, to: Path) -> None:
-    """A copy of a model whose answers end at `max_tokens`, whatever server it runs in.
+    """A copy of a model whose answers end at `max_tokens` in any server; the weights are linked.
 
-    The weights are linked. Nothing ends a text, and the tokens that did, as all special ones, are
-    text as any other: else servers would be compared on answers of different lengths, and a frame
-    would not be a token.
+    It has no end-of-text token, and its special tokens are ordinary ones: otherwise servers would
+    be compared on answers of different lengths, and a frame would not be a token.
     """
     to.mkdir(parents=True)
     for file in path.iterdir():
@@ -132,52 +117,37 @@ _ENDS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 def _endless(settings: dict[str, Any]) -> dict[str, Any]:
     own = {k: v for k, v in settings.items() if k not in ("eos_token_id", "eos_token")}
-    if "added_tokens" in own:
-        own["added_tokens"] = [token | {"special": False} for token in own["added_tokens"]]
-    decoders: dict[str, Any] = own.get("added_tokens_decoder", {})
-    if decoders:
-        own["added_tokens_decoder"] = {
-            id: token | {"special": False} for id, token in decoders.items()
-        }
+    for token in (*own.get("added_tokens", ()), *own.get("added_tokens_decoder", {}).values()):
+        token["special"] = False
     return own
 
 
-_NUM_SEEN = 200  # words by which the length of more is told
+_NUM_SEEN = 200  # words whose tokens are counted for the length of more
 
 
 class Writer:
-    """Writes requests, no two alike: a cache of prefixes must not help one arm of a comparison.
+    """Makes requests, no two alike: a prefix cache must not help one arm of a comparison.
 
-    `render` is a chat of one message as the server's tokens.
+    `render`: a chat of one message to the server's tokens.
     """
 
     def __init__(self, render: Callable[[str], tuple[int, ...]]) -> None:
         self._render = render
         self._random = random.Random(1)
 
-    def request(
-        self, num_tokens: int, max_tokens: int, settings: Mapping[str, Any] | None = None
-    ) -> Request:
-        """A request with a prompt of about `num_tokens`; greedy where no settings are given."""
+    def request(self, num_tokens: int, max_tokens: int) -> Request:
+        """A greedy request with a prompt of about `num_tokens`."""
         words = self._random.choices(WORDS, k=num_tokens)
         seen = words[:_NUM_SEEN]
         tokens_per_word = len(self._render(" ".join(seen))) / len(seen)
         text = " ".join(words[: max(1, round(num_tokens / tokens_per_word))])
-        tokens = self._render(text)
-        if settings is None:
-            return Request(text, tokens, max_tokens)
-        return Request(text, tokens, max_tokens, settings)
+        return Request(text, self._render(text), max_tokens)
 
     def clients(
         self, num_clients: int, max_tokens: int, num_rounds: int = 1
     ) -> list[list[Request]]:
-        """Prompts of 24 to 40 tokens, so that rows are padded as they are in life."""
-        lengths = self._lengths()
+        """Prompts of 24 to 40 tokens, so that rows are padded."""
         return [
-            [self.request(next(lengths), max_tokens) for _ in range(num_rounds)]
+            [self.request(self._random.randint(24, 40), max_tokens) for _ in range(num_rounds)]
             for _ in range(num_clients)
         ]
-
-    def _lengths(self) -> Iterator[int]:
-        while True:
-            yield self._random.randint(24, 40)

@@ -1,25 +1,25 @@
-"""What is asked, and when the tokens came: the nouns that every arm of a comparison shares.
+"""Requests, plans and traces: the nouns that every arm of a comparison shares.
 
-A `Plan` says which clients ask what; an arm (mlx-lm, our loop, the engine, a server) carries it
-out and gives a `Trace`; a figure is a function of a trace alone, so all arms are counted alike.
-Nothing here may import MLX or mlxlite: the load generator's process uses it. Times are
-`perf_counter` seconds: they mean something within one trace only.
+A `Plan` has the clients and their requests; an arm (mlx-lm, our loop, the engine, a server) carries
+it out and returns a `Trace`; a figure is a function of a trace alone, so all arms are counted by
+the same rule. Never imports MLX or mlxlite: the load generator's process uses it. Times are
+`perf_counter` seconds: they are comparable within one trace only.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One message of a chat. `tokens` is what the server's template makes of it alone.
+    """One message of a chat; `tokens` is the message alone, rendered by the server's template.
 
-    `at_s`: asked so long after the run began, if the client is free by then; a load with an open
-    loop is one of clients that ask once. `is_next_turn`: the client's earlier messages and the
-    answers to them come before this one. A client that leaves hangs up and asks no more.
+    `at_s`: the earliest time of sending, after the run's beginning; an open loop is clients with
+    one request each. `is_next_turn`: the client's earlier messages and their answers precede it.
+    After `leave_after_s`, or so many tokens, the client disconnects and sends no more requests.
     """
 
     text: str
@@ -32,16 +32,8 @@ class Request:
     leave_after_s: float | None = None
     leave_after_tokens: int | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it can be asked without HTTP: nothing but its text, tokens and settings."""
-        return self == Request(self.text, self.tokens, self.max_tokens, self.settings)
-
     def body(self) -> dict[str, Any]:
-        """The HTTP request's JSON: as long as `max_tokens` whatever is drawn, where that is heard.
-
-        Its usage comes in the way that every server knows.
-        """
+        """The HTTP request's JSON; with `ignore_eos`, for the servers that support it."""
         own = {"messages": [{"role": "user", "content": self.text}], "max_tokens": self.max_tokens}
         own |= {"ignore_eos": True, "stream": self.is_streamed}
         if self.is_streamed:
@@ -49,24 +41,18 @@ class Request:
         return own | dict(self.settings)
 
     def as_json(self) -> dict[str, Any]:
-        """What the load generator needs of it."""
-        return {
-            "body": self.body(),
-            "is_next_turn": self.is_next_turn,
-            "at_s": self.at_s,
-            "leave_after_s": self.leave_after_s,
-            "leave_after_tokens": self.leave_after_tokens,
-        }
+        names = ("is_next_turn", "at_s", "leave_after_s", "leave_after_tokens")
+        return {"body": self.body()} | {name: getattr(self, name) for name in names}
 
 
-Clients = Sequence[Sequence[Request]]  # each one's requests, asked one after the other
+Clients = Sequence[Sequence[Request]]  # of each client, sent one after the other
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`first` ask at once. `then` ask when each of them has `after_tokens` tokens, or with 0 when
-    each has been answered to. `is_cut`: the first ones leave when the others have what they want.
-    `connects_late`: each client opens its connection when it asks, so that handshakes count too.
+    """`first` send at once. `then` send when each of those has `after_tokens` tokens, or with 0 the
+    head of its answer. `is_cut`: the first disconnect when the others have their answers.
+    `connects_late`: a client opens its connection when it sends, so that handshakes count.
     """
 
     first: Clients
@@ -76,38 +62,31 @@ class Plan:
     connects_late: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """What the load generator reads."""
-        return {
-            "first": [[request.as_json() for request in requests] for requests in self.first],
-            "then": [[request.as_json() for request in requests] for requests in self.then],
-            "after_tokens": self.after_tokens,
-            "is_cut": self.is_cut,
-            "connects_late": self.connects_late,
-        }
+        own = {name: getattr(self, name) for name in ("after_tokens", "is_cut", "connects_late")}
+        for name, clients in (("first", self.first), ("then", self.then)):
+            own[name] = [[request.as_json() for request in requests] for requests in clients]
+        return own
 
 
 @dataclass(slots=True)
 class Stream:
-    """One request's answer. A server's `token_s` has an entry a frame, which may hold several; an
-    answer that is not streamed is one frame.
+    """One request's answer. A server's `token_s` has an entry a frame, which may hold several
+    tokens; an answer that is not streamed is one frame.
     """
 
     client: int
     sent_s: float
-    opened_s: float | None = None  # the answer's head came
+    opened_s: float | None = None  # the head of the answer arrived
     token_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
-    num_cached: int = 0  # prompt tokens that the server had already, where it says so
-    ended_s: float | None = None  # the last byte came
-    left_s: float | None = None  # the client hung up
+    num_cached: int = 0  # prompt tokens from a cache, if the server reports them
+    ended_s: float | None = None  # the last byte arrived
+    left_s: float | None = None  # the client disconnected
     error: str | None = None
 
     @property
     def ttft_s(self) -> float:
         return self.token_s[0] - self.sent_s
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +99,11 @@ class Trace:
     def from_json(cls, value: Sequence[Mapping[str, Any]]) -> Self:
         return cls(tuple(Stream(**item) for item in value))
 
-    @property
-    def errors(self) -> list[str]:
-        return [stream.error for stream in self.streams if stream.error is not None]
-
     def checked(self) -> Self:
         """Raises RuntimeError when a request has failed."""
-        if self.errors:
-            raise RuntimeError(f"{len(self.errors)} requests failed; the first: {self.errors[0]}")
+        errors = [stream.error for stream in self.streams if stream.error is not None]
+        if errors:
+            raise RuntimeError(f"{len(errors)} requests failed; the first: {errors[0]}")
         return self
 
     def of(self, clients: range) -> "Trace":
@@ -146,23 +122,19 @@ class Trace:
         return max(stream.ended_s or stream.token_s[-1] for stream in self.streams) - begun_at
 
     @property
-    def num_tokens(self) -> int:
-        return sum(stream.num_tokens for stream in self.streams)
-
-    @property
     def ttfts(self) -> list[float]:
         return [stream.ttft_s for stream in self.streams if stream.token_s]
 
     @property
     def whole_rate(self) -> float:
-        """Output tokens a second of everything: prefill, joining and leaving included."""
-        return self.num_tokens / self.wall_s
+        """Output tokens a second of the whole run: prefill, joining and leaving included."""
+        return sum(stream.num_tokens for stream in self.streams) / self.wall_s
 
     def decode_rate(self, num_rows: int) -> float:
-        """Output tokens a second while `num_rows` streams decode and none begins or ends.
+        """Output tokens a second while `num_rows` streams decode and none begins or ends; else NaN.
 
-        The sum of the streams' own rates, each between two of its tokens, so that the tokens of
-        one step that come microseconds apart cannot fall on two sides of an edge. NaN if never.
+        The sum of the streams' own rates, each between two of its tokens: the tokens of one step
+        arrive microseconds apart and must not fall on two sides of an edge.
         """
         ends = {t for stream in self.streams for t in (stream.token_s[0], stream.token_s[-1])}
         total_s = num_tokens = 0.0
@@ -174,7 +146,7 @@ class Trace:
         return num_tokens / total_s if total_s else math.nan
 
     def gaps(self, start_s: float = -math.inf, stop_s: float = math.inf) -> list[float]:
-        """Seconds between two tokens of a stream, of all gaps that touch the interval."""
+        """Seconds between two tokens of a stream, for all gaps that overlap the interval."""
         return [
             later - earlier
             for stream in self.streams
@@ -195,25 +167,25 @@ def _rate(stream: Stream, start: float, stop: float) -> float | None:
 
 
 class Feed:
-    """Carries a plan out inside this process: what is due to be asked, what has come.
+    """Carries out a plan of plain requests inside this process: which are due, which have tokens.
 
-    Ids are those of the streams, counted from 0 in the order of asking. Only plain requests have a
-    meaning here.
+    Ids are those of the streams, counted from 0 in the order of sending.
     """
 
     def __init__(self, plan: Plan) -> None:
-        for requests in (*plan.first, *plan.then):
-            assert all(request.is_plain for request in requests), "this needs the load generator"
+        for r in (request for requests in (*plan.first, *plan.then) for request in requests):
+            is_plain = r == Request(r.text, r.tokens, r.max_tokens, r.settings)
+            assert is_plain, "this needs the load generator"
         self._plan = plan
         self._left = [list(requests) for requests in (*plan.first, *plan.then)]
-        self._due = list(range(len(plan.first)))  # clients whose turn it is
+        self._due = list(range(len(plan.first)))  # clients whose next request is due
         self._has_then = bool(plan.then)
         self._max_tokens: list[int] = []
         self.streams: list[Stream] = []
         self.open: set[int] = set()
 
     def due(self, now: float) -> list[tuple[int, Request]]:
-        """Requests to be asked now, with their ids."""
+        """Requests to be sent now, with their ids."""
         asked = []
         for client in self._due:
             request = self._left[client].pop(0)
@@ -232,14 +204,10 @@ class Feed:
             self.open.discard(id)
             if self._left[stream.client]:
                 self._due.append(stream.client)
-        if self._has_then and self._is_time():
+        num_first, after = len(self._plan.first), self._plan.after_tokens
+        if self._has_then and all(s.num_tokens >= after for s in self.streams[:num_first]):
             self._has_then = False
-            num_first = len(self._plan.first)
             self._due += range(num_first, num_first + len(self._plan.then))
-
-    def _is_time(self) -> bool:
-        first = self.streams[: len(self._plan.first)]
-        return all(stream.num_tokens >= self._plan.after_tokens for stream in first)
 
     @property
     def is_over(self) -> bool:

@@ -1,69 +1,47 @@
-"""Where it was measured, and a section's figures as Markdown and JSON.
+"""The machine and the versions of a run, and a section's figures as Markdown and JSON."""
 
-A ratio is the median of the pairs' ratios with their range, never a ratio of medians: the two sides
-of a pair were measured within seconds of each other, on the same machine in the same mood.
-"""
-
+import ctypes
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import compare
-from bench.compare import Comparison, ratios
+from bench.compare import MARK, NOISE, Comparison, markdown, table
 from mlxlite import __version__
-from mlxlite.runner.cpu import blas_core
 
 _PACKAGES = ("mlx", "mlx-lm", "h11", "orjson")
-BUSY = 0.5  # runnable processes before the run, from which on the machine was not quiet
-OURS_WAITING = 1.5  # of ours, beyond the cores
+BUSY = 0.5  # runnable processes before the run; with more the machine was not quiet
+OURS_WAITING = 1.5  # runnable processes of the run itself, beyond the cores
 _VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_CORETYPE")
-# What OpenBLAS computes with where it does not know a processor, as of a later year than its own.
-_FALLBACKS = ("Prescott", "Core2", "Generic")
+_FALLBACKS = ("Prescott", "Core2", "Generic")  # OpenBLAS's kernels for an unknown processor
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`figures` are the raw numbers behind the rows, by a name that says which; for the JSON."""
+    """A section's result. `figures` are the raw numbers, for the JSON."""
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     comparisons: Sequence[Comparison] = ()
 
     def as_markdown(self) -> str:
         parts = [f"### {self.title}"]
-        if self.rows:
-            lines = [_row(self.columns), _row(["---", *["---:"] * (len(self.columns) - 1)])]
-            parts.append("\n".join([*lines, *map(_row, self.rows)]))
-        if self.comparisons:
-            parts.append(compare.markdown(self.comparisons))
+        parts += [markdown(self.comparisons)] if self.comparisons else []
+        parts += [table(self.columns, self.rows)] if self.rows else []
         return "\n\n".join([*parts, *self.notes, ""])
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "title": self.title,
-            "rows": [dict(zip(self.columns, row, strict=True)) for row in self.rows],
-            "figures": dict(self.figures),
-            "notes": list(self.notes),
-            "comparisons": [comparison.as_json() for comparison in self.comparisons],
-        }
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def rate(values: Sequence[float]) -> str:
-    return f"{median(values):.0f}"
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return asdict(self) | {"rows": rows}
 
 
 def ms(values: Sequence[float], digits: int = 1) -> str:
@@ -71,36 +49,17 @@ def ms(values: Sequence[float], digits: int = 1) -> str:
     return f"{median(values) * 1000:.{digits}f}"
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Median and range of the pairs' ratios."""
-    pairs = ratios(ours, theirs)
-    return f"{median(pairs):.2f} ({min(pairs):.2f}–{max(pairs):.2f})"
-
-
-# --- the header -------------------------------------------------------------------------------
-
-
 def header() -> dict[str, str]:
-    """The machine and the versions; the BLAS is known only once MLX is loaded."""
-    versions = {name: _version(name) for name in _PACKAGES}
+    """The machine and the versions; the BLAS is known after MLX is loaded."""
+    versions = {"python": platform.python_version(), "mlxlite": __version__}
+    versions |= {name: _version(name) for name in _PACKAGES}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "versions": ", ".join(
-            f"{name} {number}"
-            for name, number in {
-                "python": platform.python_version(),
-                "mlxlite": __version__,
-                **versions,
-            }.items()
-        ),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "BLAS": _blas(),
         "load average before": load_average(),
     }
-
-
-def header_markdown(fields: Mapping[str, str]) -> str:
-    return "\n".join(["## mlxlite bench", "", *(f"- {k}: {v}" for k, v in fields.items()), ""])
 
 
 def load_average() -> str:
@@ -108,9 +67,9 @@ def load_average() -> str:
 
 
 def quiet(before: float, after: float, num_cores: int) -> str:
-    """What the load averages say of the machine, before anything of ours ran and at the end.
+    """Whether the load averages before and after the run show no other work.
 
-    Ours keep the cores busy, with one or two more that wait for them: who else ran shows as more.
+    The run keeps the cores busy, with one or two more processes that wait for them.
     """
     if before > BUSY:
         return f"no: {before:.1f} processes wanted to run before the first measurement"
@@ -120,12 +79,10 @@ def quiet(before: float, after: float, num_cores: int) -> str:
 
 
 def noisy(comparisons: Sequence[Comparison]) -> str:
-    """Which of them the pairs disagree about, by name."""
-    names = [comparison.what for comparison in comparisons if comparison.is_noisy]
-    bound = f"the pairs' ratios are more than {compare.NOISE:.0%} of their median apart"
-    if not names:
-        return f"nothing ({compare.MARK} would mark that {bound})"
-    return f"{len(names)} of {len(comparisons)} comparisons, marked {compare.MARK}: {bound}"
+    """The number of comparisons whose pairs disagree."""
+    num = sum(comparison.is_noisy for comparison in comparisons)
+    bound = f"the pairs' ratios are more than {NOISE:.0%} of their median apart"
+    return f"{num} of {len(comparisons)} comparisons, marked {MARK}: {bound}"
 
 
 def _version(package: str) -> str:
@@ -146,7 +103,7 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """What is preloaded, what is mapped into this process, its kernels, and what is set."""
+    """What is preloaded, what is mapped into this process, its kernels, and the variables."""
     preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
     own = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _VARIABLES)
     try:
@@ -159,11 +116,17 @@ def _blas() -> str:
     return f"preloaded {preloaded}; loaded {loaded}; {kernels(blas_core())}; {own}"
 
 
+def blas_core() -> str | None:
+    """The processor that a preloaded OpenBLAS takes this one for; None with another BLAS."""
+    name = getattr(ctypes.CDLL(None), "openblas_get_corename", None)
+    if name is None:
+        return None
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
 def kernels(core_name: str | None) -> str:
-    """What OpenBLAS computes with, and what to do where that is its oldest."""
-    if core_name is None:
-        return "kernels unknown"
-    if core_name in _FALLBACKS:
-        hint = "it may not know this processor, and an OPENBLAS_CORETYPE of its vectors be faster"
-        return f"kernels for {core_name} ({hint})"
-    return f"kernels for {core_name}"
+    """OpenBLAS's kernels, and a hint if they are its oldest."""
+    hint = "it may not know this processor, and an OPENBLAS_CORETYPE of its vectors be faster"
+    known = "kernels unknown" if core_name is None else f"kernels for {core_name}"
+    return f"{known} ({hint})" if core_name in _FALLBACKS else known

@@ -1,14 +1,16 @@
-"""Servers as subprocesses, the load generator as another, and what /metrics says of ours.
+"""Servers and the load generator as subprocesses; their /metrics, CPU time and memory.
 
-All get this process's environment, so that a preloaded BLAS and thread counts hold for all arms.
-Who else is compared is `bench.peers`'s to say; a server is stopped on the way out, always.
+All of them get this process's environment, so that a preloaded BLAS and thread counts hold for all
+arms. A server is always stopped on the way out.
 """
 
 import asyncio
 import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -22,36 +24,28 @@ import orjson
 from bench import load
 from bench.load import HOST
 from bench.plan import Plan, Request, Stream, Trace
-from bench.processes import cpu_s
 
 _SAMPLE = re.compile(r"^([^#\s{]+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
-_GAUGES = {
-    "vllm:num_requests_running": "running",
-    "vllm:num_requests_waiting": "waiting",
-    "vllm:kv_cache_usage_perc": "sequence memory",
-    "mlxlite:connections": "connections",
-}
 _START_TIMEOUT_S = 180.0
-_RUN_TIMEOUT_S = 900.0  # a plan that takes longer is stuck
-_STOP_TIMEOUT_S = 10.0
-_SETTLE_TIMEOUT_S = 300.0
-_LOOK_S = 0.1  # over so long a server's CPU time is compared
-_IDLE_SHARE = 0.05  # of a core; mlx_lm.server looks at its queue ten times a second
+_RUN_TIMEOUT_S = 900.0  # of one plan
+_STOP_TIMEOUT_S, _SETTLE_TIMEOUT_S = 10.0, 300.0
+_LOOK_S = 0.1  # over which a server's CPU time is compared
+_IDLE_SHARE = 0.05  # of a core; an idle mlx_lm.server polls its queue ten times a second
 _RETRY_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that is ready. `model` is what requests must call it, where they must."""
+    """A server that is ready. `model` is the name that requests must have, if they must."""
 
     port: int
     pid: int
     model: str | None = None
-    listening_s: float = 0.0  # from its start to the first connection it took
+    listening_s: float = 0.0  # from its start to the first accepted connection
     ready_s: float = 0.0  # to the first answer
 
     async def run(self, plan: Plan) -> Trace:
-        """Carry a plan out from the load generator's own process. Raises when that fails."""
+        """Carry a plan out from the load generator's own process. Raises RuntimeError."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "bench.load"),
             stdin=asyncio.subprocess.PIPE,
@@ -61,7 +55,7 @@ class Served:
         try:
             output, _ = await asyncio.wait_for(process.communicate(wanted), _RUN_TIMEOUT_S)
         finally:
-            await stop(process)
+            await _stop(process)
         if process.returncode != 0:
             raise RuntimeError(f"the load generator failed with status {process.returncode}")
         if plan.is_cut:
@@ -69,11 +63,11 @@ class Served:
         return Trace.from_json(orjson.loads(output))
 
     async def run_here(self, plan: Plan) -> list[Stream]:
-        """Carry a small plan out in this process, for whoever watches the server meanwhile."""
+        """Carry a small plan out in this process."""
         return await load.run({"port": self.port, "model": self.model, "plan": plan.as_json()})
 
     async def settle(self) -> None:
-        """Wait until it does nothing any more, so that nobody pays for what others left behind."""
+        """Wait until it is idle, so that no later measurement includes work of an earlier one."""
         deadline = perf_counter() + _SETTLE_TIMEOUT_S
         while perf_counter() < deadline:
             before = cpu_s(self.pid)
@@ -91,52 +85,38 @@ class Served:
         writer.close()
         return {match[1]: float(match[2]) for match in _SAMPLE.finditer(text)}
 
-    async def gauges(self) -> dict[str, float]:
-        """What is zero at rest."""
-        found: dict[str, float] = {}
-        for key, value in (await self.metrics()).items():
-            if name := _GAUGES.get(key.partition("{")[0]):
-                found[name] = found.get(name, 0) + value
-        found["connections"] -= 1  # the one that this came over
-        return found
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of all threads, ended ones included. Raises OSError if the process is gone."""
+    if sys.platform == "linux":
+        # The clock id of clock_getcpuclockid(3): the complement of the pid, and 2 for CPU time.
+        return time.clock_gettime((~pid << 3) | 2)
+    minutes, _, seconds = _ps(pid, "time").rpartition(":")
+    hours, _, minutes = minutes.rpartition(":")
+    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory. Raises OSError if the process is gone."""
+    if sys.platform == "linux":
+        num_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return num_pages * os.sysconf("SC_PAGE_SIZE")
+    return 1024 * int(_ps(pid, "rss"))
+
+
+def _ps(pid: int, column: str) -> str:
+    command = ["ps", "-o", f"{column}=", "-p", str(pid)]
+    value = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if not value:
+        raise ProcessLookupError(pid)
+    return value
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
+    """A port without a listener at the moment."""
     with socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
-
-
-def our_command(
-    path: Path | None,
-    port: int,
-    max_batch_size: int,
-    *more: str,
-    program: Sequence[str] = ("-m", "mlxlite"),
-) -> list[str]:
-    """`program` is what Python runs; without a path it serves the demo."""
-    flags = {"--model": path, "--port": port, "--max-batch-size": max_batch_size}
-    arguments = [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
-    return [sys.executable, *program, *arguments, *more]
-
-
-@asynccontextmanager
-async def serve(
-    path: Path | None,
-    max_batch_size: int,
-    *more: str,
-    program: Sequence[str] = ("-m", "mlxlite"),
-    log: IO[bytes] | None = None,
-) -> AsyncIterator[Served]:
-    """Start our server over a checkpoint or the demo, with `more` flags; stopped on the way out.
-
-    `log` has what it says. Raises RuntimeError with the end of that when it does not become ready.
-    """
-    port = free_port()
-    command = our_command(path, port, max_batch_size, *more, program=program)
-    async with started(command, port, log=log) as served:
-        yield served
 
 
 @asynccontextmanager
@@ -147,10 +127,10 @@ async def started(
     log: IO[bytes] | None = None,
     kernels: Path | None = None,
 ) -> AsyncIterator[Served]:
-    """Start a server and wait for its first answer. `kernels`: where MLX's CPU back end is to keep
-    what it compiles, instead of the temporary directory that earlier runs have filled.
+    """Start a server and wait for its first answer. `log` gets its output. In `kernels` MLX's CPU
+    back end keeps what it compiles, instead of in the temporary directory that earlier runs filled.
 
-    Raises RuntimeError with the end of its log when there is none in time.
+    Raises RuntimeError with the end of the log if there is no answer in time.
     """
     with nullcontext(log) if log is not None else tempfile.TemporaryFile() as log:
         begun_at = perf_counter()
@@ -172,7 +152,7 @@ async def started(
             ready_s = perf_counter() - begun_at
             yield replace(served, listening_s=listening_s, ready_s=ready_s)
         finally:
-            await stop(process)
+            await _stop(process)
 
 
 async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
@@ -185,9 +165,9 @@ async def _listening(process: asyncio.subprocess.Process, port: int) -> None:
 
 
 async def _ready(process: asyncio.subprocess.Process, served: Served) -> None:
-    """Ask for a token until there is one: some servers listen first and say 503, others hold on.
+    """Request a token until there is one: some servers listen early and answer 503, others wait.
 
-    Raises RuntimeError with any other refusal: it will not become better.
+    Raises RuntimeError with any other error, which is permanent.
     """
     plan = Plan([[Request("Hi", (), 1, is_streamed=False)]])
     while True:
@@ -201,13 +181,13 @@ async def _ready(process: asyncio.subprocess.Process, served: Served) -> None:
 
 
 async def _pause(process: asyncio.subprocess.Process) -> None:
-    """Raises ProcessLookupError when the server has ended instead."""
+    """Raises ProcessLookupError if the server has ended."""
     if process.returncode is not None:
         raise ProcessLookupError(process.pid)
     await asyncio.sleep(_RETRY_S)
 
 
-async def stop(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is not None:
         return
     process.terminate()

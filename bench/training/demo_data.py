@@ -3,8 +3,8 @@
 `demo_corpus.txt` has named tables. A table of phrases has one phrase a line, or several with bars
 between them. A table of blocks has groups of lines, each group with its share of the draws first.
 A phrase has slots: `{w:word}` draws a value from the table `word`, or from the function in `DRAWS`
-of that name, and `{w}` repeats it. A fixed hash holds out one word in ten of the training, so that
-the evaluation measures copying and not memory. Equal seeds give equal conversations.
+of that name, and `{w}` repeats it. A fixed hash holds one word in ten out of the training, so that
+a test can distinguish copying from memory. Equal seeds give equal conversations.
 """
 
 import functools
@@ -66,17 +66,16 @@ class Example:
 
 
 def held(word: str) -> bool:
-    """Whether a word is held out of the training (about one in ten)."""
+    """Whether a word is held out of the training."""
     is_polite = word.lower() in map(str.lower, phrases("polite"))
     return not is_polite and zlib.crc32(word.lower().encode()) % 10 == 0
 
 
 class Source:
-    """Seeded random choices that keep to one side of the held-out split."""
+    """Seeded random choices; no word that is held out."""
 
-    def __init__(self, seed: int, evaluate: bool = False) -> None:
+    def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.evaluate = evaluate
 
     def of(self, items: Sequence[T]) -> T:
         return self.rng.choice(items)
@@ -104,10 +103,8 @@ class Source:
         return _SLOT.sub(value, text)
 
     def key(self, phrase: str, slots: Slots) -> str:
-        """The first half of a `key => value` phrase, whose other half becomes a slot's value."""
-        key, has_value, value = phrase.partition(" => ")
-        if has_value:
-            slots["_value"] = value
+        """The first half of a `key => value` phrase; the other half is `{v:value}`."""
+        key, _, slots["_value"] = phrase.partition(" => ")
         return key
 
     def one_of(self, line: str, slots: Slots, *, is_form: bool = False) -> str:
@@ -127,51 +124,48 @@ class Source:
             text = text.rstrip(".?!") + self.of(["!", "...", " please", ", please.", " ?", "??"])
         return self.fill(text, slots)
 
-    def split(self, make: Callable[[], str]) -> str:
-        """A word of this side of the split: held out in evaluation, the others in training."""
-        words = (make() for _ in range(1000))
-        return next(word for word in words if held(word) == self.evaluate)
+    def allowed(self, make: Callable[[], str]) -> str:
+        return next(word for word in iter(make, None) if not held(word))
 
     def real(self, _: Slots) -> str:
-        return self.split(lambda: self.of(phrases("words")))
+        return self.allowed(lambda: self.of(phrases("words")))
 
     def made_up(self, _: Slots) -> str:
-        return self.split(
+        return self.allowed(
             lambda: "".join(self.rng.choices(phrases("syllables"), k=self.of([2, 3])))
         )
 
     def letters(self, _: Slots) -> str:
-        return self.split(
+        return self.allowed(
             lambda: "".join(self.rng.choices(ascii_lowercase, k=self.rng.randint(2, 6)))
         )
 
     def word(self, slots: Slots) -> str:
-        """A word to copy: real, invented or random letters, in some case, sometimes a number."""
+        """Real, invented or random letters, in some case; sometimes a number."""
         kind, case = self.rng.random(), self.rng.random()
         if kind > 0.98:
             return str(self.rng.randint(0, 9999))
-        if kind > 0.93 and not self.evaluate:
+        if kind > 0.93:
             return self.of(phrases("polite"))
         make = self.real if kind < 0.5 else self.made_up if kind < 0.85 else self.letters
         word = make(slots)
         return word.capitalize() if case < 0.15 else word.upper() if case < 0.18 else word
 
-    def words(self, low: int, high: int) -> list[str]:
-        return [self.word({}) for _ in range(self.rng.randint(low, high))]
+    def words(self, *nums: int) -> list[str]:
+        return [self.word({}) for _ in range(self.rng.randint(*nums))]
 
     def text(self, _: Slots) -> str:
-        """A few words to copy, with short common words among them."""
         words = [self.of(phrases("short")) if self.chance(0.15) else w for w in self.words(2, 6)]
         return self.of([" ", " ", " ", ", "]).join(words)
 
     def city(self, slots: Slots) -> str:
         if self.chance(0.3):
             return self.made_up(slots).capitalize()
-        return self.split(lambda: self.of(phrases("cities")))
+        return self.allowed(lambda: self.of(phrases("cities")))
 
     def person(self, slots: Slots) -> str:
         is_known = self.chance(0.3)
-        made = self.split(lambda: self.of(phrases("names"))) if is_known else self.made_up(slots)
+        made = self.allowed(lambda: self.of(phrases("names"))) if is_known else self.made_up(slots)
         return made.capitalize()
 
     def story(self, num_kept: int, num_episodes: int) -> str:
@@ -243,22 +237,14 @@ DRAWS: dict[str, Callable[[Source, Slots], str]] = {
 }
 
 
-# --- turns ------------------------------------------------------------------------------------
-
-
 def plain_turns(s: Source, skill: str) -> list[Turn]:
-    """The turns of a block of the skill's table; sums of two digits may be held out."""
-    while True:
-        slots: Slots = {}
-        lines, turns = iter(s.block(skill)), list[Turn]()
-        for thought, asks, answers in zip(lines, lines, lines, strict=True):
-            user, thought = s.ask(asks, slots), s.fill(thought, slots)
-            turns.append(Turn(user, s.one_of(answers, slots), thought))
-        if skill != "sums":
-            return turns
-        a, b = int(slots["a"]), int(slots["b"])
-        if (max(a, b) > 9 and held(f"{a}+{b}")) == s.evaluate:
-            return turns
+    """The turns of a block of the skill's table."""
+    slots: Slots = {}
+    lines, turns = iter(s.block(skill)), list[Turn]()
+    for thought, asks, answers in zip(lines, lines, lines, strict=True):
+        user, thought = s.ask(asks, slots), s.fill(thought, slots)
+        turns.append(Turn(user, s.one_of(answers, slots), thought))
+    return turns
 
 
 class Call(NamedTuple):
@@ -340,8 +326,6 @@ def tool_turns(s: Source, skill: str) -> tuple[list[Turn], list[Tool]]:
     ]
     return [Turn(call.ask, answer, "The tool has answered. I will tell the user.", via)], tools
 
-
-# --- conversations ----------------------------------------------------------------------------
 
 MIX = {"chat": 9, "unknown": 4, "story": 6, "repeat": 26, "count": 5, "sums": 24, "facts": 10}
 MIX |= {"memory": 4, "tool_call": 14, "tool_result": 7, "tool_none": 3}

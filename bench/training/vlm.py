@@ -1,13 +1,12 @@
 """Train the tests' tiny vision-language model.
 
-    python -m bench.training.vlm --like tests/vlm_demo --out build/vlm
+    python -m bench.training.vlm --like tests/support/vlm_demo --out build/vlm
 
 A small smolvlm learns to name the one shape in a picture, or in two, from synthetic chats. Pictures
 are drawn on demand from `--seed`, and each question has one right answer; questions are in
 `vlm_questions.json`. Configuration, tokenizer, processor and template are those of the checkpoint
-in `--like`. The run ends with a checkpoint that `mlx_vlm.load` reads and with the share of held-out
-chats, of another seed, that mlx-vlm's own greedy `generate` answers right; the card, MODEL.md, is
-written by hand from what the run prints. It needs the extra `vision`.
+in `--like`. The run ends with a checkpoint that `mlx_vlm.load` reads; test_server_vision asks the
+one in tests/ about pictures, and its card, MODEL.md, is written by hand. Needs the extra `vision`.
 """
 
 import argparse
@@ -17,8 +16,7 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +73,7 @@ class Turn:
 @dataclass(frozen=True)
 class Chat:
     turns: tuple[Turn, ...]
-    system: str = ""
+    system: str
 
     @property
     def scenes(self) -> list[Scene]:
@@ -83,9 +81,7 @@ class Chat:
 
     def messages(self) -> list[dict[str, Any]]:
         """All turns as a template takes them, the last answer included."""
-        messages: list[dict[str, Any]] = []
-        if self.system:
-            messages.append({"role": "system", "content": self.system})
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}]
         for turn in self.turns:
             content = [
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
@@ -93,10 +89,7 @@ class Chat:
             ]
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": turn.answer})
-        return messages
-
-
-# --- pictures and questions -------------------------------------------------------------------
+        return messages if self.system else messages[1:]
 
 
 class Source:
@@ -215,13 +208,9 @@ def some_chat(s: Source, kind: str) -> Chat:
 
 
 def some_chats(s: Source, num_chats: int, fraction: float) -> list[Chat]:
-    """Chats of the kinds that a fraction of the run has: single pictures first."""
     shares = FIRST_SHARES if fraction < 0.25 else SHARES
     kinds = s.rng.choices(list(KINDS)[: len(shares)], shares, k=num_chats)
     return [some_chat(s, kind) for kind in kinds]
-
-
-# --- batches ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,23 +232,19 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.image, self.end = (self.tokenizer.convert_tokens_to_ids(t) for t in (IMAGE, END))
         self.opening = self.tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-        fake = processor.fake_image_token
-        images = IMAGE * processor.image_seq_len
-        self.expansion = f"{fake}{processor.global_image_token}{images}{fake}"
 
     def text(self, chat: Chat) -> str:
         text = self.tokenizer.apply_chat_template(chat.messages(), tokenize=False)
-        return str(text.replace(IMAGE, self.expansion))
+        own, fake = self.processor, self.processor.fake_image_token
+        images = f"{fake}{own.global_image_token}{IMAGE * own.image_seq_len}{fake}"
+        return str(text.replace(IMAGE, images))
 
-    def wanted(self, ids: list[int]) -> list[int]:
+    def wanted(self, ids: list[int]) -> Iterator[int]:
         """The places whose next token is the assistant's own."""
-        places, is_inside = [], False
-        for place in range(len(ids) - 1):
-            is_inside = is_inside or ids[: place + 1][-len(self.opening) :] == self.opening
-            if is_inside:
-                places.append(place)
-                is_inside = ids[place + 1] != self.end
-        return places
+        n = len(self.opening)
+        for place in range(n, len(ids)):
+            if ids[place - n : place] == self.opening:
+                yield from range(place - 1, ids.index(self.end, place))
 
     def batches(self, chats: list[Chat]) -> list[Batch]:
         """Batches of chats of about one length each, as padding costs as much as text does."""
@@ -284,9 +269,6 @@ class Encoder:
         targets = flat[np.array(places) + 1]
         arrays = (tokens, pixels.transpose(0, 2, 3, 1), gather, np.array(places), targets)
         return Batch(*map(mx.array, arrays))
-
-
-# --- the run ----------------------------------------------------------------------------------
 
 
 def loss_of(model: Any, batches: list[Batch]) -> mx.array:
@@ -328,25 +310,6 @@ def train(args: argparse.Namespace) -> None:
             print(f"{step + 1}: {seconds:.0f} s, loss {loss.item():.4f}", flush=True)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(args.out / "model.safetensors"), weights, {"format": "mlx"})
-    evaluate(args)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Print the share of held-out chats that the checkpoint answers right, by kind."""
-    model, processor = mlx_vlm.load(str(args.out), trust_remote_code=False)
-    source, right = Source(f"held out of {args.seed}"), Counter[str]()
-    for kind in KINDS:
-        for _ in range(args.each):
-            chat = some_chat(source, kind)
-            prompt = processor.tokenizer.apply_chat_template(
-                chat.messages()[:-1], tokenize=False, add_generation_prompt=True
-            )
-            pictures = [scene.picture for scene in chat.scenes] or None
-            settings = {"max_tokens": 40, "temperature": 0.0}
-            made = mlx_vlm.generate(model, processor, prompt, image=pictures, **settings)
-            right[kind] += str(made.text) == chat.turns[-1].answer
-    scores = ", ".join(f"{kind} {right[kind] / args.each:.1%}" for kind in KINDS)
-    print(f"held out, {args.each} of a kind: {scores}", flush=True)
 
 
 def main() -> None:
@@ -357,10 +320,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=1600)
     add("--batch", type=int, default=32, help="chats of a step")
-    add("--each", type=int, default=200, help="held-out chats of a kind")
-    add("--evaluate", action="store_true", help="only evaluate the checkpoint in --out")
-    args = parser.parse_args()
-    evaluate(args) if args.evaluate else train(args)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

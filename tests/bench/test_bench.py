@@ -1,22 +1,26 @@
-"""The benchmark's arithmetic: figures of traces, ratios and verdicts, loads, plots, the README."""
+"""The benchmark's arithmetic: figures of traces, ratios and verdicts, loads, plots, its README."""
 
 import json
 import math
 import re
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from xml.etree import ElementTree
 
 import pytest
 
-from bench import compare, plots, readme, report, scenarios
+from bench import compare, plots, report, scenarios
 from bench.__main__ import parse
-from bench.arrivals import at, percentiles
 from bench.compare import Comparison, Verdict, at_least, at_most
-from bench.costs import Sample, stopped_s
+from bench.measurements.latency import at, percentiles
+from bench.measurements.lost import Sample, stopped_s
 from bench.models import Writer, save_endless
-from bench.peers import OURS, PEERS
+from bench.peers import OURS, PEERS, Peer
 from bench.plan import Feed, Plan, Request, Stream, Trace
-from bench.svg import Kind, Plot, Series, ticks
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +48,10 @@ def test_wall_times_run_from_the_first_request_to_the_last_token_and_to_the_last
 def test_a_trace_survives_the_load_generators_json() -> None:
     own = stream(0, 1.0, 2.0, ended_s=2.5)
     own.left_s = 2.25
-    assert Trace.from_json(json.loads(json.dumps([own.as_json()]))).streams == (own,)
+    assert Trace.from_json(json.loads(json.dumps([asdict(own)]))).streams == (own,)
 
 
-def test_a_plan_tells_the_load_generator_all_that_a_request_wants() -> None:
+def test_a_plan_gives_the_load_generator_every_setting_of_a_request() -> None:
     asked = Request("hi", (1,), 5, is_streamed=False, at_s=2.0, leave_after_s=3.0)
     given = Plan([[asked]]).as_json()["first"][0][0]
     assert (given["at_s"], given["leave_after_s"], given["leave_after_tokens"]) == (2.0, 3.0, None)
@@ -71,7 +75,7 @@ def test_arrivals_are_the_same_for_the_same_seed_and_come_at_the_rate() -> None:
     assert math.isclose(4000 / first[-1], 10.0, rel_tol=0.1)
 
 
-def test_an_open_loop_is_clients_who_ask_once_each_at_its_time(writer: Writer) -> None:
+def test_an_open_loop_is_clients_with_one_request_each_at_its_time(writer: Writer) -> None:
     plan = scenarios.open_loop(writer, 5, 2.0, 8, seed=1)
     assert [len(requests) for requests in plan.first] == [1] * 5
     times = [requests[0].at_s for requests in plan.first]
@@ -136,7 +140,7 @@ def test_pairs_that_disagree_and_lone_ones_are_marked() -> None:
     assert compare.MARK in comparison([1.0, 1.3], [1.0, 1.0], None).row()[3]
 
 
-def test_a_machine_is_quiet_if_nobody_else_ran_before_or_beside() -> None:
+def test_a_machine_is_quiet_if_no_other_process_ran_before_or_beside() -> None:
     assert report.quiet(before=0.3, after=3.0, num_cores=2) == "yes"
     assert report.quiet(before=0.9, after=3.0, num_cores=2).startswith("no: 0.9")
     assert report.quiet(before=0.3, after=5.0, num_cores=2).startswith("no: 5.0")
@@ -145,7 +149,7 @@ def test_a_machine_is_quiet_if_nobody_else_ran_before_or_beside() -> None:
 def test_a_comparison_survives_json() -> None:
     for asked in (None, at_most(0.8)):
         own = comparison([1.0, 2.0], [3.0, 4.0], asked)
-        assert Comparison.from_json(json.loads(json.dumps(own.as_json()))) == own
+        assert Comparison.from_json(json.loads(json.dumps(asdict(own)))) == own
 
 
 def test_percentiles_run_from_the_least_to_the_greatest() -> None:
@@ -193,15 +197,14 @@ def test_an_endless_copy_has_no_end_of_text_and_no_special_token(tmp_path: Path)
     assert weights.resolve() == (source / "model.safetensors").resolve()
 
 
-def test_every_peer_is_told_the_model_the_port_and_the_rows() -> None:
+def test_every_peer_gets_the_model_the_port_and_the_rows() -> None:
     for peer in PEERS:
-        arguments = peer.arguments(Path("/models/m"), 4321, 8)
+        arguments = peer.command(Path("/models/m"), 4321, 8)
         assert {"/models/m", "4321", "8"} <= set(arguments), peer.name
 
 
 def test_a_peer_that_is_not_installed_has_no_command() -> None:
-    peer = type(PEERS[0])("none", lambda path, port, rows: ["there-is-no-such-program"])
-    assert not peer.is_installed
+    assert Peer("none", "there-is-no-such-program --port {port}").program is None
 
 
 def test_the_command_line_refuses_a_section_or_a_peer_that_there_is_not() -> None:
@@ -211,29 +214,28 @@ def test_the_command_line_refuses_a_section_or_a_peer_that_there_is_not() -> Non
             parse(flags)
 
 
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_the_plain_server_has_the_layers_that_mlx_lm_makes(is_plain: bool) -> None:
+    """Through the composition root, as the program does."""
+    program = f"""
+import gc
+from mlx import nn
+from bench.serve_plain import use_plain_kernels
+from mlxlite.__main__ import load
+from mlxlite.config.options import Config
+if {is_plain}:
+    use_plain_kernels()
+kept = load(Config())
+layers = [type(found) for found in gc.get_objects() if isinstance(found, nn.Module)]
+print(any(layer.__module__.startswith("mlxlite") for layer in layers))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    has_forms = sys.platform == "linux" and not is_plain
+    assert done.stdout.strip() == str(has_forms)
+
+
 # --- plots and the README ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]), (-0.3, 1, [0, 0.5, 1])],
-)
-def test_ticks_are_round_numbers_in_the_range(
-    low: float, high: float, expected: list[float]
-) -> None:
-    assert ticks(low, high) == expected
-
-
-@pytest.mark.parametrize("kind", Kind)
-def test_a_plot_is_well_formed_and_inside_its_frame(kind: Kind) -> None:
-    series = [Series("a & b", [(0, 1.0), (1, 30.0)], kind), Series("c", [(0, 2.0), (1, 3.0)], kind)]
-    names = ("cold", "warm") if kind is Kind.BARS else ()
-    svg = Plot("<title>", "x", "y", series, x_names=names, marks=[(0.5, "here")]).as_svg()
-    root = ElementTree.fromstring(svg)
-    _, _, width, height = map(float, root.attrib["viewBox"].split())
-    numbers = re.findall(r'(cx|x|cy|y)="(-?[\d.]+)"', svg)
-    assert all(0 <= float(n) <= (width if "x" in axis else height) for axis, n in numbers)
-    assert "a &amp; b" in svg
 
 
 def run_of(*sections: dict[str, object]) -> dict[str, object]:
@@ -243,87 +245,68 @@ def run_of(*sections: dict[str, object]) -> dict[str, object]:
 THROUGHPUT = {
     "section": "throughput",
     "figures": {f"C={c}": {"whole": {OURS: [2.0 * c], "mlx_lm.server": [1.0 * c]}} for c in (1, 8)},
-    "comparisons": [comparison([2.0, 2.1], [1.0, 1.0], at_least(1.25)).as_json()],
+}
+OPENLOOP = {
+    "section": "openloop",
+    "figures": {"percentiles": {what: {OURS: [0.0, 0.1, 0.2]} for what in ("TTFT", "ITL")}},
+}
+LONGPROMPT = {
+    "section": "longprompt",
+    "figures": {"timeline": {OURS: {"points": [(0.1, 0.01), (0.2, 0.02)], "ttft_s": 0.3}}},
+}
+PREFIX = {
+    "section": "prefix",
+    "figures": {f"TTFT, {kind} prefix": {OURS: [0.1]} for kind in ("cold", "warm")},
 }
 
 
 def test_a_run_is_drawn_from_its_json_alone_and_only_what_was_measured() -> None:
     assert plots.draw(run_of()) == {}
-    files = plots.draw(json.loads(json.dumps(run_of(THROUGHPUT))))
-    assert list(files) == ["small-throughput.svg"]
-    assert files["small-throughput.svg"].count("<polyline") == 2
+    files = plots.draw(json.loads(json.dumps(run_of(THROUGHPUT, OPENLOOP, LONGPROMPT, PREFIX))))
+    kinds = ("throughput", "ttft", "itl", "gaps", "warm")
+    assert list(files) == [f"small-{kind}.svg" for kind in kinds]
+    for svg in files.values():
+        ElementTree.fromstring(svg)
+        assert ">mlxlite</text>" in svg
+    assert ">mlx_lm.server</text>" in files["small-throughput.svg"]
 
 
-def test_the_readmes_block_has_the_ratios_and_the_plots_of_the_run() -> None:
-    block = readme.block(run_of(THROUGHPUT), "docs/bench")
-    assert "| 2.05 (2.00–2.10) | ≥ 1.25 | yes |" in block
-    assert "](docs/bench/small-throughput.svg)" in block
+def test_ratios_on_equal_kernels_stand_first_under_their_heading() -> None:
+    fitted = comparison([2.0, 2.0], [1.0, 1.0], None)
+    equal = Comparison("speed", "tok/s", [3.0, 3.0], [2.0, 2.0], "peer", is_equal=True)
+    text = compare.markdown([fitted, equal])
+    places = [text.index(part) for part in (compare.EQUAL, "| 1.50 ", compare.FITTED, "| 2.00 ")]
+    assert places == sorted(places)
+    assert compare.EQUAL not in compare.markdown([fitted])
 
 
-def test_a_run_that_was_made_again_is_shown_beside_the_first() -> None:
-    def run(ours: list[float]) -> dict[str, object]:
-        comparisons = [comparison(ours, [1.0, 1.0], at_least(1.25)).as_json()]
-        return run_of({"section": "burst", "figures": {}, "comparisons": comparisons})
-
-    def row(first: list[float], second: list[float]) -> str:
-        return readme.agreement(run(first), run(second)).splitlines()[-1]
-
-    assert row([2.0, 2.0], [2.1, 2.2]).endswith("| +8% | yes |")
-    assert row([2.0, 2.6], [2.5, 4.0]).endswith("| +41% | yes |"), "the ranges meet"
-    assert row([2.0, 2.1], [2.6, 2.7]).endswith("| +29% | no |")
-    assert "0 of 1 ratios agree" in readme.agreement(run([2.0, 2.1]), run([2.6, 2.7]))
+def test_the_tables_in_the_readme_are_those_of_the_runs_beside_it() -> None:
+    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^\| .* \| (?:yes|no|not certain|) \|$", text, re.M))
+    files = (ROOT / "bench" / "results").rglob("bench.md")
+    kept = set(chain(*(file.read_text(encoding="utf-8").splitlines() for file in files)))
+    assert len(shown) >= 20
+    assert shown <= kept
+    for plot in re.findall(r"\]\((results/\S+\.svg)\)", text):
+        assert (ROOT / "bench" / plot).exists()
 
 
-def test_only_what_is_between_the_markers_is_rewritten() -> None:
-    before = "a\n<!-- growth -->\nold\n<!-- /growth -->\nb"
-    after = "a\n<!-- growth -->\nnew\n<!-- /growth -->\nb"
-    assert readme.rewritten(before, readme.GROWTH, "new") == after
-    with pytest.raises(ValueError, match="bench"):
-        readme.rewritten(before, readme.FIGURES, "new")
+def test_growth_in_the_readme_is_that_of_the_run_beside_it() -> None:
+    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    run = json.loads((ROOT / "bench" / "results" / "bench.json").read_text(encoding="utf-8"))
+    figures = {section["section"]: section["figures"] for section in run["models"]["small"]}
+    rates = [median(arms["whole"][OURS]) for arms in figures["throughput"].values()]
+    assert " | ".join(f"{rate:,.0f}" for rate in rates) in text
+    assert " | ".join(f"{rate / rates[0]:.1f}" for rate in rates) in text
+    for kind, digits in (("ttft_s", 0), ("gap_s", 1)):
+        times = [1000 * median(own[kind][OURS]) for own in figures["context"].values()]
+        assert " | ".join(f"{time:,.{digits}f}" for time in times) in text
+    for kind in ("cold", "warm", "8"):
+        both = [1000 * median(figures["prefix"][arm][kind]) for arm in (OURS, "mlx_lm.server")]
+        assert " | ".join(f"{time:,.0f} ms" for time in both) in text
 
 
-def test_growth_is_told_against_the_least() -> None:
-    def both(ours: float, theirs: float) -> dict[str, list[float]]:
-        return {"server": [ours], "mlx_lm.server": [theirs]}
-
-    table = readme.growth(
-        run_of(
-            {
-                "section": "throughput",
-                "figures": {f"C={n}": {"whole": both(r, 1)} for n, r in ((1, 200.0), (8, 1000.0))},
-            },
-            {
-                "section": "context",
-                "figures": {
-                    "256": {"ttft_s": both(0.1, 1), "gap_s": both(0.005, 1)},
-                    "1024": {"ttft_s": both(0.8, 1), "gap_s": both(0.006, 1)},
-                },
-            },
-            {
-                "section": "prefix",
-                "figures": {s: {"cold": [2.0], "warm": [0.1], "8": [2.5]} for s in both(1, 1)},
-            },
-        )
-    )
-    assert "| times one client's | 1.0 | 5.0 |" in table
-    assert "| for each of them | 1.00 | 0.62 |" in table
-    assert "| times as long | 1.0 | 8.0 |" in table
-    assert "| another one after it | 100 ms | 100 ms |" in table
-
-
-def test_the_figures_in_the_readme_are_those_of_the_run_beside_it() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = next(
-        line for line in text.splitlines() if line.startswith("python -m bench --readme")
-    )
-    runs = [ROOT / path for path in command.split()[4:]]
-    for name, made in readme.texts_of(runs, ROOT).items():
-        assert readme.rewritten(text, name, made) == text
-    for plot in re.findall(r"\]\((docs/bench/\S+\.svg)\)", text):
-        assert (ROOT / plot).exists()
-
-
-def test_the_header_says_where_openblas_computes_with_its_oldest_kernels():
+def test_the_header_names_openblas_kernels_and_warns_of_its_oldest():
     assert report.kernels(None) == "kernels unknown"
     assert report.kernels("SkylakeX") == "kernels for SkylakeX"
     assert "OPENBLAS_CORETYPE" in report.kernels("Prescott")

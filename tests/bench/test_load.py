@@ -1,6 +1,6 @@
 """The load generator: what it counts of an answer, however it is split, and what a client does.
 
-Servers here are a few lines of asyncio that say what they are told to; nothing is timed.
+Servers here are a few lines of asyncio with fixed answers; nothing is timed.
 """
 
 import asyncio
@@ -185,16 +185,16 @@ async def test_each_client_asks_one_after_the_other_and_all_are_answered() -> No
 
 
 @in_a_loop
-async def test_a_next_turn_sends_what_was_said_and_answered_before() -> None:
+async def test_a_next_turn_sends_the_earlier_messages_and_answers() -> None:
     async with serving(streamed) as (port, bodies):
         await load_on(port, Plan([[ask("a"), ask("b", is_next_turn=True), ask("c")]]))
-    said = [[(m["role"], m["content"]) for m in body["messages"]] for body in bodies]
-    assert said[1] == [("user", "a"), ("assistant", 'a"c'), ("user", "b")]
-    assert said[2] == [("user", "c")]
+    sent = [[(m["role"], m["content"]) for m in body["messages"]] for body in bodies]
+    assert sent[1] == [("user", "a"), ("assistant", 'a"c'), ("user", "b")]
+    assert sent[2] == [("user", "c")]
 
 
 @in_a_loop
-async def test_a_client_leaves_after_the_tokens_it_was_told_to() -> None:
+async def test_a_client_leaves_after_the_tokens_of_its_request() -> None:
     async with serving(endless) as (port, _):
         (stream,) = await load_on(port, Plan([[ask(leave_after_tokens=5), ask("never")]]))
     assert len(stream.token_s) >= 5
@@ -247,9 +247,9 @@ def test_a_handshake_counts_where_the_plan_says_so(
     connected_s: list[float] = []
     connect = load.Client.connect
 
-    async def noted(client: load.Client) -> load.Connection:
+    async def noted(client: load.Client) -> None:
         connected_s.append(perf_counter())
-        return await connect(client)
+        await connect(client)
 
     monkeypatch.setattr(load.Client, "connect", noted)
 

@@ -1,8 +1,8 @@
 """Fuzzing: arbitrary bytes into the HTTP parser and into every parser of a request body.
 
-A target accepts any bytes and raises nothing but an APIError with a 4xx status, for an image also an
-ImageError. Any other exception is a finding, and so is an input that takes a second to compute.
-`test_hostile_http` runs the same targets for a few seconds; this module runs millions of inputs:
+A target accepts any bytes and raises nothing but an APIError with a 4xx status, or an ImageError in
+the case of images. Any other exception is a finding, and so is an input that takes a second to
+compute. `test_hostile_http` runs the same targets for a few seconds; here it is millions of inputs:
 
     python -m tests.robustness.fuzz --inputs 1000000 --seed 1
 
@@ -122,7 +122,6 @@ def _use_chat(request: ChatRequest) -> None:
 def _use_response(request: Any) -> None:
     """The fields that a response repeats from its request can be written."""
     _use_chat(request)
-
 
     def writer() -> ResponsesWriter:
         return ResponsesWriter(Envelope("resp_1", 0, "model", "fp"), lambda _: b"x", request.echo)

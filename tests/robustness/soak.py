@@ -30,8 +30,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import IO, Any
 
-from bench.processes import cpu_s, rss_bytes
-from bench.serving import HOST, Served, free_port, started
+from bench.serving import HOST, Served, cpu_s, free_port, rss_bytes, started
 from tests.robustness.fuzz import SEEDS, mutated
 
 CHAT = "/v1/chat/completions"
