@@ -9,6 +9,8 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Self
 
@@ -23,13 +25,17 @@ from mlxlite.engine.engine import Engine, EngineOptions
 from mlxlite.engine.memory import prefix_bytes
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.step import Runner
+from mlxlite.errors import FOREIGN, reason_of
 from mlxlite.http.errors import Cause, later
 from mlxlite.http.listener import Address, Listener, TLSError, tls_context
 from mlxlite.metrics import Metrics
-from mlxlite.models.interface import LoadError, Model
+from mlxlite.models.interface import LoadError as LoadError  # part of the public interface
+from mlxlite.models.interface import Model
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+
+    from mlxlite.prefix_cache.disk import Store
 
 log = logging.getLogger("mlxlite.server")
 
@@ -40,6 +46,50 @@ _FAREWELL_S = 0.3  # at shutdown: how long the last bytes may take to leave
 Load = Callable[[Config], tuple[Model, Runner]]
 
 
+def load(config: Config) -> tuple[Model, Runner]:
+    """A model and the runner that drives it, warmed up. Call on the device thread.
+
+    Raises LoadError.
+    """
+    from mlxlite.models.load import load as load_model
+    from mlxlite.models.load import memory_budget
+    from mlxlite.runner import cpu
+    from mlxlite.runner.kv_cache import KVBits
+    from mlxlite.runner.model_runner import ModelRunner
+
+    kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
+    try:
+        cpu.disable_compile_without_compiler()
+        network, model = load_model(config)
+        store = _open_store(config, model.fingerprint)
+        budget = memory_budget(network, config.memory_limit_bytes())
+        runner = ModelRunner(network, kv_bits=kv_bits, memory_bytes=budget, store=store)
+        runner.warm_up()
+    except FOREIGN as error:  # of a foreign network, on the first tokens that it gets
+        log.debug("the model cannot run", exc_info=error)
+        reason = reason_of(error)
+        if isinstance(error, MemoryError) or "allocate" in reason:
+            raise LoadError(f"insufficient memory to run the model ({reason})") from None
+        flags = f" with --kv-bits {config.kv_bits}" if kv_bits is not None else ""
+        raise LoadError(f"this model cannot run{flags}: {reason}") from None
+    return model, runner
+
+
+def _open_store(config: Config, fingerprint: str) -> "Store | None":
+    """The prefix cache's files, if there is a directory for them. Raises LoadError."""
+    from mlxlite.prefix_cache.disk import Store
+
+    if config.prefix_cache_dir is None or not config.prefix_disk_bytes():
+        return None
+    path = Path(config.prefix_cache_dir).expanduser()
+    kept = f"kv{config.kv_bits}g{config.kv_group_size}b{config.kv_block_size}"
+    try:
+        label = f"{fingerprint}-{kept}-mlxlm{version('mlx-lm')}"
+        return Store(path, label, config.prefix_disk_bytes())
+    except OSError as error:
+        raise LoadError(f"--prefix-cache-dir {path}: {error.strerror or error}") from None
+
+
 class Server:
     """One model behind one listening socket, inside the running event loop.
 
@@ -48,10 +98,10 @@ class Server:
 
     Entering returns once the model is loaded; it raises OSError when the address cannot be had and
     LoadError when the model cannot be served. Takes over neither signals nor logging; several may
-    live in one process. `load` runs on the device thread; `mlxlite.Server` has it already.
+    live in one process. `load` runs on the device thread.
     """
 
-    def __init__(self, config: Config, load: Load) -> None:
+    def __init__(self, config: Config, load: Load = load) -> None:
         self.config = config
         self._load = load
         self._loaded: asyncio.Future[None] | None = None

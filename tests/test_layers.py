@@ -65,19 +65,6 @@ MAX_MEDIAN_FUNCTION, MAX_P95_FUNCTION = 8, 40
 MAX_ENTRIES = 16  # of mlxlite/, the typing marker and the README aside
 # Arrows and sizes that are still to go, while the rooms are rebuilt; nothing may be added.
 DEBT = {
-    "__init__ → __main__",
-    "__main__ → engine.engine",
-    "__main__ → engine.step",
-    "__main__ → errors",
-    "__main__ → models.interface",
-    "__main__ → models.load",
-    "__main__ → prefix_cache.disk",
-    "__main__ → runner.cpu",
-    "__main__ → runner.kv_cache",
-    "__main__ → runner.model_runner",
-    "engine.memory → config.options",
-    "http.listener → config.flags",
-    "http.listener → config.options",
     "prefix_cache.index → engine.memory",
     "runner.model_runner → vision.network",
 }

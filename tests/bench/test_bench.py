@@ -221,7 +221,7 @@ def test_the_plain_server_has_the_layers_that_mlx_lm_makes(is_plain: bool) -> No
 import gc
 from mlx import nn
 from bench.serve_plain import use_plain_kernels
-from mlxlite.__main__ import load
+from mlxlite.server import load
 from mlxlite.config.options import Config
 if {is_plain}:
     use_plain_kernels()

@@ -1,6 +1,5 @@
 """`python -m mlxlite` as the app that launches it sees it: stdout, stderr, signals, exit codes."""
 
-import asyncio
 import http.client
 import json
 import os
@@ -11,20 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 from helpers import DONE, parse_frames, text_of
 
 from mlxlite import __version__
-from mlxlite.__main__ import _give_memory_back
-
-if TYPE_CHECKING:
-    from mlxlite.engine.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60.0  # of a start: a slow machine imports for long
@@ -291,188 +285,7 @@ def test_version_is_a_line_on_stdout(tmp_path: Path) -> None:
         assert re.fullmatch(r"\d+\.\d+\.\d+\S*", __version__)
 
 
-# --- memory -------------------------------------------------------------------------------------
-
-
-_FRAGMENTS = """
-import ctypes
-from pathlib import Path
-from mlxlite.__main__ import _trimmer
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-pieces = [libc.malloc(60_000) for _ in range(2_000)]
-for piece in pieces:
-    ctypes.memset(piece, 1, 60_000)
-for piece in pieces[:-1]:  # the last one holds the top of the heap
-    libc.free(piece)
-before = resident()
-assert _trimmer()()
-print((before - resident()) >> 20)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is another one there")
-def test_free_memory_that_malloc_keeps_is_given_back() -> None:
-    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else ""
-    if not libc:
-        pytest.skip("no glibc")
-    done = subprocess.run([sys.executable, "-c", _FRAGMENTS], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    assert int(done.stdout) > 50, "of 114 MiB"
-
-
-class Working:
-    """What is asked of an engine about its work."""
-
-    def __init__(self) -> None:
-        self.rests = asyncio.Event()
-        self.num_live = 0
-        self.load = SimpleNamespace(num_steps=0)
-
-    def work(self, num_steps: int) -> None:
-        self.num_live, self.load.num_steps = 1, self.load.num_steps + num_steps
-
-    def rest(self) -> None:
-        self.num_live = 0
-        self.rests.set()
-
-
-def given_back(
-    scenario: Callable[[Working, Callable[[int], Awaitable[None]]], Awaitable[None]],
-) -> int:
-    """How often memory was given back while a scenario ran; it can wait for a number of times."""
-    calls: list[int] = []
-
-    async def run() -> None:
-        loop, more = asyncio.get_running_loop(), asyncio.Event()
-        engine = Working()
-
-        def trim() -> None:
-            calls.append(1)
-            loop.call_soon_threadsafe(more.set)
-
-        async def until(num: int) -> None:
-            async with asyncio.timeout(20):
-                while len(calls) < num:
-                    more.clear()
-                    await more.wait()
-
-        giving = asyncio.create_task(_give_memory_back(trim, cast("Engine", engine)))
-        await scenario(engine, until)
-        giving.cancel()
-        await asyncio.gather(giving, return_exceptions=True)
-        # Where malloc is another one: nothing, and no endless task.
-        await _give_memory_back(None, cast("Engine", engine))
-
-    asyncio.run(run())
-    return len(calls)
-
-
-def test_it_is_given_back_again_and_again_while_there_is_work(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlxlite.__main__._TRIM_S", 0.001)
-
-    async def busy(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
-        engine.work(1)
-        await until(5)
-
-    assert given_back(busy) >= 5
-
-
-def test_it_is_given_back_when_work_is_done_but_not_for_little_nor_often(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    resident = [100 << 20]
-    monkeypatch.setattr("mlxlite.__main__._resident_bytes", lambda: resident[0])
-
-    async def work(engine: Working, grows_mib: int) -> None:
-        engine.work(3)
-        await asyncio.sleep(0.05)
-        resident[0] += grows_mib << 20
-        engine.rest()
-        await asyncio.sleep(0.05)
-
-    async def one_after_the_other(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
-        await until(1)  # it is loaded, and nobody has come yet
-        await work(engine, 0)
-        await until(2)  # the first work is part of the start
-        await work(engine, 20)  # little
-        await work(engine, 20)
-        await until(3)
-        await work(engine, 100)  # much, but so soon
-
-    assert given_back(one_after_the_other) == 3
-
-
-def test_a_client_that_asks_again_at_once_does_not_pay_for_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("mlxlite.__main__._REST_S", 0.2)
-
-    async def at_once(engine: Working, until: Callable[[int], Awaitable[None]]) -> None:
-        await until(1)
-        for _ in range(30):
-            engine.work(1)
-            await asyncio.sleep(0.01)
-            engine.rest()
-            await asyncio.sleep(0)
-
-    assert given_back(at_once) == 1
-
-
 # --- start --------------------------------------------------------------------------------------
-
-
-_LAZY = """
-import contextlib
-import sys
-from mlxlite.__main__ import _eased_imports
-
-with _eased_imports() if sys.argv[1] == "once" else contextlib.nullcontext():
-    from transformers import AutoTokenizer, models
-    from transformers.utils import import_utils
-
-scan = import_utils.create_import_structure_from_path
-sys.stdout.write(f"{scan.cache_info().hits} {len(sys.meta_path)}\\n")
-structure = import_utils.define_import_structure(models.__file__)
-named = [(sorted(k), sorted((m, sorted(v)) for m, v in d.items())) for k, d in structure.items()]
-sys.stdout.write(f"{sorted(named)} {sorted(dir(models))}")
-"""
-
-
-def test_transformers_scans_its_sources_once_and_finds_the_same() -> None:
-    told = {}
-    for how in ("once", "twice"):
-        run = [sys.executable, "-c", _LAZY, how]
-        done = subprocess.run(run, capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        counts, _, told[how] = done.stdout.partition("\n")
-        num_hits, num_finders = map(int, counts.split())
-        if how == "once":
-            assert num_hits > 100, "nothing was remembered: has transformers changed?"
-            num_finders_once = num_finders
-    assert num_finders_once == num_finders, "our finder is still there"
-    assert told["once"] == told["twice"]
-    assert len(told["once"]) > 100_000
-
-
-_SPELLED = """
-import sys
-from mlxlite.__main__ import _eased_imports
-
-with _eased_imports():
-    import transformers.tokenization_utils_sentencepiece as user
-inner = "sentencepiece._sentencepiece"
-is_there = inner in sys.modules
-from sentencepiece import SentencePieceProcessor as found
-print(is_there, inner in sys.modules, found is user.spm.SentencePieceProcessor)
-"""
-
-
-def test_sentencepiece_is_run_by_whoever_uses_it() -> None:
-    done = subprocess.run([sys.executable, "-c", _SPELLED], capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True", "True"], done.stderr
 
 
 _LOADED = """

@@ -464,7 +464,7 @@ def test_a_template_that_does_not_end_is_stopped_and_others_are_served(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the meantime a stream goes on, health answers, and the render thread is free after it."""
-    from mlxlite.__main__ import load
+    from mlxlite.server import load
 
     @in_a_loop
     async def test() -> None:
@@ -875,7 +875,7 @@ def test_a_model_of_the_hub_without_a_network_is_exit_1_with_one_line(tmp_path: 
 def test_a_network_that_cannot_run_its_first_tokens_is_no_server(
     monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    from mlxlite.__main__ import load
+    from mlxlite.server import load
 
     def warm_up(_: ModelRunner) -> None:
         raise error
