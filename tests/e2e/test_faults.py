@@ -1,8 +1,8 @@
 """Faults, and what each of them costs: its own sequence, or its own step, never the server.
 
-The table of faults in tests/README.md names these tests. Faults are put in where the code that is not ours is
-called: the network, the sampler, a grammar's matcher, the tokenizer, the template, the disk. What a
-process does about signals and about a start that comes to nothing is in the second half.
+The table of faults in tests/README.md names these tests. Faults are injected where foreign code is
+called: the network, the sampler, a grammar's matcher, the tokenizer, the template, the disk. How a
+process reacts to signals and to a failed start is in the second half.
 """
 
 import asyncio
