@@ -69,7 +69,6 @@ DEBT = {
     "runner.model_runner → vision.network",
 }
 LONG = {
-    "engine.scheduler.Scheduler",
     "http.parser.Connection",
     "prefix_cache.index.PrefixCache",
     "runner.model_runner.ModelRunner",

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlite.engine.memory import Memory
-from mlxlite.engine.scheduler import MIN_SHARED, Policy, Scheduler
+from mlxlite.engine.prefix_sharing import MIN_SHARED
+from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Sequence
 from mlxlite.engine.step import (
     Add,

@@ -1,0 +1,105 @@
+"""The scheduler's record of one request: its place in the order, and how far it has been computed.
+
+Decides nothing about other requests, and never changes but through the scheduler and the sharing of
+the prefill. Invariants: at most `max_tokens` rows are launched, and the last known token is never
+prefilled, because it is the input of the next row.
+"""
+
+from dataclasses import dataclass, field
+
+from mlxlite.engine.sequence import Sequence
+from mlxlite.engine.step import Status
+from mlxlite.prefix_cache.hashing import Blocks, extended
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live sequence: `num_launched` rows are in steps so far, of which `outputs` came back.
+
+    `num_computed` tokens since the last admission are in the runner's cache or in a step: of the
+    prompt and, after a preemption, of the outputs; the first `start` of them were a prefix hit.
+    Of its images `num_encoded` need no run of the vision tower any more.
+    """
+
+    sequence: Sequence
+    key: tuple[int, int]  # priority with ageing, then order of arrival: the lowest goes first
+    status: Status = Status.WAITING
+    start: int = 0
+    num_computed: int = 0
+    num_encoded: int = 0
+    num_launched: int = 0
+    num_deferred: int = 0  # steps without a part of its prompt, since the last one with one
+    outputs: list[int] = field(default_factory=list)
+    stops: set[int] = field(default_factory=set)  # where a chunk ends, to store the prefix so far
+    waits_for: tuple[int, int] | None = None  # (id, tokens that it will have computed)
+
+    @property
+    def id(self) -> int:
+        return self.sequence.id
+
+    @property
+    def is_running(self) -> bool:
+        return self.status in (Status.PREFILL, Status.DECODE)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.sequence.prompt.tokens) + len(self.outputs)
+
+    @property
+    def num_launched_tokens(self) -> int:
+        """Tokens in the cache once the steps made so far have run."""
+        if self.status is Status.DECODE:
+            return len(self.sequence.prompt.tokens) + self.num_launched - 1
+        return self.num_computed
+
+    @property
+    def num_to_prefill(self) -> int:
+        return self.num_tokens - 1 - self.num_computed
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache once its next row has run."""
+        return len(self.sequence.prompt.tokens) + self.num_launched
+
+    @property
+    def has_row(self) -> bool:
+        return self.num_launched < self.sequence.max_tokens
+
+    @property
+    def needs_encoding(self) -> bool:
+        """Whether an image must be encoded before the next token can be computed."""
+        prompt = self.sequence.prompt
+        if self.num_encoded == len(prompt.images):
+            return False
+        return prompt.images[self.num_encoded].start < max(self.num_computed + 1, prompt.unbroken)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has had no chunk, and one chunk can be all of it."""
+        is_begun = self.num_computed > self.start
+        return not (is_begun or self.stops or self.sequence.prompt.images)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it has had a chunk and may be cut anywhere."""
+        return self.num_computed > max(self.start, self.sequence.prompt.unbroken)
+
+    def blocks(self) -> Blocks | None:
+        """The prefix cache's keys of prompt and outputs; None if the cache is not used."""
+        blocks = self.sequence.prompt.blocks
+        return extended(blocks, self.outputs) if blocks and self.outputs else blocks
+
+    def resume(self, num_computed: int) -> None:
+        """Begin after the first `num_computed` tokens, which are in the cache."""
+        self.start = self.num_computed = num_computed
+        images = self.sequence.prompt.images
+        self.num_encoded = sum(image.stop <= num_computed for image in images)
+
+    def num_ready(self, budget: int) -> int:
+        """Tokens of the next chunk: up to the budget, the next stop or the next image."""
+        prompt = self.sequence.prompt
+        if self.num_computed < prompt.unbroken:
+            return prompt.unbroken - self.num_computed if budget else 0
+        ends = [stop for stop in self.stops if stop > self.num_computed]
+        ends += [image.start for image in prompt.images[self.num_encoded :]]
+        return min(budget, self.num_to_prefill, *(end - self.num_computed for end in ends))
