@@ -1,8 +1,8 @@
-"""Faults of code that is not ours: what they may cost, and what may be said of them.
+"""Errors of foreign code: how they are summarised for clients and logged.
 
-A model's network, a tokenizer, a chat template and a grammar raise what they like, and a template
-need not even end. Decides how such a fault is told, and ends a call that takes too long. It must
-never let a prompt's text into a log, nor a path into an answer: an error's message may hold either.
+A model's network, a tokenizer, a chat template and a grammar may raise any exception. An error's
+message may hold a prompt's text or a path: the first must never get into a log, nor the second into
+an answer.
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import TypeVar
 
 
 def reason_of(error: BaseException) -> str:
-    """The reason in one line of bounded length, with its kind where the text alone says little."""
+    """The message in one line of bounded length, with its type where the message is not enough."""
     text = " ".join(str(error).split())[:300]
     is_bare = not text or isinstance(error, KeyError | AssertionError | ZeroDivisionError)
     return f"{type(error).__name__}: {text}".removesuffix(": ") if is_bare else text
 
 
 T = TypeVar("T")
-# What is raised by code that meets what it was not written for. Not AssertionError: that is ours.
+# Raised by foreign code for unexpected input. Not AssertionError: those are our own.
 FOREIGN = (
     ArithmeticError,
     AttributeError,
@@ -30,18 +30,18 @@ FOREIGN = (
     TypeError,
     ValueError,
 )
-_MAX_TOLD = 200  # characters
+_MAX_SUMMARY = 200  # characters
 _PATH = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\":,;()]+/)+[^\s'\":,;()]*")
 
 
 def told(error: BaseException) -> str:
-    """One line for a client: what it was, never where."""
+    """A one-line description for the client, file paths removed."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
-    return _PATH.sub("…", line)[:_MAX_TOLD]
+    return _PATH.sub("…", line)[:_MAX_SUMMARY]
 
 
 def trace_of(error: BaseException) -> str:
-    """For a log: what kind of error it was and where it came from, without what it says."""
+    """For a log: the types of an error and its causes with their frames, without messages."""
     lines: list[str] = []
     at: BaseException | None = error
     while at is not None and len(lines) < 100:
@@ -53,7 +53,7 @@ def trace_of(error: BaseException) -> str:
 
 
 def bearable(error: BaseException) -> Exception:
-    """An error that a future takes and a loop outlives: StopIteration and a Rust panic are not."""
+    """Wraps StopIteration and non-Exceptions (a Rust panic), which asyncio futures reject."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

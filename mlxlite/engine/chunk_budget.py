@@ -4,16 +4,17 @@ from mlxlite.engine.step import Step
 
 
 class ChunkTuner:
-    """Sizes the prefill of a step that also decodes, from what steps have taken.
+    """Sizes the prefill of a step that also decodes, from the measured times of steps.
 
-    A step takes what its rows take, a pass for each chunk (or for all first ones, which are
-    packed), and a time per token. The first is a moving average of steps that only decode, the
-    second the least of these, the third is fitted; and so it says how many tokens fit in
-    `budget_s`. Without the passes a small chunk would look dear and the next one be smaller still.
+    The model of a step's time: the rows' decode, a pass for each chunk (or one for all first
+    chunks, which are packed), and a time per prompt token. The decode is a moving average of steps
+    that only decode, the pass the least of these, the time per token is fitted; `budget_s` over it
+    is the number of tokens. Without the pass, a small chunk would seem slow and the next one be
+    smaller still.
 
-    A step that was slower than the average counts at once: tokens cost more as the context grows,
-    and the next one more still. Says nothing while the answer would grow by less than an eighth, or
-    shrink by less than a sixteenth, so that the command log stays short.
+    A step that is slower than the average counts at once, because tokens cost more as the context
+    grows. The budget is reported only if it grows by an eighth or shrinks by a sixteenth, so that
+    the command log stays short.
     """
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
@@ -25,11 +26,11 @@ class ChunkTuner:
         self._decode_s = 0.0
         self._pass_s = 0.0
         self._token_s = 0.0
-        self._said = 0
+        self._num_reported = 0
 
     def measure(self, step: Step, device_s: float) -> int | None:
-        """Take one step's time; a new chunk budget in tokens, or None for no change."""
-        if device_s <= 0.0 or step.looks:  # a picture's time says nothing about tokens
+        """Add one step's time; the new chunk budget in tokens, or None for no change."""
+        if device_s <= 0.0 or step.looks:  # an image's time is not a token's
             return None
         if not step.num_prefill_tokens:
             if step.rows:
@@ -44,9 +45,9 @@ class ChunkTuner:
         self._token_s = max(token_s, self._average(self._token_s, token_s))
         budget_s = max(self._budget_s - self._pass_s, self._budget_s / 2)
         num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
-        if self._said * 15 < num_tokens * 16 and num_tokens * 8 < self._said * 9:
+        if self._num_reported * 15 < num_tokens * 16 and num_tokens * 8 < self._num_reported * 9:
             return None
-        self._said = num_tokens
+        self._num_reported = num_tokens
         return num_tokens
 
     def _average(self, old: float, new: float, more_weight: float = _WEIGHT) -> float:

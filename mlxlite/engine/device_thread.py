@@ -1,8 +1,8 @@
-"""The lane: one thread that runs every line that touches MLX.
+"""The device thread: the one thread that runs every line that touches MLX.
 
-MLX's streams belong to a thread, so what is built here must be evaluated and dropped here. The lane
-does one thing at a time, in order; results and exceptions go back to the event loop. How much of it
-a step may take is measured here too.
+MLX's streams belong to a thread, so arrays that are built here must be evaluated and dropped here.
+Calls run one at a time, in order; results and exceptions are delivered on the event loop. The
+thread must never keep an array of a call that has returned.
 """
 
 import asyncio
@@ -20,28 +20,24 @@ T = TypeVar("T")
 
 
 class Lane:
-    """One thread that does one thing at a time: the home of every MLX object.
-
-    MLX's streams belong to a thread, so what is built here must be evaluated and dropped here. The
-    thread is a daemon: a device that never answers cannot keep the process from exiting.
-    """
+    """One thread that runs calls in order. A daemon: a device that hangs cannot block the exit."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="mlxlite-lane", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="mlxlite-device", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # or the last call's arguments live until the next one
+            del call  # or the last call's arguments stay alive until the next one
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function(*args)` on the lane; its result or exception comes back to the loop."""
+        """Call `function(*args)` on the device thread; returns its result or raises its error."""
         return await self.submit(function, *args)
 
     def submit(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-        """The same, without waiting: the lane begins at once, or after what it is at."""
+        """Queue `function(*args)` without waiting; the future is of the running loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -49,20 +45,20 @@ class Lane:
             deliver: Callable[[], None]
             try:
                 result = function(*args)
-            except BaseException as error:  # carried to the awaiting task, whatever it is
-                # Its frames hold the arrays of what failed, which must be dropped here, and now.
+            except BaseException as error:  # of any kind: the awaiting task gets it
+                # Its frames hold arrays of the failed call, which must be dropped on this thread.
                 traceback.clear_frames(error.__traceback__)
                 deliver = _Failure(future, bearable(error))
             else:
                 deliver = _Success(future, result)
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no task awaits it
                 loop.call_soon_threadsafe(deliver)
 
         self._calls.put(call)
         return future
 
     async def close(self, timeout_s: float) -> bool:
-        """Let the thread end after its present call; False if it did not within the time."""
+        """End the thread after the queued calls; False if it is still alive after `timeout_s`."""
         self._calls.put(None)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._thread.join, timeout_s)
@@ -71,8 +67,8 @@ class Lane:
 
 @dataclass(slots=True)
 class _Success:
-    future: asyncio.Future[Any] = field(repr=False)  # which shows its result
-    result: Any = field(repr=False)  # arrays, prompts: nothing for asyncio's debug log
+    future: asyncio.Future[Any] = field(repr=False)  # its repr has the result
+    result: Any = field(repr=False)  # arrays, prompts: kept out of asyncio's debug log
 
     def __call__(self) -> None:
         if not self.future.done():

@@ -1,7 +1,7 @@
-"""Texts to vectors, on the same lane as the rows that decode, in pieces between their steps.
+"""Embeds texts on the same device thread as the rows that decode, in pieces between their steps.
 
-Never more than `EMBED_TOKENS` at once, and one request's piece at a time: so long do running
-streams wait, and so much memory does it take. What nobody waits for any more is dropped.
+Never more than `EMBED_TOKENS` in one call, and one call at a time: this bounds the delay of running
+streams and the memory. The rest of a cancelled request is dropped.
 """
 
 import asyncio
@@ -12,17 +12,17 @@ from functools import partial
 from mlxlite.engine.device_thread import Lane
 from mlxlite.engine.step import Part, Runner
 
-EMBED_TOKENS = 512  # in one call: what a running stream may have to wait for
+EMBED_TOKENS = 512  # in one call, for which running streams wait
 
 
 class Embedder:
-    """Embeds on one lane. Its method belongs to the loop thread."""
+    """Embeds on one device thread. Its method belongs to the loop thread."""
 
     def __init__(self, lane: Lane, runner: Runner) -> None:
         self._lane = lane
         self._runner = runner
         self._num_embedded = 0  # calls, for ids
-        self._embedding = asyncio.Lock()  # one at a time: so much memory, and so long a wait
+        self._embedding = asyncio.Lock()  # one call at a time
 
     async def embed(
         self,
@@ -31,10 +31,10 @@ class Embedder:
         is_mean: bool,
         is_wanted: Callable[[], bool],
     ) -> list[list[float]] | None:
-        """A vector of length 1 for each input; None when nobody wants them any more.
+        """A vector of length 1 for each input; None once `is_wanted()` is false.
 
         Done in pieces of at most `EMBED_TOKENS`, between which the rows that decode have their
-        steps. Raises NotImplementedError for a model that cannot, and what the runner raises.
+        steps. Raises NotImplementedError for a model that cannot embed, and the runner's errors.
         """
         vectors: list[list[float]] = [[] for _ in inputs]
         for group in _like_lengths(inputs):
@@ -54,7 +54,7 @@ class Embedder:
         is_mean: bool,
         is_wanted: Callable[[], bool],
     ) -> list[list[float]] | None:
-        """A few inputs at once, or a long one in parts."""
+        """Embed a few inputs in one call, or a long one in parts."""
         self._num_embedded += 1
         tokens = batch[0]
         is_long = len(tokens) > EMBED_TOKENS
@@ -73,7 +73,7 @@ class Embedder:
 
 
 def _like_lengths(inputs: SequenceOf[tuple[int, ...]]) -> list[list[int]]:
-    """Inputs that go through the model together, by index: padded, no more than EMBED_TOKENS."""
+    """Indices of inputs to embed in one call: at most EMBED_TOKENS, padded to the longest."""
     groups: list[list[int]] = []
     for i in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
         if groups and (len(groups[-1]) + 1) * len(inputs[i]) <= EMBED_TOKENS:

@@ -1,4 +1,4 @@
-"""The ledger's arithmetic: bytes that rows, windows and states hold, by their length. Pure."""
+"""Bytes that rows, windows and states hold, by their length in tokens. Pure arithmetic."""
 
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What sequences hold, by length: the ledger's arithmetic. Sizes in bytes.
+    """The memory that sequences hold, by length. Sizes in bytes.
 
-    A row of n tokens holds `row_bytes` and, for each of `layers`, (bytes per token, most tokens
-    kept or None) what its tokens take and, as mlx-lm's caches grow by blocks, up to `block` tokens
-    more. `budget_bytes` is what there is for all of them, beside weights and reserve; None is no
-    limit.
+    A row of n tokens holds `row_bytes` and, for each of `layers` (bytes per token, most tokens kept
+    or None), the bytes of its tokens and, as mlx-lm's caches grow by blocks, of up to `block` more.
+    `budget_bytes` is the limit for all sequences, without weights and reserve; None is no limit.
     """
 
     budget_bytes: int | None = None
@@ -22,27 +21,27 @@ class Memory:
 
     @property
     def has_state(self) -> bool:
-        """Whether some layer keeps a window or a state, from which nothing can be cut off."""
+        """Whether some layer keeps a window or a state, which cannot be cut to a shorter prefix."""
         return self.row_bytes > 0 or any(most is not None for _, most in self.layers)
 
     @property
     def token_bytes(self) -> int:
-        """What a token takes in the layers that keep all tokens."""
+        """Bytes of one token in the layers that keep all tokens."""
         return sum(token_bytes for token_bytes, most in self.layers if most is None)
 
     def state_bytes(self, num_tokens: int) -> int:
-        """What the windows and states hold after so many tokens."""
+        """Bytes of the windows and states after `num_tokens` tokens."""
         windows = [(size, most) for size, most in self.layers if most is not None]
         return self.row_bytes + sum(size * min(num_tokens, most) for size, most in windows)
 
     def row(self, num_tokens: int) -> int:
-        """The most that one row of so many tokens holds."""
+        """The most bytes that one row of `num_tokens` tokens holds."""
         size = num_tokens + self.block
         held = (token_bytes * min(size, most or size) for token_bytes, most in self.layers)
         return self.row_bytes + sum(held)
 
     def batch(self, lengths: Iterable[int]) -> int:
-        """Rows that decode together are all padded to the longest."""
+        """Bytes of rows that decode together: all are padded to the longest."""
         sizes = list(lengths)
         return len(sizes) * self.row(max(sizes)) if sizes else 0
 
@@ -58,7 +57,7 @@ _DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
 
 
 def prefix_bytes(memory: Memory, wanted: int | None) -> int:
-    """What the prefix cache may hold, where running sequences leave it; `wanted` None: a share."""
+    """The prefix cache's limit in bytes, within the budget; a share of it if `wanted` is None."""
     budget = memory.budget_bytes
     if wanted is None:
         return _DEFAULT_PREFIX_BYTES if budget is None else int(budget * PREFIX_SHARE)

@@ -1,4 +1,4 @@
-"""The scheduler's unit: a prompt, its images and grammar, and how its answer ended. Immutable."""
+"""One sequence: a prompt with its images and grammar, its limits, how it ended. Immutable."""
 
 import hashlib
 import struct
@@ -16,16 +16,16 @@ class FinishReason(Enum):
 
     STOP = "stop"  # end-of-sequence token, or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
-    CANCELLED = "cancelled"  # the client left, or asked for it
+    CANCELLED = "cancelled"  # by the client, or by its disconnect
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture in a prompt: what the model sees of it stands at tokens in `[start, stop)`.
+    """An image in a prompt: its features replace the tokens in `[start, stop)`.
 
-    `digest` names the picture; `inputs` are what the vision tower reads, opaque but to the lane, of
-    `num_bytes`.
+    `digest` identifies the image; `inputs` are the vision tower's, of `num_bytes`; only the device
+    thread may look into them.
     """
 
     start: int
@@ -37,12 +37,12 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model reads: at least one token id. Without `blocks` the prefix cache is not used.
+    """The tokens of a prompt, at least one. Without `blocks` the prefix cache is not used.
 
     `message_starts` are the positions at which its messages begin, where the renderer knows them.
-    `starts_in_reasoning`: it ends inside a block of reasoning, with which the answer goes on.
-    `images` stand in their order, and never at the last token; `layout` is what the network needs
-    to know of them together. The first `unbroken` tokens must be prefilled at once.
+    `starts_in_reasoning`: the prompt ends inside a block of reasoning, which the answer continues.
+    `images` are in order of position, none at the last token; `layout` is the network's input about
+    all of them. The first `unbroken` tokens must be prefilled in one chunk.
     """
 
     tokens: tuple[int, ...]
@@ -59,32 +59,32 @@ class Prompt:
         assert all(image.stop < len(self.tokens) for image in self.images)
 
     def names(self) -> tuple[int, ...]:
-        """What tells the prompt from others: its tokens and, for those of images, their digests.
+        """The tokens as the prefix cache's keys see them: those of images replaced by digests.
 
-        Where an image stands, words of 31 bits are spun from its digest, with a bit that no token
-        has: another image of the same size differs from the first word on.
+        At an image, words of 31 bits are derived from its digest, with a bit that no token has:
+        another image of the same size differs from the first word on.
         """
-        names = list(self.tokens)
+        tokens = list(self.tokens)
         for image in self.images:
             num = image.stop - image.start
             data = hashlib.shake_128(image.digest).digest(4 * num)
             words = struct.unpack(f"<{num}I", data)
-            names[image.start : image.stop] = [word | 1 << 31 for word in words]
-        return tuple(names)
+            tokens[image.start : image.stop] = [word | 1 << 31 for word in words]
+        return tuple(tokens)
 
 
 class Matcher(Protocol):
-    """Where one sequence is in its grammar. Lives on the lane."""
+    """The state of one sequence in its grammar. Lives on the device thread."""
 
     @property
     def error(self) -> str | None: ...
 
     def accept(self, tokens: SequenceOf[int]) -> None:
-        """The sequence goes on with these."""
+        """Advance by the next tokens of the sequence."""
         ...
 
     def fill(self, mask: Any) -> None:
-        """Set the bits of the tokens that may come next, in a row of 32-bit words."""
+        """Set the bits of the tokens that may be next, in a row of 32-bit words."""
         ...
 
 
@@ -96,10 +96,10 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """The scheduler's unit: one prompt and its one answer.
+    """One prompt and its one answer: what the scheduler schedules.
 
     `max_tokens` is at least 1 and already within the context: prompt + output never exceed it.
-    `eos_tokens` end the sequence and are no part of its text; an empty set never ends.
+    `eos_tokens` end the sequence and are no part of its text; an empty set never ends it.
     Lower `priority` goes first, as in vLLM.
     """
 
@@ -118,7 +118,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural-log probabilities before any sampling setting: the drawn token's, the best ones'."""
+    """Natural-log probabilities before any sampling parameter: of the drawn and the best tokens."""
 
     drawn: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first

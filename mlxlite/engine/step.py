@@ -1,12 +1,12 @@
-"""The nouns: what the modules say to one another, and nothing that does anything.
+"""The records that pass between engine, scheduler and runner; no behaviour of their own.
 
 A request (an HTTP call) becomes one or more sequences. A sequence enters the scheduler as a
-command, leaves it in steps, and comes back as tokens and events:
+command, leaves it in steps, and its results are tokens and events:
 
     command ─▶ Scheduler ─▶ Step ─▶ Runner ─▶ Outcome ─▶ Scheduler ─▶ event
 
-Everything here is immutable (tokens and deltas by rule: there is one for each token) and free of
-MLX, sockets and clocks, so a log of commands and outcomes replays a run exactly. Ranges are
+Everything here is immutable (`Token` by convention only, because there is one for each token) and
+free of MLX, sockets and clocks, so a log of commands and outcomes replays a run exactly. Ranges are
 `[start, stop)`; counts are `num_*`.
 """
 
@@ -22,12 +22,12 @@ from mlxlite.prefix_cache.operations import NO_HIT, CacheOp, Hit, Stored
 
 
 class Status(Enum):
-    """Where a sequence is: down the list; preempted, back to WAITING; FINISHED from anywhere."""
+    """A sequence goes down the list; preempted, back to WAITING; to FINISHED from any status."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
-    LEAVING = "leaving"  # preempted, its last launched token still to come
+    LEAVING = "leaving"  # preempted, the token of its last launched row not yet returned
     FINISHED = "finished"
 
 
@@ -43,7 +43,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """End a sequence from outside: a lost client, a cancel, a stop string, a failure."""
+    """End a sequence from outside: a disconnect, a cancel, a stop string, a failure."""
 
     id: int
     reason: FinishReason
@@ -52,40 +52,40 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class SetChunkBudget:
-    """The measured prefill rate allows this many prompt tokens in a step that also decodes."""
+    """Limit the prompt tokens of a step that also decodes, from the measured prefill rate."""
 
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A whole step is lost, and with it all that the runner held: end what has left the queue."""
+    """The device step raised and the runner lost its caches: fail every running sequence."""
 
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class CloseBatch:
-    """Static batching: the gathering time is over, run what is there."""
+    """Static batching: the gathering time is over, run the batch as it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A payload of the prefix cache has come from disk."""
+    """A payload of the prefix cache has been read from disk."""
 
     payload: int
 
 
 @dataclass(frozen=True, slots=True)
 class Unstored:
-    """A payload of the prefix cache could not be written to disk, or read from it."""
+    """A payload of the prefix cache could not be written to disk or read from it."""
 
     payload: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClearCache:
-    """Forget all prefixes."""
+    """Drop all cached prefixes."""
 
 
 Command = Add | Finish | Lost | SetChunkBudget | CloseBatch | Fetched | Unstored | ClearCache
@@ -98,7 +98,7 @@ Command = Add | Finish | Lost | SetChunkBudget | CloseBatch | Fetched | Unstored
 class Admission:
     """A sequence leaves the queue.
 
-    `outputs` are the tokens it had drawn before a preemption. It begins after its `hit`.
+    `outputs` are the tokens drawn before a preemption. Its prefill starts after its `hit`.
     """
 
     sequence: Sequence
@@ -107,7 +107,7 @@ class Admission:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and outputs: what must be in the cache, but for the last, to draw the next."""
+        """Prompt and outputs; all but the last must be in the cache to draw the next."""
         return len(self.sequence.prompt.tokens) + len(self.outputs)
 
 
@@ -123,8 +123,8 @@ class Look:
 class Chunk:
     """Prefill the tokens `[start, stop)` of one admitted sequence.
 
-    n tokens are prefilled up to n - 1: the last one is the input of the first decode row, so that
-    sampling happens in one place and the output layer never runs over a whole prompt.
+    A prompt of n tokens is prefilled up to n - 1: the last one is the input of the first decode
+    row, so that sampling happens in one place and the output layer never runs over a whole prompt.
     """
 
     id: int
@@ -137,8 +137,8 @@ class Step:
     """One tick's work, in the order of the fields.
 
     `rows` are the sequences that decode one token each, in order of joining; a sequence's first row
-    may be in the step of its last chunk. The prefix cache is worked on twice: `before` for the
-    sequences that are then released, `after` the chunks for those that go on.
+    may be in the step of its last chunk. The prefix cache's operations run twice: `before` the
+    release, for the sequences that are released, and `after` the chunks, for those that go on.
     """
 
     number: int
@@ -157,11 +157,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step brought: a token for each of its rows, in their order.
+    """The results of a step: a token for each of its rows, in their order.
 
-    `logprobs` is by id, for the rows that asked. A failed sequence has no meaningful token.
+    `logprobs` is by id, for the rows that request them. A failed sequence has no meaningful token.
     Times in seconds, 0 if not known: `device_s` is how long the device had this step to itself;
-    the lane spent `build_s` on its graph, `dispatch_s` on handing it over, `wait_s` on its tokens.
+    the device thread spent `build_s` on the graph, `dispatch_s` on the dispatch and `wait_s`
+    waiting for the tokens.
     """
 
     tokens: tuple[int, ...] = ()
@@ -171,7 +172,7 @@ class Outcome:
     build_s: float = 0.0
     dispatch_s: float = 0.0
     wait_s: float = 0.0
-    lost: tuple[int, ...] = ()  # payloads of the prefix cache that are not there after all
+    lost: tuple[int, ...] = ()  # payloads of the prefix cache that turned out to be missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +184,18 @@ class Part:
 
 
 class Launched(Protocol):
-    """A step that the device is working on; made and read by the runner alone."""
+    """A dispatched step; made and read by the runner alone."""
 
     @property
     def step(self) -> Step: ...
 
 
 class Runner(Protocol):
-    """The model, as the engine sees it. Every call is made on the lane, one at a time."""
+    """The model, as the engine sees it. Calls are made on the device thread, one at a time."""
 
     @property
     def memory(self) -> Memory:
-        """What sequences hold, and how much there is for them."""
+        """What sequences hold by length, and the budget for them."""
 
     @property
     def is_slow_to_launch(self) -> bool:
@@ -205,36 +206,36 @@ class Runner(Protocol):
     ) -> tuple[Launched | None, Outcome | None]:
         """Dispatch `step`, then wait for `in_flight`, the step launched before it.
 
-        A sequence that fails alone is reported in the outcome of its step. Raises when a whole
-        step is lost; the caller then ends every sequence and calls `reset`.
+        A sequence that fails alone is reported in the outcome of its step. Raises if the whole
+        step fails; the caller then ends every sequence and calls `reset`.
         """
         ...
 
     def reset(self) -> None:
-        """Forget every sequence and free what they held, the prefix cache in memory too."""
+        """Free every sequence and all of the prefix cache that is in memory."""
 
     def embed(
         self, inputs: SequenceOf[tuple[int, ...]], *, is_mean: bool, part: Part | None = None
     ) -> list[list[float]]:
-        """Vectors of length 1 for inputs of like length; of one input's `part` none but the last.
+        """Vectors of length 1 for inputs of like length; with `part` only for the last part.
 
-        Raises NotImplementedError for a model whose states cannot be had.
+        Raises NotImplementedError for a model whose hidden states are not accessible.
         """
         ...
 
     def drop_embedding(self, id: int) -> None:
-        """Forget an input whose last part will not come."""
+        """Free an input of which no further part will be passed."""
 
-    def files(self, tell: Callable[[Command], None]) -> SequenceOf[tuple[int, Stored]]:
-        """What the prefix cache has on disk; `tell` hears, on any thread, what comes of it."""
-
-
-# --- events: what the scheduler tells the outside ---------------------------------------------
+    def files(self, on_event: Callable[[Command], None]) -> SequenceOf[tuple[int, Stored]]:
+        """List stored prefixes; `on_event` is called from the I/O thread with later results."""
 
 
-@dataclass(slots=True)  # to make a frozen one takes five times as long
+# --- events: what the scheduler returns --------------------------------------------------------
+
+
+@dataclass(slots=True)  # a frozen one takes five times as long to create
 class Token:
-    """One more output token. An end-of-sequence token is counted but carries no text.
+    """One more output token. An end-of-sequence token is counted but has no text.
 
     `usage` is as of this token, for the sink of a sequence that wants it.
     """
@@ -273,7 +274,7 @@ class Prefilled:
 class Sink(Protocol):
     """The receiver of one sequence's tokens: called on the loop thread, must not block.
 
-    One that raises fails its sequence, and is called once more, with the `Finished` of that.
+    A sink that raises fails its sequence, and is called once more, with that `Finished`.
     """
 
     def __call__(self, output: Token | Prefilled | Finished) -> None: ...
