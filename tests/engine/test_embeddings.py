@@ -75,7 +75,9 @@ def test_a_vector_is_the_models_own_states_pooled(tiny: nn.Module, is_mean: bool
 
 
 @pytest.mark.parametrize("is_mean", [False, True])
-def test_inputs_together_are_what_each_is_alone(tiny: nn.Module, is_mean: bool) -> None:
+def test_inputs_embedded_together_equal_those_embedded_alone(
+    tiny: nn.Module, is_mean: bool
+) -> None:
     runner = ModelRunner(tiny)
     inputs = [text_tokens(length, length) for length in (7, 1, 30, 2, 31, 64)]
     together = runner.embed(inputs, is_mean=is_mean)
@@ -86,7 +88,7 @@ def test_inputs_together_are_what_each_is_alone(tiny: nn.Module, is_mean: bool) 
 
 @pytest.mark.parametrize("is_mean", [False, True])
 @pytest.mark.parametrize("sizes", [(100, 100), (1, 199), (199, 1), (64, 64, 64, 8)])
-def test_parts_are_what_the_whole_is(
+def test_an_input_in_parts_equals_the_whole(
     tiny: nn.Module, sizes: tuple[int, ...], is_mean: bool
 ) -> None:
     runner = ModelRunner(tiny)
@@ -120,7 +122,7 @@ def test_inputs_in_parts_do_not_mix_and_can_be_dropped(tiny: nn.Module) -> None:
     assert runner._embedding == {}
 
 
-def test_a_model_that_shows_no_states_has_no_embeddings() -> None:
+def test_a_model_without_accessible_states_has_no_embeddings() -> None:
     class Opaque(nn.Module):  # type: ignore[misc]
         layers: tuple[nn.Module, ...] = ()
 
@@ -174,7 +176,7 @@ def test_a_long_input_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_who_goes_in_the_middle_of_an_input_leaves_no_state(
+def test_a_disconnect_in_the_middle_of_an_input_leaves_no_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     @in_a_loop
@@ -237,12 +239,12 @@ async def test_the_demos_tokens_are_the_prompt_that_a_chat_is_prefilled_with() -
             counted = (await wire.post("/tokenize", asked)).json
             answer = (await wire.post("/v1/chat/completions", {**asked, "max_tokens": 1})).json
             assert answer["usage"]["prompt_tokens"] == counted["count"]
-            told = {"prompt": counted["tokens"], "max_tokens": 20, "temperature": 0}
-            completed = (await wire.post("/v1/completions", told)).json
+            request = {"prompt": counted["tokens"], "max_tokens": 20, "temperature": 0}
+            completed = (await wire.post("/v1/completions", request)).json
             # in one text, as a completion has it
             whole = {**asked, "max_tokens": 20, "temperature": 0, "reasoning_format": "none"}
-            said = (await wire.post("/v1/chat/completions", whole)).json
-            assert completed["choices"][0]["text"] == said["choices"][0]["message"]["content"]
+            chat = (await wire.post("/v1/chat/completions", whole)).json
+            assert completed["choices"][0]["text"] == chat["choices"][0]["message"]["content"]
 
 
 @in_a_loop
@@ -252,17 +254,17 @@ async def test_the_demos_text_is_there_and_back_byte_for_byte() -> None:
         await connect(server) as wire,
     ):
         for text in ("Hello, how are you?", "  two  spaces ", "🙂 日本語 äöü", "a\n\tb\n"):
-            told = (await wire.post("/tokenize", {"content": text, "with_pieces": True})).json
-            assert told["count"] == len(told["tokens"])
+            answer = (await wire.post("/tokenize", {"content": text, "with_pieces": True})).json
+            assert answer["count"] == len(answer["tokens"])
             raw = b"".join(
                 piece.encode() if isinstance(piece, str) else bytes(piece)
-                for piece in (token["piece"] for token in told["tokens"])
+                for piece in (token["piece"] for token in answer["tokens"])
             )
             assert raw.decode() == text
-            tokens = [token["id"] for token in told["tokens"]]
+            tokens = [token["id"] for token in answer["tokens"]]
             back = await wire.post("/detokenize", {"tokens": tokens})
             assert back.json == {"content": text, "prompt": text}
-        halves = [token for token in told["tokens"] if isinstance(token["piece"], list)]
+        halves = [token for token in answer["tokens"] if isinstance(token["piece"], list)]
         assert halves == []
         emoji = (await wire.post("/tokenize", {"content": "🙂", "with_pieces": True})).json
         assert any(isinstance(token["piece"], list) for token in emoji["tokens"])

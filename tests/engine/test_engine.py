@@ -85,7 +85,7 @@ def play(scenario: Coroutine[Any, Any, None], **options: Any) -> None:
 
 
 class Gate:
-    """Blocks the lane in one step until it is opened; `reached` tells the loop that it does."""
+    """Blocks the device thread in one step until it is opened; `reached` is set when it does."""
 
     def __init__(self, number: int) -> None:
         self.reached = asyncio.Event()
@@ -109,9 +109,9 @@ async def turns(num: int = 20) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the lane's thread brings about."""
+    """Wait for an effect of the device thread."""
     async with asyncio.timeout(30):  # far above what any test needs
-        while not condition():  # noqa: ASYNC110  # a thread changes it, and no event says so
+        while not condition():  # noqa: ASYNC110  # a thread changes it, without an event
             await asyncio.sleep(0)
 
 
@@ -154,14 +154,14 @@ def calls_of(runner: FakeRunner) -> list[int | None]:
     return calls
 
 
-def test_where_a_launch_is_slow_the_step_with_first_tokens_is_told_before_the_next_one_begins():
+def test_where_a_launch_is_slow_first_tokens_are_published_before_the_next_step_begins():
     assert calls_of(FakeRunner())[:4] == [1, 2, 3, 4]
     slow = FakeRunner()
     slow.is_slow_to_launch = True
     assert calls_of(slow)[:5] == [1, 2, None, 3, 4], "the second chunk brings the first row"
 
 
-def test_it_says_when_there_is_nothing_left_to_do():
+def test_the_engine_reports_when_it_is_idle():
     async def scenario() -> None:
         async with serve(FakeRunner()) as served:
             await asyncio.wait_for(served.engine.rests.wait(), 5)
@@ -221,7 +221,7 @@ def test_a_sequence_that_its_sink_ends_with_the_last_allowed_token_is_observed_a
     play(scenario())
 
 
-def test_progress_and_usage_come_to_the_sinks_that_want_them():
+def test_progress_and_usage_reach_the_sinks_that_want_them():
     async def scenario() -> None:
         async with serve(policy=Policy(chunk_size=8)) as served:
             asking = replace(make_sequence(1, 20, 3), wants_progress=True, wants_usage=True)
@@ -374,7 +374,7 @@ def expected_logprobs(sequence: Sequence, tokens: list[int]) -> list[tuple[int, 
     return [(token, fake_logprobs(sequence, i, token)) for i, token in enumerate(tokens)]
 
 
-def test_logprobs_come_with_their_tokens_to_those_who_asked():
+def test_logprobs_are_with_their_tokens_where_requested():
     async def scenario() -> None:
         async with serve() as served:
             asking = make_sequence(1, max_tokens=5, sampling=REPORTING)
@@ -421,7 +421,7 @@ def test_a_request_whose_answers_have_no_room_in_the_queue_is_refused_as_a_whole
     play(scenario())
 
 
-def test_choices_that_wait_when_the_first_ones_step_is_lost_are_served():
+def test_choices_that_wait_when_the_first_ones_step_fails_are_served():
     """What ran ends, what waits stays: the first one's blocks are lost with the runner's reset."""
     choices = make_choices(4, 99, 4, block_size=16)
 
@@ -464,7 +464,7 @@ def test_a_preempted_sequence_has_one_text_one_done_and_the_times_of_its_first_s
     play(scenario())
 
 
-def test_who_was_preempted_with_a_row_in_the_step_that_is_lost_ends_with_it():
+def test_a_request_preempted_with_a_row_in_the_failed_step_ends_with_it():
     async def scenario() -> None:
         gate = Gate(3)
         runner = FakeRunner(before=gate, lost_in_wait={3})
@@ -484,7 +484,7 @@ def test_who_was_preempted_with_a_row_in_the_step_that_is_lost_ends_with_it():
 # --- time -------------------------------------------------------------------------------------
 
 
-def test_who_has_been_here_too_long_ends_with_an_error_once():
+def test_a_request_past_its_timeout_ends_with_an_error_once():
     async def scenario() -> None:
         gate = Gate(2)
         options = EngineOptions(timeout_s=5.0)
@@ -508,7 +508,7 @@ def test_who_has_been_here_too_long_ends_with_an_error_once():
     play(scenario())
 
 
-def test_nobody_expires_before_the_time_or_without_one():
+def test_no_request_expires_before_its_timeout_or_without_one():
     async def scenario() -> None:
         for timeout_s, after_s in ((None, HOUR_S), (HOUR_S, 0.0)):
             async with serve(options=EngineOptions(timeout_s=timeout_s)) as served:
@@ -519,7 +519,7 @@ def test_nobody_expires_before_the_time_or_without_one():
     play(scenario())
 
 
-def test_a_lane_that_does_not_come_back_is_trouble_until_it_does():
+def test_a_stuck_device_thread_is_unhealthy_until_it_returns():
     async def scenario() -> None:
         gate = Gate(2)
         options = EngineOptions(stuck_s=60.0)
@@ -537,7 +537,7 @@ def test_a_lane_that_does_not_come_back_is_trouble_until_it_does():
     play(scenario())
 
 
-def test_a_lost_step_is_no_trouble_and_a_failed_engine_is():
+def test_a_failed_step_is_healthy_and_a_failed_engine_is_not():
     async def scenario() -> None:
         async with serve(FakeRunner(lost_in_launch={2})) as served:
             await served.add(make_sequence(1)).wait()
@@ -579,7 +579,7 @@ def test_a_sink_that_raises_costs_its_own_sequence_alone(
     assert caplog.text.count("the sink of sequence 1 raised") == 1
 
 
-def test_a_sink_that_cannot_go_on_says_why():
+def test_a_sink_that_raises_gives_the_reason():
     async def scenario() -> None:
         def fail(output: SinkOutput) -> None:
             if isinstance(output, Token):
@@ -616,7 +616,7 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
     play(scenario())
 
 
-def test_too_many_pictures_at_once_are_refused_and_text_is_not():
+def test_too_many_images_at_once_are_refused_and_text_is_not():
     def with_picture(id: int, num_bytes: int = MAX_IMAGE_BYTES // 2) -> Sequence:
         sequence = make_sequence(id, images=[(0, 1)])
         (image,) = sequence.prompt.images
@@ -641,7 +641,7 @@ def test_too_many_pictures_at_once_are_refused_and_text_is_not():
     play(scenario())
 
 
-def test_pictures_that_choices_share_are_counted_once():
+def test_images_that_choices_share_are_counted_once():
     (image,) = make_sequence(1, images=[(0, 1)]).prompt.images
     prompt = Prompt((1, 2, 3), images=(replace(image, num_bytes=MAX_IMAGE_BYTES // 2),))
     choices = [replace(choice, prompt=prompt) for choice in make_choices(6)]
@@ -680,7 +680,7 @@ def test_a_sequence_that_fails_alone_ends_with_its_error_and_the_others_go_on():
 
 @pytest.mark.parametrize("place", ["lost_in_launch", "lost_in_wait"])
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_lost_step_ends_those_who_ran_and_the_waiting_go_on(
+def test_a_failed_step_ends_the_running_and_the_waiting_continue(
     place: str, number: int, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
@@ -703,10 +703,10 @@ def test_a_lost_step_ends_those_who_ran_and_the_waiting_go_on(
     assert "a step failed" in caplog.text
 
 
-def test_what_a_lost_step_held_is_gone_when_the_runner_is_reset():
+def test_the_arrays_of_a_failed_step_are_freed_before_the_runner_is_reset():
     """Or the reset that follows an allocation failure could free nothing of what failed.
 
-    The error's traceback keeps the frames, and these the arrays, which belong to the lane.
+    The error's traceback keeps the frames, and these the arrays, which belong to the device thread.
     """
     held: list[weakref.ref[threading.Event]] = []
     is_alive: list[bool] = []
@@ -731,7 +731,7 @@ def test_what_a_lost_step_held_is_gone_when_the_runner_is_reset():
     assert is_alive == [False]
 
 
-def test_a_step_lost_while_a_cancel_waits_ends_once():
+def test_a_step_that_fails_while_a_cancel_waits_ends_its_sequence_once():
     async def scenario() -> None:
         gate = Gate(3)
         async with serve(FakeRunner(before=gate, lost_in_launch={3})) as served:
@@ -745,7 +745,7 @@ def test_a_step_lost_while_a_cancel_waits_ends_once():
     play(scenario())
 
 
-def test_a_reset_that_fails_ends_everybody_and_says_why():
+def test_a_reset_that_fails_ends_all_sequences_with_the_reason():
     async def scenario() -> None:
         runner = FakeRunner(lost_in_launch={2}, can_reset=False)
         async with serve(runner, Policy(max_rows=1)) as served:
@@ -762,7 +762,7 @@ def test_a_reset_that_fails_ends_everybody_and_says_why():
     play(scenario())
 
 
-def test_what_is_added_after_the_engine_has_failed_is_not_left_without_an_end():
+def test_a_sequence_added_after_the_engine_has_failed_is_not_left_without_an_end():
     """The promise is «whatever happens, every sink gets exactly one Done»: or it is refused."""
 
     async def scenario() -> None:
@@ -784,13 +784,13 @@ def test_what_is_added_after_the_engine_has_failed_is_not_left_without_an_end():
 # --- abort ------------------------------------------------------------------------------------
 
 
-def test_an_abort_ends_everybody_at_once_even_while_the_lane_is_blocked():
+def test_an_abort_ends_all_sequences_at_once_even_while_the_device_thread_is_blocked():
     async def scenario() -> None:
         gate = Gate(3)
         async with serve(FakeRunner(before=gate), Policy(max_rows=2)) as served:
             sinks = [served.add(make_sequence(id, max_tokens=50)) for id in (1, 2, 3)]
             await gate.reached.wait()
-            sinks.append(served.add(make_sequence(4)))  # a command that nobody has taken yet
+            sinks.append(served.add(make_sequence(4)))  # a command that no tick has applied yet
             served.engine.abort("shutting down")
             for sink in sinks:  # no turn of the loop was needed
                 assert sink.done.reason is FinishReason.ERROR
@@ -806,7 +806,7 @@ def test_an_abort_ends_everybody_at_once_even_while_the_lane_is_blocked():
     play(scenario())
 
 
-def test_an_abort_of_nobody_is_void():
+def test_an_abort_without_sequences_is_void():
     async def scenario() -> None:
         async with serve() as served:
             served.engine.abort("nothing")
@@ -834,7 +834,7 @@ def test_static_batching_waits_for_a_full_batch_while_its_time_is_not_over():
 
 
 @pytest.mark.parametrize("gather_s", [0.0, 0.01])
-def test_static_batching_runs_what_is_there_when_its_time_is_over(gather_s: float):
+def test_static_batching_runs_a_partial_batch_when_its_time_is_over(gather_s: float):
     async def scenario() -> None:
         policy = Policy(max_rows=3, continuous=False)
         async with serve(policy=policy, options=EngineOptions(gather_s=gather_s)) as served:
@@ -845,7 +845,7 @@ def test_static_batching_runs_what_is_there_when_its_time_is_over(gather_s: floa
     play(scenario())
 
 
-def test_static_batching_lets_go_of_its_timer_when_the_waiting_one_leaves():
+def test_static_batching_cancels_its_timer_when_the_waiting_request_leaves():
     async def scenario() -> None:
         policy = Policy(max_rows=3, continuous=False)
         async with serve(policy=policy, options=EngineOptions(gather_s=HOUR_S)) as served:
@@ -864,7 +864,7 @@ def test_static_batching_lets_go_of_its_timer_when_the_waiting_one_leaves():
 
 
 def test_the_engine_measures_steps_and_sizes_the_prefill_beside_rows():
-    """1/1024 s a prompt token and a budget of 40/1024 s: chunks of 40 while somebody decodes."""
+    """1/1024 s a prompt token and a budget of 40/1024 s: chunks of 40 beside rows."""
 
     def device_s(step: Step) -> float:
         return step.num_prefill_tokens / 1024
@@ -877,13 +877,13 @@ def test_the_engine_measures_steps_and_sizes_the_prefill_beside_rows():
             for sink in sinks:
                 await sink.wait()
             sizes = [s.num_prefill_tokens for s in served.runner.steps if 1 in s.rows]
-            # Nobody decodes before the first step; its time is known after the second.
+            # No row decodes before the first step; its time is known after the second.
             assert sizes[:5] == [256, 8, 40, 40, 40]
 
     play(scenario())
 
 
-def test_a_run_under_debug_makes_no_complaint(caplog: pytest.LogCaptureFixture):
+def test_a_run_under_debug_logs_no_warning(caplog: pytest.LogCaptureFixture):
     async def scenario() -> None:
         asyncio.get_running_loop().slow_callback_duration = HOUR_S  # a slow machine is no bug
         runner = FakeRunner(lost_in_launch={6})
@@ -898,7 +898,7 @@ def test_a_run_under_debug_makes_no_complaint(caplog: pytest.LogCaptureFixture):
     assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
-def test_an_engine_that_is_cancelled_with_a_step_in_flight_leaves_a_lane_that_closes():
+def test_an_engine_cancelled_with_a_step_in_flight_leaves_a_device_thread_that_closes():
     async def scenario() -> None:
         gate = Gate(2)
         async with serve(FakeRunner(before=gate)) as served:
@@ -912,7 +912,7 @@ def test_an_engine_that_is_cancelled_with_a_step_in_flight_leaves_a_lane_that_cl
     play(scenario())
 
 
-# --- the lane ---------------------------------------------------------------------------------
+# --- the device thread ------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -924,7 +924,7 @@ async def open_lane() -> AsyncIterator[Lane]:
         assert await lane.close(TIMEOUT_S)
 
 
-def test_the_lane_gives_back_results_from_one_thread_that_is_not_the_loops():
+def test_the_device_thread_returns_results_from_one_thread_that_is_not_the_loops():
     async def scenario() -> None:
         async with open_lane() as lane:
             assert await lane.run(lambda a, b: a + b, 2, 3) == 5
@@ -940,7 +940,7 @@ class Odd(BaseException):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), Odd(), StopIteration(3)], ids=repr)
-def test_the_lane_gives_back_whatever_is_raised_and_goes_on(error: BaseException):
+def test_the_device_thread_returns_any_exception_and_continues(error: BaseException):
     """StopIteration too, which mlx-lm's caches can raise (`next(iter(…))`) and no future takes.
 
     It may come as another error, but it must come, and as one that a loop outlives.
@@ -959,7 +959,7 @@ def test_the_lane_gives_back_whatever_is_raised_and_goes_on(error: BaseException
     play(scenario())
 
 
-def test_the_lanes_results_are_not_for_the_log(caplog: pytest.LogCaptureFixture):
+def test_the_device_threads_results_are_not_logged(caplog: pytest.LogCaptureFixture):
     class Result:
         def __repr__(self) -> str:
             raise AssertionError("an array would be evaluated here")
@@ -975,7 +975,7 @@ def test_the_lanes_results_are_not_for_the_log(caplog: pytest.LogCaptureFixture)
     assert any("_Success" in message for message in caplog.messages)
 
 
-def test_the_lane_takes_calls_in_order_one_at_a_time():
+def test_the_device_thread_runs_calls_in_order_one_at_a_time():
     async def scenario() -> None:
         seen: list[int] = []
         inside = threading.Lock()
@@ -994,7 +994,7 @@ def test_the_lane_takes_calls_in_order_one_at_a_time():
     play(scenario())
 
 
-def test_a_lane_that_is_stuck_says_so_and_closes_when_it_is_free():
+def test_a_stuck_device_thread_reports_it_and_closes_when_it_is_free():
     async def scenario() -> None:
         lane, free = Lane(), threading.Event()
         stuck = asyncio.ensure_future(lane.run(free.wait, TIMEOUT_S))
@@ -1008,7 +1008,7 @@ def test_a_lane_that_is_stuck_says_so_and_closes_when_it_is_free():
 
 
 @pytest.mark.parametrize("is_raising", [False, True])
-def test_a_result_that_nobody_waits_for_any_more_is_dropped(
+def test_the_result_of_a_cancelled_call_is_dropped(
     is_raising: bool, caplog: pytest.LogCaptureFixture
 ):
     async def scenario() -> None:
@@ -1017,7 +1017,7 @@ def test_a_result_that_nobody_waits_for_any_more_is_dropped(
         def work() -> None:
             assert free.wait(TIMEOUT_S)
             if is_raising:
-                raise ValueError("nobody is there to see it")
+                raise ValueError("no task awaits this")
 
         async with open_lane() as lane:
             waiting = asyncio.ensure_future(lane.run(work))
@@ -1032,7 +1032,7 @@ def test_a_result_that_nobody_waits_for_any_more_is_dropped(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_lane_outlives_the_loop_that_called_it():
+def test_a_device_thread_outlives_the_loop_that_called_it():
     lane, free = Lane(), threading.Event()
 
     async def leave() -> None:
@@ -1062,7 +1062,7 @@ def test_the_tuner_fits_the_measured_rate_into_the_budget():
     assert tuner.measure(step_of(1000, 0), 1.0) == 100
 
 
-def test_the_tuner_takes_off_the_time_of_a_step_that_only_decodes():
+def test_the_tuner_subtracts_the_time_of_a_step_that_only_decodes():
     tuner = ChunkTuner(0.1)
     assert tuner.measure(step_of(0, 3), 0.030) is None
     # 20 ms for 50 tokens, beside the rows and a pass as long as theirs; 70 of 100 ms are left.
@@ -1080,20 +1080,20 @@ def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
     assert num_tokens == pytest.approx(80, abs=1)
 
 
-def test_the_tuner_never_takes_off_more_than_nine_tenths():
+def test_the_tuner_never_subtracts_more_than_nine_tenths():
     tuner = ChunkTuner(0.1)
     tuner.measure(step_of(0, 3), 1.0)
     assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
 
 
-def test_the_tuner_averages_with_three_tenths_for_a_quicker_step_and_takes_a_slower_at_once():
+def test_the_tuner_averages_with_three_tenths_for_a_faster_step_and_takes_a_slower_at_once():
     tuner = ChunkTuner(1.0)
     assert tuner.measure(step_of(100, 0), 1.0) == 100  # 10 ms a token
     assert tuner.measure(step_of(100, 0), 0.5) == 117  # 10 - 0.3 * 5 = 8.5 ms
     assert tuner.measure(step_of(100, 0), 2.5) == 40  # 25 ms
 
 
-def test_the_tuner_says_nothing_for_little_or_an_unknown_time():
+def test_the_tuner_reports_no_small_change_and_no_unknown_time():
     tuner = ChunkTuner(1.0)
     assert tuner.measure(step_of(100, 0), 0.0) is None
     assert tuner.measure(step_of(100, 0), 1.0) == 100
@@ -1103,6 +1103,6 @@ def test_the_tuner_says_nothing_for_little_or_an_unknown_time():
     assert tuner.measure(step_of(100, 0), 0.6) == 110
 
 
-def test_the_tuner_never_asks_for_less_than_sixteen_tokens():
+def test_the_tuner_never_reports_less_than_sixteen_tokens():
     tuner = ChunkTuner(0.1)
     assert tuner.measure(step_of(10, 0), 100.0) == 16

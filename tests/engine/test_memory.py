@@ -1,4 +1,4 @@
-"""The memory ledger: what is launched always fits, and who gives way loses nothing.
+"""The memory ledger: launched work always fits, and a preempted request loses nothing.
 
 The sums are done again here, from the steps alone, because `check()` is the scheduler's own word.
 The last tests take everything together: thousands of requests with choices, priorities, cancels
@@ -115,15 +115,15 @@ def test_without_a_limit_everything_that_is_wanted_fits():
 # --- room -------------------------------------------------------------------------------------
 
 
-def test_admission_waits_for_room_and_not_only_for_a_place():
+def test_admission_waits_for_memory_and_not_only_for_a_row():
     log: Log = {0: [Add(make_sequence(id, 10, 2)) for id in (1, 2, 3, 4, 5)]}
     run, held = peaks(Policy(max_rows=5, memory=tokens_only(27)), log)
     assert max(len(step.rows) for step in run.steps) == 2
     assert max(held) <= 27
-    assert admissions(run) == [1, 2, 3, 4, 5]  # nobody was put back
+    assert admissions(run) == [1, 2, 3, 4, 5]  # none was preempted
 
 
-def test_nobody_overtakes_the_one_that_waits_for_room():
+def test_no_request_overtakes_the_one_that_waits_for_memory():
     """Or a long prompt would wait for ever: short ones always fit."""
     log: Log = {
         0: [Add(make_sequence(1, 10, 9)), Add(make_sequence(2, 30, 2))],
@@ -134,7 +134,7 @@ def test_nobody_overtakes_the_one_that_waits_for_room():
     assert max(held) <= 40
 
 
-def test_growth_puts_the_last_in_order_back_and_loses_no_token():
+def test_growth_preempts_the_last_in_order_and_loses_no_token():
     sequences = [make_sequence(id, 5, 30) for id in (1, 2, 3)]
     log: Log = {0: [Add(sequence) for sequence in sequences]}
     run, held = peaks(Policy(memory=tokens_only(60)), log)
@@ -146,7 +146,7 @@ def test_growth_puts_the_last_in_order_back_and_loses_no_token():
     assert {a.outputs for s in run.steps for a in s.admitted if a.sequence.id == 3} > {()}
 
 
-def test_growth_puts_the_lowest_in_priority_back():
+def test_growth_preempts_the_lowest_priority():
     log: Log = {
         0: [
             Add(make_sequence(1, 5, 30, priority=2)),
@@ -158,7 +158,7 @@ def test_growth_puts_the_lowest_in_priority_back():
     assert [step.released for step in run.steps if step.released][:2] == [(1,), (2,)]
 
 
-def test_one_alone_always_runs_even_over_the_budget():
+def test_a_single_request_always_runs_even_over_the_budget():
     """The server refuses what never fits; what it has let in must not hang."""
     log: Log = {0: [Add(make_sequence(1, 30, 20)), Add(make_sequence(2, 30, 20))]}
     run, _ = peaks(Policy(chunk_size=7, memory=tokens_only(10)), log)
@@ -177,7 +177,7 @@ def test_a_short_prompt_that_joins_a_row_that_has_grown_is_padded_to_it():
     assert run.tokens(2) == answer(make_sequence(2, 9, 3))
 
 
-def test_an_urgent_one_makes_room_by_preempting():
+def test_an_urgent_request_makes_room_by_preempting():
     log: Log = {
         0: [Add(make_sequence(id, 10, 12)) for id in (1, 2, 3)],
         4: [Add(make_sequence(4, 20, 2, priority=-1))],
@@ -190,7 +190,7 @@ def test_an_urgent_one_makes_room_by_preempting():
         assert run.tokens(id) == answer(make_sequence(id, 10, 12))
 
 
-def test_an_urgent_one_that_would_not_fit_even_so_puts_nobody_back():
+def test_an_urgent_request_that_would_not_fit_even_so_preempts_no_request():
     """It fits beside neither; the first is of its own level and stays: the second can as well."""
     log: Log = {
         0: [Add(make_sequence(1, 35, 5, priority=-1)), Add(make_sequence(2, 5, 30))],
@@ -214,7 +214,7 @@ def test_choices_together_never_exceed_the_budget():
         assert [run.tokens(s.id) for s in choices] == [answer(s) for s in choices]
 
 
-def test_choices_in_little_memory_say_the_same():
+def test_choices_in_little_memory_have_the_same_tokens():
     choices = make_choices(8, 9, 12)
     others = [make_sequence(100 + i, 5, 9) for i in range(3)]
     log: Log = {0: [Add(s) for s in choices], 3: [Add(s) for s in others]}
@@ -263,7 +263,7 @@ def added(log: Log) -> list[Sequence]:
     return [c.sequence for tick in sorted(log) for c in log[tick] if isinstance(c, Add)]
 
 
-def assert_everybody_was_served(run: Run, scheduler: Scheduler, log: Log) -> None:
+def assert_all_were_served(run: Run, scheduler: Scheduler, log: Log) -> None:
     tokens: dict[int, list[int]] = {s.id: [] for s in added(log)}
     ends: dict[int, Finished] = {}
     for event in run.events:
@@ -302,7 +302,7 @@ def test_a_crowd_in_little_memory_is_served_to_the_last(seed: int):
     scheduler = Scheduler(policy)
     run, held = peaks(policy, log, scheduler=scheduler)
     assert max(held) <= budget
-    assert_everybody_was_served(run, scheduler, log)
+    assert_all_were_served(run, scheduler, log)
     assert left_behind(scheduler) == []
     if seed < 2:
         again = drive(Scheduler(policy), FakeRunner(), log)
@@ -325,12 +325,12 @@ def policies(pick: st.DrawFn) -> Policy:
 
 @settings(derandomize=True, max_examples=150, deadline=None, database=None)
 @given(policies(), st.integers(0, 2**32), st.integers(1, 10))
-def test_whatever_the_policy_every_sequence_gets_its_tokens_and_one_end(policy, seed, num):
+def test_under_any_policy_every_sequence_gets_its_tokens_and_one_end(policy, seed, num):
     log = crowd(random.Random(seed), num, 25)
     for tick in range(25, 500):
         log.setdefault(tick, []).append(CloseBatch())  # in the end every batch is closed
     scheduler, runner = Scheduler(policy), FakeRunner()
     run = drive(scheduler, runner, log)
-    assert_everybody_was_served(run, scheduler, log)
+    assert_all_were_served(run, scheduler, log)
     assert left_behind(scheduler) == []
     assert runner.num_held == 0

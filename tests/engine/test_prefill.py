@@ -1,4 +1,4 @@
-"""Tests of who prefills and who looks in a step; the fake checks that steps keep their promises."""
+"""Chunks and image encodings of a step; `FakeRunner` asserts the contract of steps."""
 
 from fakes import FakeRunner, drive, make_sequence
 
@@ -13,7 +13,7 @@ def steps_of(log: dict[int, list[Command]], **policy: int):
     return drive(Scheduler(Policy(**policy)), FakeRunner(), log).steps
 
 
-def test_what_stands_before_a_picture_is_prefilled_before_it_is_looked_at():
+def test_the_tokens_before_an_image_are_prefilled_before_it_is_encoded():
     steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(5, 9)]))]})
     assert [(step.looks, step.chunks) for step in steps if step.chunks] == [
         ((), (Chunk(1, 0, 5),)),
@@ -21,13 +21,13 @@ def test_what_stands_before_a_picture_is_prefilled_before_it_is_looked_at():
     ]
 
 
-def test_a_picture_at_the_beginning_is_looked_at_in_the_first_step():
+def test_an_image_at_the_beginning_is_encoded_in_the_first_step():
     steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(0, 9)]))]})
     assert steps[0].looks == (Look(1, 0),)
     assert steps[0].chunks == (Chunk(1, 0, 19),)
 
 
-def test_while_others_decode_a_step_has_one_look_or_chunks():
+def test_while_others_decode_a_step_has_one_image_or_chunks():
     log = {
         0: [Add(make_sequence(1, 3, 60))],
         5: [Add(make_sequence(id, 30, 1, images=[(1, 4), (4, 9), (20, 22)])) for id in (2, 3)],
@@ -38,7 +38,7 @@ def test_while_others_decode_a_step_has_one_look_or_chunks():
         assert len(step.looks) + bool(step.chunks) <= 1
 
 
-def test_no_decoding_row_misses_a_step_for_a_picture():
+def test_no_decoding_row_misses_a_step_for_an_image():
     log = {
         0: [Add(make_sequence(1, 3, 40))],
         5: [Add(make_sequence(2, 30, 1, images=[(1, 4), (4, 9), (20, 22)]))],
@@ -47,7 +47,7 @@ def test_no_decoding_row_misses_a_step_for_a_picture():
     assert all(1 in step.rows for step in steps[1:40])
 
 
-def test_where_attention_looks_ahead_all_pictures_are_seen_and_then_computed_at_once():
+def test_where_attention_looks_ahead_all_images_are_encoded_and_then_prefilled_in_one_chunk():
     images = [(3, 40), (50, 90)]
     log: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 3, 60))],
@@ -63,7 +63,7 @@ def test_where_attention_looks_ahead_all_pictures_are_seen_and_then_computed_at_
     ]
 
 
-def test_a_short_prompt_is_not_held_up_by_anothers_pictures():
+def test_a_short_prompt_is_not_delayed_by_anothers_images():
     images = [(i, i + 2) for i in range(0, 40, 2)]
     log: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 3, 80))],
@@ -74,7 +74,7 @@ def test_a_short_prompt_is_not_held_up_by_anothers_pictures():
     assert next(step.number for step in steps if 3 in step.rows) <= 9
 
 
-def test_who_is_cancelled_before_its_picture_is_never_looked_at():
+def test_the_image_of_a_cancelled_request_is_never_encoded():
     log: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 40, 1, images=[(20, 30)]))],
         1: [Finish(1, CANCELLED)],
@@ -96,4 +96,4 @@ def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join
     assert chunks_of(100, neighbour) == [40, 40, 9, 10]
     assert chunks_of(90, neighbour) == [40, 40, 9]
     assert chunks_of(41, neighbour) == [40], "a short one is not held up"
-    assert chunks_of(110) == [40, 40, 29], "and nobody waits for this one"
+    assert chunks_of(110) == [40, 40, 29], "no row waits for this one"

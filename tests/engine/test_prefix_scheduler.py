@@ -1,4 +1,4 @@
-"""The scheduler with a prefix cache: what is not computed again, who waits for whom, what is kept.
+"""The scheduler with a prefix cache: what is computed, waited for and stored.
 
 Everything runs over a `FakeRunner`, which holds each saved payload's tokens against the true ones,
 and `check()` follows every operation. Prefilled tokens are counted from the steps alone.
@@ -91,11 +91,11 @@ class Server:
         self.run = Run()
 
     def sequence(
-        self, prompt: SequenceOf[int], max_tokens: int = 1, heads: SequenceOf[int] = (), **kwargs
+        self, prompt: SequenceOf[int], max_tokens: int = 1, starts: SequenceOf[int] = (), **kwargs
     ) -> Sequence:
         self.num_asked += 1
         return cacheable(
-            make_sequence(self.num_asked, max_tokens=max_tokens, prompt=prompt, **kwargs), heads
+            make_sequence(self.num_asked, max_tokens=max_tokens, prompt=prompt, **kwargs), starts
         )
 
     def drive(self, log: Log) -> Run:
@@ -104,7 +104,7 @@ class Server:
         return self.run
 
     def ask(self, *sequences: Sequence) -> Run:
-        """All of them at once; each says what it says alone."""
+        """All of them at once; each has the tokens that it has alone."""
         run = self.drive({0: [Add(sequence) for sequence in sequences]})
         for sequence in sequences:
             tokens = run.tokens(sequence.id)
@@ -125,8 +125,8 @@ def hits(step: Step, id: int) -> list[int]:
     return [a.hit.num_tokens for a in step.admitted if a.sequence.id == id]
 
 
-def cacheable(sequence: Sequence, heads: SequenceOf[int] = (), scope: int = 0) -> Sequence:
-    blocks = blocks_of(sequence.prompt.tokens, scope, BLOCK, tuple(heads))
+def cacheable(sequence: Sequence, starts: SequenceOf[int] = (), scope: int = 0) -> Sequence:
+    blocks = blocks_of(sequence.prompt.tokens, scope, BLOCK, tuple(starts))
     return replace(sequence, prompt=replace(sequence.prompt, blocks=blocks))
 
 
@@ -143,7 +143,7 @@ def order(run: Run) -> list[int]:
 
 @both
 @pytest.mark.parametrize("num", [17, 33, 100, 160, 161, 1000])
-def test_the_second_of_two_equal_prompts_computes_what_the_first_has_not_kept(memory, num: int):
+def test_the_second_of_two_equal_prompts_computes_only_what_is_not_stored(memory, num: int):
     server = Server(memory)
     one, two = server.sequence(text(1, num)), server.sequence(text(1, num))
     server.ask(one)
@@ -158,7 +158,7 @@ def test_the_second_of_two_equal_prompts_computes_what_the_first_has_not_kept(me
 
 
 @both
-def test_a_prompt_of_one_token_asks_for_nothing_and_finds_nothing(memory: Memory):
+def test_a_prompt_of_one_token_does_not_use_the_prefix_cache(memory: Memory):
     server = Server(memory)
     for _ in range(3):
         server.ask(server.sequence([5]))
@@ -180,7 +180,7 @@ def test_prompts_without_blocks_neither_read_nor_write(memory: Memory):
 
 
 @both
-def test_without_bytes_nothing_is_kept(memory: Memory):
+def test_a_cache_of_no_bytes_stores_nothing(memory: Memory):
     server = Server(memory, num_bytes=0)
     for _ in range(3):
         server.ask(server.sequence(text(1, 200), 3))
@@ -216,26 +216,26 @@ def first_turn(memory: Memory, end: str) -> tuple[Server, list[int]]:
     run = server.drive(log)
     (finished,) = run.ends(sequence.id)
     assert finished.reason is (FinishReason.LENGTH if end == "count" else FinishReason.STOP)
-    said = run.tokens(sequence.id)
-    assert len(said) == 24
+    turns = run.tokens(sequence.id)
+    assert len(turns) == 24
     assert run.num_rows(sequence.id) == (24 if end == "count" else 25)
-    return server, prompt + said
+    return server, prompt + turns
 
 
 @both
 @pytest.mark.parametrize("end", ENDS)
 def test_an_answer_is_not_computed_again_in_the_next_turn(memory: Memory, end: str):
-    server, said = first_turn(memory, end)
-    turn = server.sequence([*said, *text(2, 30)])
+    server, turns = first_turn(memory, end)
+    turn = server.sequence([*turns, *text(2, 30)])
     server.ask(turn)
-    computed = len(said) - (end == "count")  # the last token's row has overshot, or is none
+    computed = len(turns) - (end == "count")  # the last token's row has overshot, or is none
     assert server.hit(turn) == (computed if memory.has_state else computed // BLOCK * BLOCK)
 
 
 @both
-def test_an_answer_that_is_edited_is_not_found(memory: Memory):
-    server, said = first_turn(memory, "eos")
-    turn = server.sequence([*said[:50], 999, *said[51:], *text(2, 30)])
+def test_an_edited_answer_is_not_a_hit(memory: Memory):
+    server, turns = first_turn(memory, "eos")
+    turn = server.sequence([*turns[:50], 999, *turns[51:], *text(2, 30)])
     server.ask(turn)
     assert server.hit(turn) == (39 if memory.has_state else 50)
 
@@ -245,12 +245,12 @@ def test_an_answer_that_is_edited_is_not_found(memory: Memory):
 def test_a_conversation_computes_each_turn_once(memory: Memory, chunk_size: int):
     server = Server(memory, chunk_size=chunk_size)
     prompt: list[int] = []
-    heads: list[int] = []
+    starts: list[int] = []
     for turn in range(10):
         new = text(turn, 30 + 37 * turn)
-        heads.append(len(prompt))
+        starts.append(len(prompt))
         prompt += new
-        sequence = server.sequence(prompt, 20 + turn, heads)
+        sequence = server.sequence(prompt, 20 + turn, starts)
         run = server.ask(sequence)
         allowed = CHECKPOINT_STRIDE if memory.has_state else BLOCK
         assert server.num_prefilled <= len(new) + allowed
@@ -260,11 +260,11 @@ def test_a_conversation_computes_each_turn_once(memory: Memory, chunk_size: int)
 
 
 @both
-def test_a_conversation_whose_last_turn_is_written_anew_goes_on_from_its_head(memory: Memory):
-    """A template may leave out earlier thoughts: what was said before the last head is the same."""
+def test_a_conversation_whose_last_turn_is_rewritten_hits_up_to_its_message_start(memory: Memory):
+    """A template may leave out earlier reasoning: the tokens before the last start are the same."""
     server = Server(memory)
-    prompt, heads = text(0, 700), (300, 650)
-    server.ask(server.sequence(prompt, 5, heads))
+    prompt, starts = text(0, 700), (300, 650)
+    server.ask(server.sequence(prompt, 5, starts))
     again = server.sequence([*prompt[:650], *text(3, 80)], 5, (300, 650))
     server.ask(again)
     assert server.hit(again) == 650
@@ -273,7 +273,7 @@ def test_a_conversation_whose_last_turn_is_written_anew_goes_on_from_its_head(me
     assert server.hit(again) == 300
 
 
-def test_a_very_long_prompt_has_a_place_to_go_on_from_in_each_stride():
+def test_a_very_long_prompt_has_a_checkpoint_in_each_stride():
     server = Server(STATEFUL, chunk_size=700)
     prompt = text(0, 3 * CHECKPOINT_STRIDE + 100)
     server.ask(server.sequence(prompt))
@@ -296,7 +296,7 @@ def family(server: Server, num: int = 8, shared: int = 1500, **kwargs) -> list[S
 @both
 @pytest.mark.parametrize("chunk_size", [7, 100, 512, 2048])
 @pytest.mark.parametrize("max_rows", [2, 8])
-def test_a_beginning_that_many_share_is_computed_once(memory, chunk_size: int, max_rows: int):
+def test_a_prefix_that_many_share_is_computed_once(memory, chunk_size: int, max_rows: int):
     server = Server(memory, chunk_size=chunk_size, max_rows=max_rows)
     sequences = family(server)
     run = server.ask(*sequences)
@@ -306,7 +306,7 @@ def test_a_beginning_that_many_share_is_computed_once(memory, chunk_size: int, m
 
 
 @both
-def test_those_who_come_while_it_is_computed_wait_for_it_too(memory: Memory):
+def test_requests_that_arrive_while_the_prefix_is_computed_wait_for_it_too(memory: Memory):
     server = Server(memory, chunk_size=100)
     sequences = family(server)
     log: Log = {}
@@ -321,7 +321,7 @@ def test_those_who_come_while_it_is_computed_wait_for_it_too(memory: Memory):
 @both
 @pytest.mark.parametrize("tick", [0, 1, 3, 7, 14])
 @pytest.mark.parametrize("how", ["cancelled", "failed", "timed out", "preempted"])
-def test_who_waits_for_a_prefix_does_not_wait_for_ever(memory: Memory, how: str, tick: int):
+def test_no_request_waits_for_a_prefix_for_ever(memory: Memory, how: str, tick: int):
     failing = {tick + 1: ((1, "no memory"),)} if how == "failed" else {}
     runner = Counting(memory, failing=failing)
     server = Server(memory, runner, chunk_size=100, max_rows=1 if how == "preempted" else 8)
@@ -336,8 +336,8 @@ def test_who_waits_for_a_prefix_does_not_wait_for_ever(memory: Memory, how: str,
         case "timed out":
             log.setdefault(tick + 1, []).append(Finish(1, FinishReason.ERROR, "timeout"))
     run = server.drive(log)
-    everybody = sequences if how == "preempted" else sequences[1:]
-    for sequence in everybody:
+    survivors = sequences if how == "preempted" else sequences[1:]
+    for sequence in survivors:
         assert run.tokens(sequence.id) == answer(sequence)
     if how != "failed":
         assert server.num_prefilled <= 1.2 * 1520 + 40 + 160  # what was kept is gone on from
@@ -358,7 +358,7 @@ def test_a_chain_of_leaders_that_are_all_cancelled_ends(memory: Memory):
 
 
 @both
-def test_who_shares_nothing_is_not_held_up_by_those_who_wait(memory: Memory):
+def test_a_request_that_shares_nothing_overtakes_those_that_wait(memory: Memory):
     server = Server(memory, chunk_size=100)
     sequences = family(server)
     other = server.sequence(text(9, 60), 3)
@@ -370,7 +370,7 @@ def test_who_shares_nothing_is_not_held_up_by_those_who_wait(memory: Memory):
 
 
 @both
-def test_who_shares_little_does_not_wait(memory: Memory):
+def test_a_request_that_shares_little_does_not_wait(memory: Memory):
     server = Server(memory, chunk_size=100)
     one = server.sequence(text(0, 48) + text(1, 500))
     two = server.sequence(text(0, 48) + text(2, 500))
@@ -380,7 +380,7 @@ def test_who_shares_little_does_not_wait(memory: Memory):
 
 
 @both
-def test_those_who_waited_go_on_in_their_order(memory: Memory):
+def test_requests_that_waited_for_a_prefix_keep_their_order(memory: Memory):
     server = Server(memory, chunk_size=100, max_rows=3)
     priorities = (0, 2, 0, -1, 1)
     made = family(server, 5)
@@ -405,7 +405,7 @@ def test_first_come_first_served_holds_in_each_family(memory: Memory):
 
 
 @both
-def test_an_urgent_one_waits_for_the_prefix_and_for_nobody_else(memory: Memory):
+def test_an_urgent_request_waits_for_the_prefix_and_for_no_other_request(memory: Memory):
     server = Server(memory, chunk_size=100, max_rows=2)
     one = server.sequence([*text(0, 600), 1], 3)
     urgent = replace(server.sequence([*text(0, 600), 2], 3), priority=-1)
@@ -419,7 +419,7 @@ def test_an_urgent_one_waits_for_the_prefix_and_for_nobody_else(memory: Memory):
 
 
 @both
-def test_a_cache_too_small_for_what_they_share_stops_nobody(memory: Memory):
+def test_a_cache_too_small_for_the_shared_prefix_blocks_no_request(memory: Memory):
     server = Server(memory, num_bytes=5000, chunk_size=100)
     sequences = family(server)
     run = server.ask(*sequences)
@@ -432,7 +432,7 @@ def test_a_cache_too_small_for_what_they_share_stops_nobody(memory: Memory):
 
 @both
 @pytest.mark.parametrize("reason", [CANCELLED, FinishReason.ERROR])
-def test_a_long_prompt_that_ended_at_four_fifths_goes_on_from_there(memory, reason):
+def test_a_long_prompt_that_ended_at_four_fifths_resumes_from_there(memory, reason):
     server = Server(memory, chunk_size=100)
     one, two = server.sequence(text(0, 3000)), server.sequence(text(0, 3000))
     server.drive({0: [Add(one)], 24: [Finish(one.id, reason, "timeout")]})
@@ -445,7 +445,7 @@ def test_a_long_prompt_that_ended_at_four_fifths_goes_on_from_there(memory, reas
 
 
 @both
-def test_a_preempted_prompt_goes_on_from_where_it_was(memory: Memory):
+def test_a_preempted_prompt_resumes_from_its_last_chunk(memory: Memory):
     server = Server(memory, chunk_size=100, max_rows=1)
     one, urgent = server.sequence(text(0, 3000), 3), server.sequence(text(1, 40), 3, priority=-1)
     run = server.drive({0: [Add(one)], 24: [Add(urgent)]})
@@ -456,7 +456,7 @@ def test_a_preempted_prompt_goes_on_from_where_it_was(memory: Memory):
 
 
 @both
-def test_a_preempted_row_goes_on_from_its_last_token(memory: Memory):
+def test_a_preempted_row_resumes_from_its_last_token(memory: Memory):
     server = Server(memory, max_rows=1)
     one, urgent = server.sequence(text(0, 100), 90), server.sequence(text(1, 40), 3, priority=-1)
     run = server.drive({0: [Add(one)], 60: [Add(urgent)]})
@@ -466,7 +466,7 @@ def test_a_preempted_row_goes_on_from_its_last_token(memory: Memory):
 
 
 @both
-def test_a_cancel_while_it_waits_to_go_on_leaves_what_was_kept(memory: Memory):
+def test_a_cancel_after_a_preemption_leaves_the_stored_prefix(memory: Memory):
     server = Server(memory, chunk_size=100, max_rows=1)
     one, urgent = server.sequence(text(0, 3000)), server.sequence(text(1, 40), 30, priority=-1)
     server.drive({0: [Add(one)], 24: [Add(urgent)], 27: [Finish(one.id, CANCELLED)]})
@@ -476,7 +476,7 @@ def test_a_cancel_while_it_waits_to_go_on_leaves_what_was_kept(memory: Memory):
 
 
 @both
-def test_a_cancel_before_the_first_chunk_keeps_nothing(memory: Memory):
+def test_a_cancel_before_the_first_chunk_stores_nothing(memory: Memory):
     """BUG: with states, a checkpoint of no tokens is saved (test_prefix.py has it alone)."""
     server = Server(memory, chunk_size=20)
     short, long = server.sequence(text(1, 30)), server.sequence(text(0, 3000))
@@ -504,7 +504,7 @@ def test_the_cache_yields_to_rows(memory: Memory):
 
 
 @both
-def test_one_over_the_budget_leaves_the_cache_nothing(memory: Memory):
+def test_a_request_over_the_budget_leaves_the_cache_nothing(memory: Memory):
     memory = replace(memory, budget_bytes=20_000, block=0)
     server = Server(memory)
     server.ask(server.sequence(text(0, 100)))
@@ -518,7 +518,7 @@ def test_one_over_the_budget_leaves_the_cache_nothing(memory: Memory):
 
 @both
 @pytest.mark.parametrize("where", ["lost_in_wait", "lost_in_launch"])
-def test_nothing_is_found_after_a_lost_step(memory: Memory, where: str):
+def test_nothing_is_found_after_a_failed_step(memory: Memory, where: str):
     """As the engine does it: the device is gone, so is all that it held."""
     lost: set[int] = set()
     server = Server(memory, Counting(memory, **{where: lost}), chunk_size=100)
@@ -551,7 +551,7 @@ def test_nothing_is_found_after_a_lost_step(memory: Memory, where: str):
 
 
 @both
-def test_a_payload_that_is_not_there_after_all_is_not_found(memory: Memory):
+def test_a_missing_payload_is_not_found(memory: Memory):
     server = Server(memory)
     prompt = text(0, 300)
     one = server.sequence(prompt, 5)
@@ -581,7 +581,7 @@ def test_a_payload_that_is_not_there_after_all_is_not_found(memory: Memory):
 
 @both
 @pytest.mark.parametrize("tick", range(8))
-def test_a_cleared_cache_is_empty_and_stops_nobody(memory: Memory, tick: int):
+def test_a_cleared_cache_is_empty_and_blocks_no_request(memory: Memory, tick: int):
     server = Server(memory, chunk_size=100)
     sequences = family(server, shared=400)
     log: Log = {0: [Add(sequence) for sequence in sequences]}
@@ -601,10 +601,10 @@ def test_a_cleared_cache_is_empty_and_stops_nobody(memory: Memory, tick: int):
 
 
 @both
-def test_static_batches_use_what_earlier_ones_kept(memory: Memory):
+def test_static_batches_hit_the_prefixes_of_earlier_ones(memory: Memory):
     server = Server(memory, continuous=False, max_rows=3)
     server.ask(*family(server, 3, 400))
-    assert server.num_prefilled == sum(400 + 20 + i - 1 for i in range(3))  # nobody waits
+    assert server.num_prefilled == sum(400 + 20 + i - 1 for i in range(3))  # none waits
     again = family(server, 3, 400)
     server.ask(*again)
     for sequence in again:
@@ -642,7 +642,7 @@ def test_choices_share_one_prefill_but_for_the_last_block(
 
 
 @both
-def test_choices_do_not_compute_what_their_prompt_begins_with(memory: Memory):
+def test_choices_do_not_compute_a_cached_prefix_of_their_prompt(memory: Memory):
     server = Server(memory, chunk_size=100)
     server.ask(server.sequence(text(0, 400), 3))
     choices = choices_of(4, [*text(0, 400), *text(1, 60)])
@@ -703,7 +703,7 @@ def test_a_choice_that_is_preempted_at_any_step_loses_no_token(memory: Memory, t
 
 
 @both
-def test_a_choice_that_comes_when_the_first_one_decodes_does_not_wait_for_its_end(memory: Memory):
+def test_a_choice_that_arrives_when_the_first_one_decodes_does_not_wait_for_its_end(memory: Memory):
     server = Server(memory)
     one, two = make_choices(2, 100, 300, block_size=BLOCK)
     run = server.drive({0: [Add(one)], 9: [Add(two)]})
@@ -714,7 +714,7 @@ def test_a_choice_that_comes_when_the_first_one_decodes_does_not_wait_for_its_en
 
 @both
 @pytest.mark.parametrize("budget", [40_000, 80_000, 200_000])
-def test_choices_beside_their_kept_prompt_fit_the_budget(memory: Memory, budget: int):
+def test_choices_beside_their_stored_prompt_fit_the_budget(memory: Memory, budget: int):
     """`Counting` holds rows and kept prefixes together against the budget."""
     server = Server(replace(memory, budget_bytes=budget, block=0), max_rows=4, chunk_size=64)
     choices = make_choices(8, 150, 40, block_size=BLOCK)
@@ -777,7 +777,7 @@ def forget_memory(server: Server) -> None:
 
 
 @both
-def test_what_is_on_disk_is_waited_for_and_used(memory: Memory):
+def test_a_prefix_on_disk_is_waited_for_and_used(memory: Memory):
     server = Server(memory, prefix_disk_bytes=PLENTY)
     prompt = text(0, 400)
     drive_with_disk(server, {0: [Add(server.sequence(prompt))]})
@@ -785,13 +785,16 @@ def test_what_is_on_disk_is_waited_for_and_used(memory: Memory):
     again, other = server.sequence(prompt, 3), server.sequence(text(5, 50), 3)
     run = drive_with_disk(server, {0: [Add(again), Add(other)]})
     assert server.hit(again) >= 384
-    assert order(run) == [other.id, again.id]  # who needs nothing from disk does not wait
+    assert order(run) == [
+        other.id,
+        again.id,
+    ]  # a request that needs nothing from disk does not wait
     assert run.tokens(again.id) == answer(again)
     assert server.scheduler.prefix.stats.num_from_disk > 0
 
 
 @both
-def test_what_cannot_be_read_from_disk_is_computed(memory: Memory):
+def test_a_prefix_that_cannot_be_read_from_disk_is_computed(memory: Memory):
     server = Server(memory, prefix_disk_bytes=PLENTY)
     prompt = text(0, 400)
     drive_with_disk(server, {0: [Add(server.sequence(prompt))]})
@@ -817,8 +820,10 @@ def test_static_batches_do_not_wait_for_the_disk(memory: Memory):
 
 @both
 @pytest.mark.parametrize("num", [2, 3, 5])
-def test_two_who_wait_for_the_disk_do_not_drive_out_one_another_for_ever(memory, num: int):
-    """BUG: each fetch evicts what the other has on its way, so nobody ever enters."""
+def test_requests_that_wait_for_the_disk_do_not_evict_one_anothers_prefixes_for_ever(
+    memory, num: int
+):
+    """BUG: each fetch evicts what the other has on its way, so none is ever admitted."""
     server = Server(memory, num_bytes=70_000, prefix_disk_bytes=PLENTY)
     prompts = [text(i, 500) for i in range(num)]
     for prompt in prompts:
@@ -845,7 +850,7 @@ def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9)
         prompt = [*chance.choice(prompts), *text(chance.randrange(99), chance.randrange(1, 40))]
         prompts = [*prompts[-9:], prompt[:250]]
         prompt = prompt[: chance.choice((300, 300, 60))]
-        heads = sorted(chance.sample(range(len(prompt)), min(2, len(prompt))))
+        starts = sorted(chance.sample(range(len(prompt)), min(2, len(prompt))))
         priority = chance.choice((0, 0, 0, -1, 1, -10))
         max_tokens, has_blocks = chance.randrange(1, 20), chance.random() < blocked
         for _ in range(chance.choice((1, 1, 1, 1, 3))):
@@ -858,7 +863,7 @@ def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9)
                 priority=priority,
             )
             if has_blocks:
-                sequence = cacheable(sequence, heads, first % 7 == 0)
+                sequence = cacheable(sequence, starts, first % 7 == 0)
             log.setdefault(tick, []).append(Add(sequence))
             if chance.random() < 0.2:
                 reason = chance.choice((CANCELLED, FinishReason.STOP, FinishReason.ERROR))
@@ -876,7 +881,7 @@ def sequences_of(log: Log) -> list[Sequence]:
 
 
 def assert_served(run: Run, log: Log) -> None:
-    """Everybody got what it gets alone, and one end."""
+    """Every sequence got the tokens that it gets alone, and one end."""
     ends: dict[int, Finished] = {}
     tokens: dict[int, list[int]] = {s.id: [] for s in sequences_of(log)}
     for event in run.events:
@@ -964,7 +969,7 @@ def servers(pick: st.DrawFn) -> Server:
 
 @settings(derandomize=True, max_examples=60, deadline=None, database=None)
 @given(servers(), st.integers(0, 2**32), st.integers(1, 10))
-def test_whatever_the_policy_a_cache_changes_no_token(server: Server, seed: int, num: int):
+def test_under_any_policy_a_cache_changes_no_token(server: Server, seed: int, num: int):
     log = crowd(random.Random(seed), num, 40)
     for tick in range(60, 400, 5):
         log.setdefault(tick, []).append(CloseBatch())  # in the end every batch is closed

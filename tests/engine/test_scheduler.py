@@ -1,4 +1,4 @@
-"""The scheduler: who runs next, as a function of commands and tokens alone.
+"""The scheduler: steps as a function of commands and tokens alone.
 
 Every run goes through `drive`, which calls `check()` after each operation, and through a
 `FakeRunner`, which asserts that the steps are ones a runner can take.
@@ -61,18 +61,18 @@ def releases(run: Run) -> list[int]:
 # --- the queue --------------------------------------------------------------------------------
 
 
-def test_who_came_first_goes_first():
+def test_the_first_arrival_is_served_first():
     run = run_all(Policy(max_rows=2), *(make_sequence(id) for id in (5, 3, 9, 1, 7)))
     assert admissions(run) == [5, 3, 9, 1, 7]
 
 
-def test_the_lower_priority_number_goes_first_and_then_who_came_first():
+def test_the_lower_priority_number_goes_first_and_then_the_first_arrival():
     priorities = {1: 2, 2: 0, 3: -1, 4: 2, 5: 0}
     sequences = [make_sequence(id, priority=priority) for id, priority in priorities.items()]
     assert admissions(run_all(Policy(max_rows=1), *sequences)) == [3, 2, 5, 1, 4]
 
 
-def test_a_late_arrival_of_a_better_priority_takes_the_place_of_the_running():
+def test_a_late_arrival_of_a_higher_priority_preempts_the_running():
     commands = {
         0: [Add(make_sequence(1, max_tokens=6)), Add(make_sequence(2))],
         2: [Add(make_sequence(3, priority=-1))],
@@ -82,7 +82,7 @@ def test_a_late_arrival_of_a_better_priority_takes_the_place_of_the_running():
     assert run.tokens(1) == answer(make_sequence(1, max_tokens=6))
 
 
-def test_a_late_arrival_of_the_same_priority_takes_nobodys_place():
+def test_a_late_arrival_of_the_same_priority_preempts_no_request():
     commands = {0: [Add(make_sequence(1, max_tokens=9))], 2: [Add(make_sequence(2))]}
     run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
     assert admissions(run) == [1, 2]
@@ -129,7 +129,7 @@ def test_a_newcomer_joins_at_any_step(tick: int):
     assert first.rows == ((1, 2) if tick < 8 else (2,))
 
 
-def test_a_free_place_is_taken_in_the_step_after_the_release():
+def test_a_free_row_is_taken_in_the_step_after_the_release():
     run = run_all(Policy(max_rows=1), make_sequence(1, max_tokens=2), make_sequence(2))
     (step,) = (step for step in run.steps if step.admitted and step.admitted[0].sequence.id == 2)
     assert step.released == (1,)
@@ -164,7 +164,7 @@ def test_several_prompts_share_one_step_the_shortest_first():
     assert run.steps[1].rows == (3, 1, 2)
 
 
-def test_a_prompt_that_no_step_can_hold_takes_what_others_leave():
+def test_a_prompt_longer_than_the_budget_takes_the_rest_of_each_step():
     sequences = [make_sequence(1, 5), make_sequence(2, 30)]
     run = run_all(Policy(chunk_size=10), *sequences)
     assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
@@ -178,7 +178,7 @@ def test_prompts_of_one_length_go_in_the_order_of_the_queue():
     ]
 
 
-def test_what_is_left_of_a_prompt_counts_and_not_what_it_was():
+def test_the_rest_of_a_prompt_decides_its_turn_and_not_its_length():
     commands = {0: [Add(make_sequence(1, 31))], 2: [Add(make_sequence(2, 16))]}
     run = drive(Scheduler(Policy(chunk_size=10)), FakeRunner(), commands)
     assert [chunk.id for step in run.steps for chunk in step.chunks] == [1, 1, 1, 2, 2, 2]
@@ -204,7 +204,7 @@ def test_a_long_prompt_among_short_ones_is_passed_over_in_no_more_than_eight_ste
 # --- priority ---------------------------------------------------------------------------------
 
 
-def test_an_urgent_latecomer_starts_in_the_next_step():
+def test_an_urgent_late_arrival_starts_in_the_next_step():
     commands: dict[int, list[Command]] = {
         0: [Add(make_sequence(id, 4, 30)) for id in range(1, 7)],
         5: [Add(make_sequence(7, 4, 3, priority=-10))],
@@ -212,13 +212,13 @@ def test_an_urgent_latecomer_starts_in_the_next_step():
     run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
     step = run.steps[5]
     assert [admission.sequence.id for admission in step.admitted] == [7]
-    assert step.released == (2,)  # the last in order of those who ran
+    assert step.released == (2,)  # the last in order of the running
     assert step.rows == (1, 7)
     for id in range(1, 7):
         assert run.tokens(id) == answer(make_sequence(id, 4, 30))
 
 
-def test_the_lowest_in_priority_gives_way_and_not_the_last_to_come():
+def test_the_lowest_priority_is_preempted_and_not_the_last_arrival():
     commands: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 3, 30, priority=2)), Add(make_sequence(2, 3, 30, priority=1))],
         3: [Add(make_sequence(3, 3, 5, priority=0))],
@@ -229,8 +229,8 @@ def test_the_lowest_in_priority_gives_way_and_not_the_last_to_come():
     assert admissions(run) == [2, 1, 3, 4, 2, 1]
 
 
-def test_who_has_aged_past_a_higher_level_keeps_the_place():
-    """Level 1 gains on level 0 in STEPS_PER_LEVEL steps: then both must agree on who is first."""
+def test_a_request_that_has_aged_past_a_higher_level_is_not_preempted():
+    """Level 1 gains on level 0 in STEPS_PER_LEVEL steps: then the order of both must agree."""
     late = STEPS_PER_LEVEL + 1
     for tick, is_preempted in ((late - 2, True), (late, False)):
         commands: dict[int, list[Command]] = {
@@ -242,7 +242,7 @@ def test_who_has_aged_past_a_higher_level_keeps_the_place():
         assert run.tokens(1) == answer(make_sequence(1, 1, 2 * STEPS_PER_LEVEL))
 
 
-def test_a_low_level_is_served_in_the_end_under_a_flood_of_a_higher_one():
+def test_a_low_level_is_not_starved_by_a_flood_of_a_higher_one():
     commands: dict[int, list[Command]] = {
         tick: [Add(make_sequence(100 + tick, 1, 1))]
         for tick in range(0, 2 * STEPS_PER_LEVEL + 200, 2)  # a step with a row takes two ticks
@@ -257,7 +257,7 @@ def test_a_low_level_is_served_in_the_end_under_a_flood_of_a_higher_one():
 
 
 @pytest.mark.parametrize("tick", range(1, 14))
-def test_who_was_preempted_at_any_step_resumes_and_gives_each_token_once(tick: int):
+def test_a_request_preempted_at_any_step_resumes_and_gives_each_token_once(tick: int):
     sequence = make_sequence(1, 20, 8, sampling=SamplingParams(seed=3, top_logprobs=1))
     commands: dict[int, list[Command]] = {0: [Add(sequence)]}
     commands[tick] = [Add(make_sequence(2, 5, 3, priority=-1))]
@@ -273,7 +273,7 @@ def test_who_was_preempted_at_any_step_resumes_and_gives_each_token_once(tick: i
     assert admissions(run) == releases(run)
 
 
-def test_who_is_preempted_with_the_last_token_in_flight_ends_and_never_resumes():
+def test_a_request_preempted_with_its_last_token_in_flight_ends_and_never_resumes():
     commands: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 1, 2))],
         2: [Add(make_sequence(2, 1, 1, priority=-1))],
@@ -284,7 +284,7 @@ def test_who_is_preempted_with_the_last_token_in_flight_ends_and_never_resumes()
 
 
 @pytest.mark.parametrize("tick", [3, 4, 5])
-def test_a_preempted_one_that_is_cancelled_ends_once(tick: int):
+def test_a_preempted_request_that_is_cancelled_ends_once(tick: int):
     commands: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, 1, 20))],
         3: [Add(make_sequence(2, 1, 9, priority=-1))],
@@ -297,7 +297,7 @@ def test_a_preempted_one_that_is_cancelled_ends_once(tick: int):
     assert runner.num_held == 0
 
 
-def test_an_end_token_that_comes_after_the_preemption_ends_the_sequence():
+def test_an_end_token_returned_after_the_preemption_ends_the_sequence():
     sequence = make_sequence(1, 1, 20, eos_tokens=frozenset({25}))
     commands: dict[int, list[Command]] = {
         0: [Add(sequence)],
@@ -309,7 +309,7 @@ def test_an_end_token_that_comes_after_the_preemption_ends_the_sequence():
     assert admissions(run) == [1, 2]
 
 
-def test_static_batching_is_never_interrupted():
+def test_static_batching_never_preempts():
     commands: dict[int, list[Command]] = {
         0: [Add(make_sequence(1, max_tokens=9))],
         2: [Add(make_sequence(2, priority=-9))],
@@ -377,7 +377,7 @@ def test_a_second_end_token_in_the_overshoot_row_ends_nothing_twice():
     assert len(run.ends(1)) == 1
 
 
-def test_a_cancel_in_the_queue_ends_at_once_and_the_runner_never_hears_of_it():
+def test_a_cancel_in_the_queue_ends_at_once_and_never_reaches_the_runner():
     commands = {
         0: [Add(make_sequence(1)), Add(make_sequence(2)), Add(make_sequence(3))],
         1: [Finish(2, CANCELLED)],
@@ -388,7 +388,7 @@ def test_a_cancel_in_the_queue_ends_at_once_and_the_runner_never_hears_of_it():
     assert releases(run) == [1, 3]
 
 
-def test_a_cancel_in_prefill_frees_the_place_at_the_next_step():
+def test_a_cancel_in_prefill_frees_the_row_at_the_next_step():
     commands = {0: [Add(make_sequence(1, 1000)), Add(make_sequence(2))], 3: [Finish(1, CANCELLED)]}
     run = drive(Scheduler(Policy(max_rows=1, chunk_size=16)), FakeRunner(), commands)
     assert run.steps[3].released == (1,)
@@ -436,7 +436,7 @@ def test_a_sequence_that_is_added_and_cancelled_in_one_tick_is_never_launched():
     assert run.events == [Finished(1, CANCELLED)]
 
 
-def test_a_sequence_that_fails_alone_costs_nobody_else_a_token():
+def test_a_sequence_that_fails_alone_costs_the_others_no_token():
     sequences = [make_sequence(id, max_tokens=6) for id in (1, 2, 3)]
     runner = FakeRunner(failing={3: ((2, "out of memory"),)})
     run = run_all(Policy(), *sequences, runner=runner)
@@ -480,7 +480,7 @@ def test_static_batching_gathers_until_the_batch_is_full():
     assert step.rows == (1, 2, 3)
 
 
-def test_static_batching_runs_what_is_there_when_the_time_is_over():
+def test_static_batching_runs_a_partial_batch_when_the_gathering_time_is_over():
     scheduler = Scheduler(Policy(max_rows=3, continuous=False))
     scheduler.apply(CloseBatch())  # nothing gathered: it must not close the next batch
     scheduler.apply(Add(make_sequence(1)))
@@ -608,7 +608,7 @@ def logs(pick: st.DrawFn) -> dict[int, list[Command]]:
 
 @bounded
 @given(policies(), logs())
-def test_whatever_happens_every_sequence_gets_its_tokens_and_one_end(policy, log):
+def test_under_any_log_every_sequence_gets_its_tokens_and_one_end(policy, log):
     runner = FakeRunner()
     run = drive(Scheduler(policy), runner, log)
     for command in (command for tick in sorted(log) for command in log[tick]):

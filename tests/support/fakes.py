@@ -118,7 +118,7 @@ class FakeLaunched:
 
 @dataclass(slots=True)
 class _Known:
-    """A sequence the runner has been given and not been told to release."""
+    """A sequence that has been admitted and not released."""
 
     admission: Admission
     num_computed: int = 0
@@ -175,7 +175,7 @@ class FakeRunner:
         # The prefix cache's payloads: where their tokens begin, and these, in memory and on disk.
         self.kept: dict[int, tuple[int, list[int]]] = {}
         self.files: dict[int, tuple[int, list[int]]] = {}
-        self.fetching: list[int] = []  # whoever drives it says Fetched, and moves them to `kept`
+        self.fetching: list[int] = []  # its driver moves them to `kept` and sends Fetched
         self.steps: list[Step] = []  # every step it got, in order
         self.num_resets = 0
 
@@ -324,9 +324,9 @@ class FakeRunner:
         for look in looks:
             known = self._known[look.id]
             assert not known.has_row, "its prompt is through"
-            assert look.image not in known.seen, "one look at each"
+            assert look.image not in known.seen, "each is encoded once"
             image = known.sequence.prompt.images[look.image]
-            assert image.stop > known.num_computed, "nobody needs it any more"
+            assert image.stop > known.num_computed, "it is computed already"
             known.seen.add(look.image)
 
     def _take_chunks(self, chunks: SequenceOf[Chunk]) -> None:
@@ -339,7 +339,7 @@ class FakeRunner:
             prompt = known.sequence.prompt
             for number, image in enumerate(prompt.images):
                 is_outside = image.stop <= chunk.start or image.start >= chunk.stop
-                assert is_outside or number in known.seen, "a picture is looked at first"
+                assert is_outside or number in known.seen, "an image is encoded first"
             if chunk.start < prompt.unbroken:
                 assert chunk.start == 0, "what looks ahead is one chunk"
                 assert chunk.stop == prompt.unbroken
