@@ -941,9 +941,9 @@ class Odd(BaseException):
 
 @pytest.mark.parametrize("error", [ValueError("x"), Odd(), StopIteration(3)], ids=repr)
 def test_the_device_thread_returns_any_exception_and_continues(error: BaseException):
-    """StopIteration too, which mlx-lm's caches can raise (`next(iter(…))`) and no future takes.
+    """StopIteration too, which mlx-lm's caches can raise (`next(iter(…))`) and futures reject.
 
-    It may come as another error, but it must come, and as one that a loop outlives.
+    It may be wrapped in another error, but it must be raised, and must not end the loop.
     """
 
     def fail() -> None:

@@ -206,7 +206,7 @@ class FakeRunner:
     def drop_embedding(self, id: int) -> None:
         raise AssertionError("there is nothing to drop")
 
-    def files(self, tell: Callable[[Command], None]) -> list[tuple[int, Stored]]:
+    def files(self, on_event: Callable[[Command], None]) -> list[tuple[int, Stored]]:
         return []
 
     def advance(
