@@ -106,7 +106,7 @@ def test_the_names_on_the_contributors_page_exist(section: str) -> None:
         assert exists, f"{name} does not exist"
 
 
-@pytest.mark.parametrize("room", ROOMS.keys() - {"__init__"})
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"__init__"}))
 def test_the_map_of_the_rooms_has_the_imports_that_the_layers_allow(room: str) -> None:
     rows = re.findall(r"^\| .*`(\w+)`.* \| .* \| (.*) \|$", text_of(PACKAGE / "README.md"), re.M)
     order = [name for name, _ in rows]
