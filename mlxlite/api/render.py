@@ -18,8 +18,8 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, Cause, bad
 from mlxlite.models.interface import Model, PromptError
-from mlxlite.output.events import OutputParser, ParserOptions
 from mlxlite.output.grammar import ConstraintError
+from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits
 from mlxlite.vision.images import ImageError, LoadedImage, Source, load

@@ -7,10 +7,7 @@ A tool call is `ToolCallStart`, any number of `ToolCallArguments`, and `ToolCall
 `ToolCallInvalid`; nothing else comes between them, and one that comes whole is three events.
 """
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 
@@ -100,45 +97,3 @@ class Done:
 
 
 Event = ParserEvent | Progress | Done
-
-
-# (name, arguments) of the calls in the text between two markers; raises anything for none.
-ParseCalls = Callable[[str], SequenceOf[tuple[str, Mapping[str, Any]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class ParserOptions:
-    """What one request expects of its answers.
-
-    `schemas` are the JSON schemas of the tools that may be called, by name; None: calls are text
-    like any other. A format that leaves the reading of calls to the model needs `parse_calls`.
-    """
-
-    starts_in_reasoning: bool = False  # the prompt ends inside a block of reasoning
-    splits_reasoning: bool = True  # else it is content, markers and all
-    schemas: Mapping[str, Any] | None = None
-    parse_calls: ParseCalls | None = None
-    max_calls: int | None = None
-
-
-class OutputParser(Protocol):
-    """Splits one answer's text into content, reasoning and tool calls.
-
-    How the text was cut into pushes changes nothing but when the events come.
-    """
-
-    @property
-    def is_reasoning(self) -> bool: ...
-
-    @property
-    def is_complete(self) -> bool:
-        """True once the answer has as many calls as were wanted."""
-        ...
-
-    num_calls: int
-
-    def push(self, text: str) -> list[ParserEvent]: ...
-
-    def flush(self) -> list[ParserEvent]:
-        """The end of the text: the events of what was held back."""
-        ...

@@ -8,9 +8,9 @@ format is one file: a class with these members and the parser that it makes. A n
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
-from mlxlite.output.events import OutputParser, ParserOptions
 from mlxlite.output.harmony import HarmonyFormat
 from mlxlite.output.markers import MarkerFormat
+from mlxlite.output.parser import OutputParser, ParserOptions
 
 
 class OutputFormat(Protocol):

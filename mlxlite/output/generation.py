@@ -14,7 +14,8 @@ from typing import Any
 from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence, Usage
 from mlxlite.engine.step import Finished, Prefilled, SinkFailed, Token
 from mlxlite.output.detokenizer import Detokenize, Detokenizer
-from mlxlite.output.events import Done, Event, OutputParser, ParserEvent, Progress, TextDelta
+from mlxlite.output.events import Done, Event, ParserEvent, Progress, TextDelta
+from mlxlite.output.parser import OutputParser
 from mlxlite.output.stop_strings import RepetitionGuard, StopStrings
 
 REPETITION = "repetition"  # the `stop` of an answer that the guard has ended

@@ -1,18 +1,15 @@
 """Formats with markers: `<think>…</think>` around reasoning, `<tool_call>…</tool_call>` a call.
 
-The calls between two markers are read by the model's own function (mlx-lm's parsers). What a parser
-may hold is bounded: white space by `MAX_GAP`, a call by `MAX_CALL_CHARS`.
+The calls between two markers are parsed by the model's own function (mlx-lm's parsers). What a
+parser may hold is bounded: white space by `MAX_GAP`, a call by `MAX_CALL_CHARS`.
 """
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from mlxlite.output.events import (
-    ParserEvent,
-    ParserOptions,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -20,7 +17,22 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.tool_arguments import MAX_HEAD, OpenCall, ScanState, head_of, repaired, written
+from mlxlite.output.parser import MAX_CALL_CHARS, OutputParser, ParserOptions, next_marker
+from mlxlite.output.tool_arguments import (
+    MAX_HEAD,
+    OpenCall,
+    ScanState,
+    canonical,
+    head_of,
+    new_call_id,
+)
+
+# Of foreign parsers, for what a model may write; any other error is a fault of the parser.
+PARSE_ERRORS = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError),
+    *(SyntaxError, TypeError, ValueError),
+)
+MAX_GAP = 256  # characters of white space around a marker
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +64,6 @@ class MarkerFormat:
         return MarkerParser(self, options)
 
 
-# How foreign parsers fail on what a model may write.
-PARSE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-MAX_GAP = 256  # characters of white space around a marker
-MAX_CALL_CHARS = 1 << 20  # of one call; a longer one is text
-
-
 class _State(Enum):
     START = "start"  # only white space so far: reasoning may begin
     CONTENT = "content"
@@ -75,72 +72,37 @@ class _State(Enum):
     ARGUMENTS = "arguments"  # of a call that is emitted as it is written
 
 
-class MarkerParser:
+class MarkerParser(OutputParser):
     """An `OutputParser` of text with markers.
 
-    How the text was cut changes nothing but the times (tested at every point). Reasoning may begin
-    at the start, or after a call: a marker in the middle of a sentence is text. A call is held
-    until it is complete, and comes as text, markers and all, if it cannot be read: nothing that the
-    model wrote is lost. White space that touches a marker is dropped.
+    Reasoning may begin at the start, or after a call: a marker in the middle of a sentence is text.
+    A call is held until it is complete. White space that touches a marker is dropped.
 
     Where calls are JSON, one that begins with the name of a known tool is emitted as it is written,
     and an end marker in one of its strings is part of the string. It ends as `ToolCallInvalid` if
-    the complete text does not parse as this one call: what was emitted as its arguments stays so,
-    the rest comes as text, and nothing comes twice.
+    the complete text does not parse as this one call: the emitted arguments stay emitted, the rest
+    is text, and nothing is emitted twice.
     """
 
     def __init__(self, markers: MarkerFormat, options: ParserOptions) -> None:
+        super().__init__(options)
         self._markers = markers
-        self._schemas = options.schemas or {}
         self._think_start = markers.think_start if options.splits_reasoning else ""
         self._call_start = markers.call_start if options.schemas is not None else ""
         self._parse = options.parse_calls
-        self._max_calls = options.max_calls
         is_open = options.starts_in_reasoning and bool(self._think_start)
         self._state = _State.REASONING if is_open else _State.START
-        self._events: list[ParserEvent] = []
-        self._held = ""  # not yet emitted, because a marker or its white space may follow
         self._gap = ""  # white space before a call, which is text if the call is none
-        self._body: list[str] = []  # of a call, as far as its end marker is surely not in it
-        self._num_body = 0  # characters
         self._may_open = False  # the call so far may be the head of one that is not held
         self._open: OpenCall | None = None
         self._is_fresh = True  # nothing was emitted since the last marker
         self._has_reasoned = is_open
-        self.num_calls = 0
 
     @property
     def is_reasoning(self) -> bool:
         return self._state is _State.REASONING
 
-    @property
-    def is_complete(self) -> bool:
-        return self._max_calls is not None and self.num_calls >= self._max_calls
-
-    def push(self, text: str) -> list[ParserEvent]:
-        self._held += text
-        while self._step():
-            pass
-        events, self._events = self._events, []
-        return events
-
-    def flush(self) -> list[ParserEvent]:
-        """A call that was never closed is parsed too."""
-        held, self._held = self._held, ""
-        match self._state:
-            case _State.CALL:
-                self._finish_call(self._take_body() + held, "")
-            case _State.ARGUMENTS:
-                assert self._open is not None
-                self._finish_call(self._open.text, "")
-            case _State.REASONING:
-                self._emit(ReasoningDelta, held[: len(held) - _num_gap(held)])
-            case _:
-                self._emit(TextDelta, held)
-        return self.push("")
-
     def _step(self) -> bool:
-        """Take the held text up to the next marker, or as far as is sure; False at the latter."""
         match self._state:
             case _State.START:
                 return self._begin()
@@ -152,6 +114,22 @@ class MarkerParser:
                 return self._call()
             case _State.ARGUMENTS:
                 return self._arguments()
+
+    def _end(self, held: str) -> None:
+        match self._state:
+            case _State.CALL:
+                self._finish_call(self._take_body() + held, "")
+            case _State.ARGUMENTS:
+                assert self._open is not None
+                self._finish_call(self._open.text, "")
+            case _State.REASONING:
+                self._emit(ReasoningDelta, held[: len(held) - _num_gap(held)])
+            case _:
+                self._emit(TextDelta, held)
+
+    def _enter(self, state: _State) -> None:
+        self._state = state
+        self._is_fresh = True
 
     # --- content and reasoning ----------------------------------------------------------------
 
@@ -186,40 +164,38 @@ class MarkerParser:
         return True
 
     def _emit_up_to(self, marker: str, kind: type[TextDelta | ReasoningDelta]) -> bool:
-        """Emit the text before a marker, less the white space that touches it, and drop it."""
-        before, found, after = _parted(self._held, marker)
-        num_sure = len(before) if found else len(before) - _half(before, marker)
-        num_sure -= _num_gap(before[:num_sure])
-        self._emit(kind, before[:num_sure])
-        self._held = before[num_sure:]
+        """Emit the text before a marker; the marker and the white space at it are dropped."""
+        at, found = next_marker(self._held, marker)
+        num_sure = at - _num_gap(self._held[:at])
+        self._emit(kind, self._held[:num_sure])
         if found:
-            self._gap, self._held = self._held, after
+            self._gap = self._held[num_sure:at]
+        self._held = self._held[at + len(found) if found else num_sure :]
         return bool(found)
+
+    def _emit(self, kind: type[TextDelta | ReasoningDelta], text: str) -> None:
+        follows_marker = kind is ReasoningDelta or self._has_reasoned or self.num_calls > 0
+        if self._is_fresh and follows_marker:
+            text = text.lstrip()
+        self._is_fresh = self._is_fresh and not text
+        super()._emit(kind, text)
 
     # --- calls ----------------------------------------------------------------------------------
 
     def _call(self) -> bool:
         if self._may_open and self._opens():
             return True
-        before, marker, after = _parted(self._held, self._markers.call_end)
-        num_sure = len(before) if marker else len(before) - _half(before, self._markers.call_end)
-        self._body.append(before[:num_sure])
-        self._num_body += num_sure
-        self._held = self._held[num_sure:]
+        at, marker = next_marker(self._held, self._markers.call_end)
+        self._extend_body(at)
         if self._num_body > MAX_CALL_CHARS:
             body = self._take_body()
             self._held = body[MAX_CALL_CHARS:] + self._held
             self._break_call(body[:MAX_CALL_CHARS], "")
             return True
         if marker:
-            self._held = after
+            self._held = self._held[len(marker) :]
             self._finish_call(self._take_body(), marker)
         return bool(marker)
-
-    def _take_body(self) -> str:
-        body = "".join(self._body)
-        self._body, self._num_body = [], 0
-        return body
 
     def _opens(self) -> bool:
         """True if the call begins with the name of a known tool; it is then emitted."""
@@ -256,34 +232,32 @@ class MarkerParser:
 
     def _finish_call(self, body: str, end: str) -> None:
         """The text between two markers is complete: calls, or else text."""
-        calls = self._read(body)
+        calls = self._parsed(body)
         if not calls:
             self._break_call(body, end)
             return
         if self._open is not None:
             self._events.append(ToolCallEnd(calls[0][1]))
             self._open = None
+            self.num_calls += 1
         else:
-            if self._max_calls is not None:
-                calls = calls[: self._max_calls - self.num_calls]
             for name, arguments in calls:
-                self._events += whole_call(name, arguments)
-        self.num_calls += len(calls)
+                self._emit_call(name, arguments)
         self._enter(_State.START)
 
-    def _read(self, body: str) -> list[tuple[str, str]]:
-        """Names and arguments of the calls in a text; none where it is not what was emitted."""
+    def _parsed(self, body: str) -> list[tuple[str, str]]:
+        """Names and arguments of the calls in a text; none where they differ from the open one."""
         assert self._parse is not None
         try:
             calls = self._parse(body)
-            if self._open is not None and not self._open.is_what_was_read(calls):
+            if self._open is not None and not self._open.matches(calls):
                 return []
-            return [(name, _json(given, self._schemas.get(name))) for name, given in calls]
+            return [(name, canonical(given, self._schemas.get(name))) for name, given in calls]
         except PARSE_ERRORS:
             return []
 
     def _break_call(self, body: str, end: str) -> None:
-        """What looked like a call is text, but for what was emitted as one."""
+        """Emit what looked like a call as text, but for what was emitted as a call before."""
         self._enter(_State.CONTENT)
         self._is_fresh = False
         text = self._gap + self._markers.call_start + body + end
@@ -291,51 +265,10 @@ class MarkerParser:
             num_emitted = len(text) - len(end) - len(body) + len(self._open.text)
             self._events.append(ToolCallInvalid(text[:num_emitted]))
             self._open, text = None, text[num_emitted:]
-        self._body, self._num_body = [], 0
+        self._take_body()
         self._emit(TextDelta, text)
-
-    def _enter(self, state: _State) -> None:
-        self._state = state
-        self._is_fresh = True
-
-    def _emit(self, kind: type[TextDelta | ReasoningDelta], text: str) -> None:
-        """Text leaves, but for the white space that touches a marker before it."""
-        follows_marker = kind is ReasoningDelta or self._has_reasoned or self.num_calls > 0
-        if self._is_fresh and follows_marker:
-            text = text.lstrip()
-        if text:
-            self._is_fresh = False
-            self._events.append(kind(text))
 
 
 def _num_gap(text: str) -> int:
     """Characters of white space at the end, which may touch a marker; a long run is text."""
     return min(len(text) - len(text.rstrip()), MAX_GAP)
-
-
-def _parted(text: str, marker: str) -> tuple[str, str, str]:
-    return text.partition(marker) if marker else (text, "", "")
-
-
-def _half(text: str, marker: str) -> int:
-    """How many characters at a text's end may be the beginning of a marker."""
-    return next(
-        (n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0
-    )
-
-
-def new_call_id() -> str:
-    return f"call_{secrets.token_hex(12)}"
-
-
-def whole_call(name: str, arguments: str) -> tuple[ParserEvent, ...]:
-    """The events of a call that comes at once."""
-    start = ToolCallStart(new_call_id(), name)
-    return (start, ToolCallArguments(arguments), ToolCallEnd(arguments))
-
-
-def _json(arguments: Any, schema: Any) -> str:
-    """Arguments in canonical form. Raises ValueError, and what `written` does."""
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
-    return written(repaired(arguments, schema))

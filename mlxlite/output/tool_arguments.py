@@ -1,13 +1,14 @@
-"""The arguments of a call: where they end in a text, and with the types of their schema. Pure.
+"""The arguments of a tool call: where they end in a text, and their types by a schema. Pure.
 
-A call in JSON is emitted while the model writes it, as it writes it: `ObjectScan` follows strings,
-escapes and depth, which is enough to find the object's end, and to keep an end marker that stands
-in a string from ending the call. It decides nothing else: the complete text is parsed in the end,
-and what does not parse is no call. Types are repaired in what was parsed, never in what is emitted.
+A call in JSON is emitted while the model writes it, in the model's own spelling. `ObjectScan`
+follows strings, escapes and depth: enough to find the object's end, and to keep an end marker that
+is part of a string from ending the call. It does not validate: the complete text is parsed at the
+end. Types are coerced in the parsed value, never in what is emitted.
 """
 
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from mlxlite.output.events import ToolCallStart
+from mlxlite.output.events import ParserEvent, ToolCallArguments, ToolCallEnd, ToolCallStart
 
 MAX_HEAD = 1024  # characters of a call before its arguments; after more it comes whole
 _HEAD = re.compile(
@@ -27,70 +28,67 @@ _IN_STRING = re.compile(r'[^"\\\x00-\x1f]*')
 _BETWEEN = re.compile(r"[\w\s.,:+-]*")  # strings and brackets
 
 
-# --- repair -----------------------------------------------------------------------------------
+_TYPES: Mapping[type, set[str]] = {
+    bool: {"boolean"},
+    int: {"integer", "number"},
+    float: {"number"},
+    dict: {"object"},
+    list: {"array"},
+    type(None): {"null"},
+}
 
 
-def repaired(value: Any, schema: Any) -> Any:
-    """Arguments with the types that their schema wants, where nothing is lost by it.
+# --- complete arguments -----------------------------------------------------------------------
+
+
+def canonical(arguments: Any, schema: Any) -> str:
+    """Arguments as JSON, coerced to their schema. Raises ValueError, and what `written` does."""
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are no object")
+    return written(coerced(arguments, schema))
+
+
+def coerced(value: Any, schema: Any) -> Any:
+    """Arguments with the types of their schema, where the conversion loses nothing.
 
     Models write 3.0 for 3, and some formats have no types at all: "3", "true", "[1, 2]".
     """
     if not isinstance(schema, Mapping):
         return value
-    wanted = _wanted(schema)
-    if isinstance(value, str) and not _keeps_strings(schema):
-        value = _read_as(value, wanted)
-    if isinstance(value, float) and "integer" in wanted and _is_exact(value):
-        return int(value)
-    if isinstance(value, dict):
-        return {name: repaired(item, _of_member(schema, name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [repaired(item, _of_items(schema)) for item in value]
-    return value
-
-
-def _wanted(schema: Mapping[str, Any]) -> set[str]:
-    """The types that a schema names."""
     types = schema.get("type")
-    listed = types if isinstance(types, list) else [types]
-    return {name for name in listed if isinstance(name, str)}
-
-
-def _keeps_strings(schema: Any) -> bool:
-    """Whether a string stays the string that it is."""
-    wanted = _wanted(schema) if isinstance(schema, Mapping) else set()
-    return not wanted or "string" in wanted
-
-
-def _of_member(schema: Any, name: str) -> Any:
-    own = schema.get("properties") if isinstance(schema, Mapping) else None
-    return own.get(name) if isinstance(own, Mapping) else None
-
-
-def _of_items(schema: Any) -> Any:
-    return schema.get("items") if isinstance(schema, Mapping) else None
+    wanted = {t for t in (types if isinstance(types, list) else [types]) if isinstance(t, str)}
+    if isinstance(value, str) and wanted and "string" not in wanted:
+        value = _parsed_as(value, wanted)
+    match value:
+        case float() if "integer" in wanted and _is_exact(value):
+            return int(value)
+        case dict():
+            properties = schema.get("properties")
+            members = properties if isinstance(properties, Mapping) else {}
+            return {name: coerced(item, members.get(name)) for name, item in value.items()}
+        case list():
+            return [coerced(item, schema.get("items")) for item in value]
+        case _:
+            return value
 
 
 def _is_exact(number: float) -> bool:
-    """Whether it is an integer, and surely the one that was written."""
+    """True for an integer below the size at which floats skip some."""
     return number.is_integer() and abs(number) < 2**53
 
 
-def _read_as(text: str, wanted: set[str]) -> Any:
+def _parsed_as(text: str, wanted: set[str]) -> Any:
     """JSON in a string, if it is of a wanted type; else the string."""
     try:
         value = orjson.loads(text.lower() if wanted == {"boolean"} else text)
     except orjson.JSONDecodeError:
         return text
-    kinds = {bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}}
-    if isinstance(value, float) and _is_exact(value):
-        kinds[float] = {"number", "integer"}
-    kinds |= {dict: {"object"}, list: {"array"}, type(None): {"null"}}
-    return value if wanted & kinds.get(type(value), set()) else text
+    kind = int if isinstance(value, float) and _is_exact(value) else type(value)
+    return value if wanted & _TYPES.get(kind, set()) else text
 
 
 def written(value: Any) -> str:
-    """A value as JSON; each part of it as it would be alone. Raises TypeError."""
+    """A value as JSON; integers may exceed 64 bits. Raises TypeError."""
     try:
         return orjson.dumps(value).decode()
     except TypeError as error:
@@ -103,18 +101,28 @@ def written(value: Any) -> str:
         case list() | tuple():
             return "[" + ",".join(map(written, value)) + "]"
         case _:
-            return json.dumps(value)  # an integer that is longer than orjson's
+            return json.dumps(value)  # an integer that orjson refuses
 
 
-# --- as they are written ----------------------------------------------------------------------
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def whole_call(name: str, arguments: str) -> tuple[ParserEvent, ...]:
+    """The events of a call that comes at once."""
+    start = ToolCallStart(new_call_id(), name)
+    return (start, ToolCallArguments(arguments), ToolCallEnd(arguments))
+
+
+# --- arguments as they are written ------------------------------------------------------------
 
 
 class ScanState(Enum):
-    """Where a scan is; only an OPEN one takes more."""
+    """Only an OPEN scan takes more text."""
 
     OPEN = "open"
     CLOSED = "closed"  # the object is complete
-    LOST = "lost"  # no JSON goes on like that
+    LOST = "lost"  # a character that no JSON has in this place
 
 
 class ObjectScan:
@@ -135,14 +143,14 @@ class ObjectScan:
                 at += 1
                 continue
             part = (_IN_STRING if self._is_string else _BETWEEN).match(text, at)
-            assert part is not None, "it matches nothing, too"
+            assert part is not None, "both patterns match the empty string"
             at = part.end()
             if at < len(text) and self._take(text[at]):
                 at += 1
         return at
 
     def _take(self, char: str) -> bool:
-        """A character that changes the state; False if it belongs to no object."""
+        """Apply a character that changes the state; False if it is not part of the object."""
         match char:
             case '"':
                 self._is_string = not self._is_string
@@ -166,7 +174,7 @@ def head_of(body: str) -> tuple[str, int] | None:
 
 @dataclass(slots=True)
 class OpenCall:
-    """A call that is emitted while it is written: its `head`, and its arguments so far."""
+    """A call that is emitted while the model writes it: its head, and its arguments so far."""
 
     start: ToolCallStart
     head: str
@@ -184,8 +192,8 @@ class OpenCall:
         self.arguments.append(text)
         return text
 
-    def is_what_was_read(self, calls: SequenceOf[tuple[str, Mapping[str, Any]]]) -> bool:
-        """True if the whole text holds this one call. Raises what JSON's parser does."""
+    def matches(self, calls: SequenceOf[tuple[str, Mapping[str, Any]]]) -> bool:
+        """True if `calls`, parsed from the complete text, are this one. Raises ValueError."""
         if [name for name, _ in calls] != [self.start.name]:
             return False
         return written(json.loads("".join(self.arguments))) == written(calls[0][1])

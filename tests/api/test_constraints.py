@@ -29,7 +29,7 @@ from mlxlite.output.events import (
     ToolCallStart,
 )
 from mlxlite.output.grammar import Constraint, Kind
-from mlxlite.output.tool_arguments import repaired
+from mlxlite.output.tool_arguments import coerced
 
 USER = {"role": "user", "content": "Hello"}
 
@@ -447,7 +447,7 @@ def test_structured_outputs_of_nothing_are_free():
     ],
 )
 def test_arguments_get_the_types_of_their_schema(value: Any, schema: Any, expected: Any):
-    found = repaired(value, schema)
+    found = coerced(value, schema)
     assert found == expected
     assert type(found) is type(expected)
 

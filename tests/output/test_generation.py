@@ -18,8 +18,6 @@ from mlxlite.output.events import (
     Delta,
     Done,
     Event,
-    OutputParser,
-    ParserOptions,
     Progress,
     ReasoningDelta,
     TextDelta,
@@ -29,6 +27,7 @@ from mlxlite.output.events import (
 )
 from mlxlite.output.generation import Generation
 from mlxlite.output.markers import MarkerFormat
+from mlxlite.output.parser import OutputParser, ParserOptions
 
 EOS = 25
 SEQUENCE = make_sequence(1, sampling=SamplingParams(0.0, top_logprobs=2))

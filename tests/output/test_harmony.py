@@ -18,7 +18,6 @@ from mlxlite.api.render import output_parser, render_chat
 from mlxlite.config.options import Config
 from mlxlite.output.events import (
     ParserEvent,
-    ParserOptions,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -26,6 +25,7 @@ from mlxlite.output.events import (
     ToolCallStart,
 )
 from mlxlite.output.harmony import MARKS, MAX_HEAD, HarmonyFormat, HarmonyParser
+from mlxlite.output.parser import ParserOptions
 
 THINK = "<|channel|>analysis<|message|>Let me see.<|end|>"
 SAY = "<|start|>assistant<|channel|>final<|message|>It is 3 < 4.<|return|>"

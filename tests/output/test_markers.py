@@ -21,9 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxlite.output.events import (
-    ParseCalls,
     ParserEvent,
-    ParserOptions,
     ReasoningDelta,
     TextDelta,
     ToolCallArguments,
@@ -31,8 +29,9 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.markers import MAX_CALL_CHARS, MarkerFormat, MarkerParser
-from mlxlite.output.tool_arguments import MAX_HEAD, repaired
+from mlxlite.output.markers import MarkerFormat, MarkerParser
+from mlxlite.output.parser import MAX_CALL_CHARS, ParseCalls, ParserOptions
+from mlxlite.output.tool_arguments import MAX_HEAD, coerced
 
 MARKERS = MarkerFormat("<think>", "</think>", "<tool_call>", "</tool_call>")
 TO_THE_END = MarkerFormat("[THINK]", "[/THINK]", "[TOOL_CALLS]", "")
@@ -100,7 +99,7 @@ def folded(events: list[ParserEvent], ids: list[str]) -> Iterator[tuple[str, Any
             case ToolCallEnd(canonical):
                 assert start is not None
                 schema = SCHEMAS.get(start.name)
-                assert repaired(json.loads(arguments), schema) == json.loads(canonical)
+                assert coerced(json.loads(arguments), schema) == json.loads(canonical)
                 ids.append(start.id)
                 yield CALLED, (start.name, json.loads(canonical))
                 start = None

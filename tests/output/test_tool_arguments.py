@@ -211,7 +211,7 @@ def is_what_was_read(text: str, *calls: tuple[str, Any]) -> bool:
     call = OpenCall(ToolCallStart("call_1", "f"), '{"name": "f", "arguments": ')
     assert call.push(text + "}") == text
     assert call.text == call.head + text
-    return call.is_what_was_read(calls)
+    return call.matches(calls)
 
 
 def test_what_was_read_of_the_complete_call_decides():
