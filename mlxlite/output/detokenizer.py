@@ -1,6 +1,6 @@
-"""Tokens to text for one sequence: whole characters only, each given out once.
+"""Tokens to text for one sequence: whole characters only, each emitted once.
 
-The text of all pushes and the flush together is the text of all tokens decoded at once. A push
+The texts of all pushes and the flush together are the text of all tokens decoded at once. A push
 decodes at most `2 * MAX_UNREAD + 2` tokens at a time. Tested.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Sequence as SequenceOf
 Detokenize = Callable[[SequenceOf[int]], str]
 
 REPLACEMENT = "\ufffd"  # what every detokenizer writes for bytes that are no character (yet)
-# A character is at most four bytes, so at most three of them are an unfinished one. Byte-level
-# tokenizers write one replacement for them, byte-fallback ones (Llama 2, Gemma) one for each.
+# An unfinished character is at most three bytes. Byte-level tokenizers write one replacement for
+# them, byte-fallback ones (Llama 2, Gemma) one for each.
 MAX_HALF = 3
 # Unread tokens after which the window is cut though its text is not whole. A whole character comes
 # within four tokens, so this is met only by invalid bytes, tokens that begin and end inside a
@@ -26,16 +26,15 @@ NUM_KEPT = 16
 class Detokenizer:
     """One sequence's tokens in, its text out: the offsets of vLLM and TGI.
 
-    `detokenize` must only ever add at the end when tokens are added at the end, replacement
-    characters excepted: a transformers tokenizer wants `clean_up_tokenization_spaces=False`.
-    `prompt_tail` is the end of the prompt, any length: with it the first word keeps the space that
-    a sentencepiece tokenizer strips at the start of a text.
+    More tokens must only extend the text of `detokenize`, replacement characters excepted: a
+    transformers tokenizer needs `clean_up_tokenization_spaces=False`. `prompt_tail` is the end of
+    the prompt, any length: with it the first word keeps the space that a sentencepiece tokenizer
+    strips at the start of a text.
 
-    The last few tokens are decoded again at each push. This window is *context* tokens, whose text
-    has been given out and which are there so that a following word keeps its space, and then
-    *unread* ones. It begins anew at the points where its text is whole, and only there: bytes of a
-    byte-fallback tokenizer are decoded by the run, so a window that began inside a character would
-    spoil the whole run.
+    Each push decodes a window of the last tokens: *context*, whose text has been emitted and which
+    keeps the space of the next word, then *unread* ones. The window restarts only where its text is
+    whole: a byte-fallback tokenizer decodes bytes by the run, and a window that began inside a
+    character would make the whole run invalid.
     """
 
     def __init__(self, detokenize: Detokenize, prompt_tail: SequenceOf[int] = ()) -> None:
@@ -54,12 +53,12 @@ class Detokenizer:
         self._restart(tail, detokenize(tail))
 
     def push(self, token: int) -> str:
-        """One more token; the text that is complete now."""
+        """The text that one more token completes."""
         self._tokens.append(token)
         text = self._decode()
         if text == self._text and not self._detokenize((token, token)):
-            # A special token. (Twice, because a lone "▁" at the start of a text has none either,
-            # yet it counts: the next "▁" then stays.)
+            # A special token. (Twice, because a lone "▁" at the start of a text is empty too, but
+            # keeps the next "▁".)
             self._tokens.pop()
             return ""
         num_half = len(text) - len(text.rstrip(REPLACEMENT))
@@ -73,7 +72,7 @@ class Detokenizer:
         return given
 
     def flush(self) -> str:
-        """No more tokens; the text of bytes that did not become a character."""
+        """The end of the tokens: the text of bytes that did not become a character."""
         given = self._text[self._num_given :]
         self._num_given = len(self._text)
         return given
@@ -82,8 +81,8 @@ class Detokenizer:
         text = self._detokenize(self._tokens)
         if text.startswith(self._context_text):
             return text
-        # An invalid byte has turned the run of bytes before it, given out long ago, into
-        # replacements (byte fallback): read what is unread without the run.
+        # An invalid byte has turned the run of bytes before it, emitted long ago, into
+        # replacements (byte fallback): decode the unread tokens without the run.
         return self._context_text + self._detokenize(self._tokens[self._num_context :])
 
     def _restart(self, context: list[int], text: str) -> None:
@@ -101,15 +100,15 @@ class Detokenizer:
         return True
 
     def _shorten(self) -> str:
-        """Forget all but the context and the last unread tokens; gives what cannot be kept."""
+        """Drop all but the context and the last unread tokens; the text that cannot be held."""
         held = self._text[self._num_given :]
         del self._tokens[self._num_context : -NUM_KEPT]
         self._text = self._decode()
         if self._text.endswith(held):
             self._num_given = len(self._text) - len(held)
             return ""
-        # A run of bytes (byte fallback) that is valid now that its beginning is forgotten: what was
-        # held belongs to the invalid run, and the text goes on from here.
+        # A run of bytes (byte fallback) that is valid without its beginning: the held text is of
+        # the invalid run, and the text goes on from here.
         unread = self._tokens[self._num_context :]
         self._restart(unread, self._detokenize(unread))
         return held

@@ -1,10 +1,8 @@
 """The events of one answer: text, reasoning, tool calls, progress, and its end.
 
-Parsers make the deltas, a generation adds what they carry beside their text and passes them on, and
-writers turn them into bytes. An answer that does not stream is a fold of the same events.
-
-A tool call is `ToolCallStart`, any number of `ToolCallArguments`, and `ToolCallEnd` or
-`ToolCallInvalid`; nothing else comes between them, and one that comes whole is three events.
+Parsers make the deltas, a generation adds logprobs and usage, and writers turn them into bytes. An
+answer that does not stream is a fold of the same events. A tool call is `ToolCallStart`, any number
+of `ToolCallArguments`, and `ToolCallEnd` or `ToolCallInvalid`, with no other event between them.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +14,10 @@ Drawn = tuple[tuple[int, Logprobs], ...]  # (token id, its logprobs), in order
 
 @dataclass(slots=True)  # there is one for each token, and a frozen one takes five times as long
 class Delta:
-    """The part that all deltas have: `usage` as of now, where the request wants it.
+    """The fields of every delta; each is filled only where the request asks for it.
 
-    `logprobs` are those of the tokens drawn since the last delta, where the sequence asked for
-    them; the text of a token may still be held back.
+    `usage` is the current one. `logprobs` are those of the tokens drawn since the last delta; the
+    text of a token may still be held back.
     """
 
     logprobs: Drawn = field(default=(), kw_only=True)
@@ -28,38 +26,28 @@ class Delta:
 
 @dataclass(slots=True)
 class TextDelta(Delta):
-    """More content; may be empty, to carry logprobs."""
-
-    text: str
+    text: str  # may be empty, to carry logprobs
 
 
 @dataclass(slots=True)
 class ReasoningDelta(Delta):
-    """More reasoning."""
-
     text: str
 
 
 @dataclass(slots=True)
 class ToolCallStart(Delta):
-    """A call of the tool `name` begins."""
-
     id: str
-    name: str
+    name: str  # of the tool
 
 
 @dataclass(slots=True)
 class ToolCallArguments(Delta):
-    """More of the open call's arguments, as JSON."""
-
-    text: str
+    text: str  # of the open call's arguments, as JSON
 
 
 @dataclass(slots=True)
 class ToolCallEnd(Delta):
-    """The open call is complete. `arguments` are all of them: a JSON object in canonical form."""
-
-    arguments: str
+    arguments: str  # all of them: a JSON object in canonical form
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """Output formats: how a model marks reasoning and tool calls in its text.
 
-A model has one `OutputFormat`; all that depends on the format asks it, and never which one it is. A
-format is one file: a class with these members and the parser that it makes. A new one is named in
-`format_of`, which chooses by a tokenizer's special tokens.
+A model has one `OutputFormat`; no other code depends on which one it is. A format is one file: a
+class with these members, and its parser. A new one is named in `format_of`, which chooses by a
+tokenizer's special tokens.
 """
 
 from collections.abc import Collection, Mapping
@@ -18,8 +18,7 @@ class OutputFormat(Protocol):
 
     @property
     def marks(self) -> Collection[str]:
-        """Texts whose special tokens stay in an answer's text, because the parser reads them."""
-        ...
+        """Texts whose special tokens stay in an answer's text, for the parser."""
 
     @property
     def can_call_tools(self) -> bool: ...
@@ -27,19 +26,14 @@ class OutputFormat(Protocol):
     @property
     def has_json_calls(self) -> bool:
         """True if a call is one JSON object between two markers, which a grammar can enforce."""
-        ...
 
     def starts_in_reasoning(self, prompt: str) -> bool:
         """True if a rendered prompt ends inside a block of reasoning."""
-        ...
 
     def prepare(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """A message with the fields that the format's templates read."""
-        ...
 
-    def parser(self, options: ParserOptions) -> OutputParser:
-        """A parser for one answer."""
-        ...
+    def parser(self, options: ParserOptions) -> OutputParser: ...
 
 
 def format_of(special_tokens: Collection[str], markers: MarkerFormat) -> OutputFormat:

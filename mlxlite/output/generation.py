@@ -1,10 +1,10 @@
-"""One sequence's tokens to the events of its answer; the engine's sink, and the writers' source.
+"""A generation: one sequence's tokens to the events of its answer. The engine's sink.
 
     token ─▶ Detokenizer (whole characters) ─▶ StopStrings ─▶ OutputParser ─▶ events ─▶ write
 
-It decides when an answer ends though the model would go on: at a stop string, with the last wanted
-call, or when the text repeats itself. Each stage holds back as little as it can, so all of a step's
-text leaves with the step. It must never block, and emits nothing after `Done`.
+It ends an answer early: at a stop string, with the last call allowed, or when the text repeats
+itself. Each stage holds back as little as it can, so all of a step's text leaves with the step. It
+must never block, and emits nothing after `Done`.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ REPETITION = "repetition"  # the `stop` of an answer that the guard has ended
 class Generation:
     """An `engine.step.Sink`: one choice of an answer.
 
-    `write` gets the events; `finish` ends the sequence at the next step. Without a `parser` all
-    text is content. `guard` is the number of repeated tokens that end an answer; 0: none do.
-    The constructor raises what `detokenize` does.
+    `write` takes the events; `finish` ends the sequence at the next step. Without a `parser` all
+    text is content. `guard` is the number of repeated tokens that end an answer, 0 for no limit.
+    The constructor raises the errors of `detokenize`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Generation:
         self._detokenizer = Detokenizer(detokenize, sequence.prompt.tokens)
         self._stop_strings = StopStrings(stop)
         self._parser = parser
-        self._guard = RepetitionGuard(guard) if guard else None
+        self._guard = RepetitionGuard(guard)
         self._write = write
         self._end = finish
         self._wants_usage = sequence.wants_usage
@@ -53,7 +53,7 @@ class Generation:
         self._has_failed = False
 
     def __call__(self, output: Token | Prefilled | Finished) -> None:
-        """Raises SinkFailed where the tokens cannot be made text, and what `write` raises."""
+        """Raises SinkFailed for tokens without a text, and the errors of `write`."""
         try:
             match output:
                 case Token():
@@ -76,7 +76,7 @@ class Generation:
         self._emit(_read(self._push, token.token), token.usage)
         if self._stop_strings.met is not None or (parser is not None and parser.is_complete):
             self._end(FinishReason.STOP)
-        elif self._guard is not None and self._guard.push(token.token):
+        elif self._guard.push(token.token):
             self._has_looped = True
             self._end(FinishReason.LENGTH)
 
@@ -88,9 +88,11 @@ class Generation:
             if not events and self._logprobs:
                 events = [TextDelta("")]
             self._emit(events, usage if self._wants_usage else None)
-        stop = self._stop_strings.met or (REPETITION if self._has_looped else None)
-        if self._stop_strings.met is not None and reason is FinishReason.LENGTH:
+        stop = self._stop_strings.met
+        if stop is not None and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP  # the stop string was met in the very last token
+        if stop is None and self._has_looped:
+            stop = REPETITION
         num_calls = self._parser.num_calls if self._parser is not None else 0
         self._write(Done(reason, usage, finished.error, stop, num_calls))
 
@@ -101,7 +103,7 @@ class Generation:
         return [TextDelta(text)] if self._parser is None else self._parser.push(text)
 
     def _flush(self, is_whole: bool) -> list[ParserEvent]:
-        """The events of what was held back; of its text only where the answer is complete."""
+        """The events of the held text, which counts only where the answer is complete."""
         text = ""
         if is_whole:
             text = self._stop_strings.push(self._detokenizer.flush()) + self._stop_strings.flush()
@@ -110,7 +112,7 @@ class Generation:
         return self._parser.push(text) + self._parser.flush()
 
     def _emit(self, events: list[ParserEvent], usage: Usage | None) -> None:
-        """The first event has the logprobs since the last one."""
+        """Write events; the first carries the logprobs since the last delta."""
         if not events:
             return
         events[0].logprobs, self._logprobs = tuple(self._logprobs), []

@@ -1,12 +1,10 @@
-"""What an answer must look like: schema, regex, choice, grammar or tool call to token masks.
+"""Constrained output: a schema, regex, choice, grammar or tool call as masks over the tokens.
 
-llguidance (the extra `grammar`) does the matching; here is what it is fed, what is kept, and where
-it stops. A grammar is compiled once, off the event loop and within llguidance's limits, and each
-sequence matches with a copy. A matcher is driven by the runner: it takes every drawn token, and
-fills the mask of what may come next, while the device computes.
-
-White space in JSON is bounded, or a model could write it for ever; the answer may end only where
-the grammar accepts. Where the prompt has opened a block of reasoning, matching begins after it.
+llguidance (the extra `grammar`) does the matching. A grammar is compiled once, off the event loop
+and within llguidance's limits; each sequence matches with a copy. The runner drives a matcher: it
+passes on every drawn token, and fills the next mask while the device computes. White space in JSON
+is bounded, or a model could write it for ever. An answer ends only where the grammar accepts. After
+a prompt that opens a block of reasoning, matching begins at the end of the block.
 """
 
 import json
@@ -16,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -77,57 +76,61 @@ class Grammars:
     ) -> None:
         self._tokenizer = tokenizer
         self._num_vocab = num_vocab
+        self._num_words = (num_vocab + 31) // 32
         self._eos_tokens = eos_tokens
         self._think = think
         self._call_markers = call_markers
         self._lock = threading.Lock()
-        self._words: Any = None  # llguidance's tokenizer: takes up to a second, made when needed
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
     ) -> "Grammar":
-        """What an answer must match; a `budget` is of tokens of reasoning.
+        """The grammar of an answer, after at most `budget` tokens of reasoning.
 
-        Raises ConstraintError: what is wrong with it, for the client.
+        Raises ConstraintError: what is wrong with the constraint, for the client.
         """
-        found = None
-        if constraint is not None:
-            with self._lock:
-                if (found := self._compiled.pop(constraint, None)) is None:
-                    found = self._compile(constraint)
-                self._compiled[constraint] = found
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
+        found = self._find(constraint) if constraint is not None else None
         thought = None
         if is_thinking or budget is not None:
             if not all(self._think):
                 raise ConstraintError("this model has no marks around its reasoning")
             thought = Thought(*self._think, is_thinking, budget)
-        return Grammar(found, self._num_vocab, self._eos_tokens, thought)
+        return Grammar(found, self._num_words, _bits(self._num_words, self._eos_tokens), thought)
+
+    def _find(self, constraint: Constraint) -> Any:
+        """The compiled constraint, of the latest ones or new."""
+        with self._lock:
+            found = self._compiled.pop(constraint, None) or self._compile(constraint)
+            self._compiled[constraint] = found
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return found
 
     def _compile(self, constraint: Constraint) -> Any:
         try:
             import llguidance
-            import llguidance.hf
         except ImportError:
             raise ConstraintError(MISSING) from None
         if len(constraint.text) > MAX_GRAMMAR_CHARS:
             raise ConstraintError(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
-        if self._words is None:
-            try:
-                self._words = llguidance.hf.from_tokenizer(
-                    self._tokenizer, self._num_vocab, sorted(self._eos_tokens) or None
-                )
-            except ValueError as error:
-                raise ConstraintError(f"this model's tokenizer cannot be used: {error}") from None
         limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
-        matcher = llguidance.LLMatcher(
-            self._words, self._source(constraint), log_level=0, limits=limits
-        )
+        words, source = self._words, self._source(constraint)
+        matcher = llguidance.LLMatcher(words, source, log_level=0, limits=limits)
         if (reason := _error_in_use(matcher)) is not None:
             raise ConstraintError(reason)
         return matcher
+
+    @cached_property
+    def _words(self) -> Any:
+        """llguidance's tokenizer, which takes up to a second to make. Raises ConstraintError."""
+        from llguidance import hf
+
+        ends = sorted(self._eos_tokens) or None
+        try:
+            return hf.from_tokenizer(self._tokenizer, self._num_vocab, ends)
+        except ValueError as error:
+            raise ConstraintError(f"this model's tokenizer cannot be used: {error}") from None
 
     def _source(self, constraint: Constraint) -> str:
         """The grammar as llguidance reads it. Raises ConstraintError."""
@@ -136,11 +139,9 @@ class Grammars:
         try:
             match constraint.kind:
                 case Kind.JSON:
-                    return str(
-                        LLMatcher.grammar_from_json_schema(
-                            constraint.text, overrides=cast("Any", dict(_JSON_OPTIONS))
-                        )
-                    )
+                    bounds = cast("Any", dict(_JSON_OPTIONS))
+                    read = LLMatcher.grammar_from_json_schema
+                    return str(read(constraint.text, overrides=bounds))
                 case Kind.REGEX:
                     return str(LLMatcher.grammar_from_regex(constraint.text))
                 case Kind.CHOICE:
@@ -194,43 +195,34 @@ class Thought:
     start: tuple[int, ...]
     end: tuple[int, ...]
     is_open: bool  # in the prompt
-    budget: int | None
+    budget: int | None  # tokens
 
 
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """A compiled constraint, of which each sequence has a matcher of its own."""
 
-    def __init__(
-        self, compiled: Any, num_vocab: int, eos_tokens: frozenset[int], thought: Thought | None
-    ) -> None:
-        self._compiled = compiled
-        self._num_words = (num_vocab + 31) // 32
-        self._ends = _bits(self._num_words, eos_tokens)
-        self._thought = thought
+    compiled: Any  # llguidance's matcher at the start; None: reasoning is limited, nothing else
+    num_words: int  # 32-bit, of a mask
+    ends: npt.NDArray[np.uint32]  # the mask of the end-of-sequence tokens
+    thought: Thought | None
 
     def matcher(self) -> Matcher:
-        own = self._compiled.deep_copy() if self._compiled is not None else None
-        return _Matcher(own, self._num_words, self._ends, self._thought)
+        return _Matcher(self)
 
 
 class _Matcher:
     """A `sequence.Matcher`: reasoning, free but for its length, then the grammar, if any."""
 
-    def __init__(
-        self,
-        matcher: Any,
-        num_words: int,
-        ends: npt.NDArray[np.uint32],
-        thought: Thought | None,
-    ) -> None:
-        self._matcher = matcher
-        self._num_words = num_words
-        self._ends = ends
-        self._thought = thought
-        self._is_thinking = thought is not None and thought.is_open
+    def __init__(self, grammar: Grammar) -> None:
+        compiled = grammar.compiled
+        self._matcher = compiled.deep_copy() if compiled is not None else None
+        self._num_words, self._ends = grammar.num_words, grammar.ends
+        self._thought = grammar.thought
+        self._is_thinking = self._thought is not None and self._thought.is_open
         self._num_thought = 0
-        self._seen: tuple[int, ...] = ()
-        self._forced: list[int] = []  # what closes a block that has grown too long
+        self._seen: tuple[int, ...] = ()  # the last tokens, as many as the mark to come has
+        self._forced: list[int] = []  # the mark that closes a block at its budget
 
     @property
     def error(self) -> str | None:
@@ -246,7 +238,7 @@ class _Matcher:
                 self._matcher.consume_token(token)
 
     def _think(self, token: int, thought: Thought) -> bool:
-        """Whether a token belongs to reasoning, which may begin only first."""
+        """True for a token of reasoning. A grammar admits no reasoning after its start."""
         mark = thought.end if self._is_thinking else thought.start
         self._seen = (*self._seen, token)[-len(mark) :]
         if self._is_thinking:
@@ -262,7 +254,6 @@ class _Matcher:
         return self._matcher is None
 
     def fill(self, mask: npt.NDArray[np.uint32]) -> None:
-        """Bits of the tokens that may come next."""
         thought = self._thought
         if self._is_thinking and thought is not None and thought.budget == 0:
             self._forced = self._forced or list(thought.end)[len(self._seen) :]
@@ -288,7 +279,7 @@ def _bits(num_words: int, tokens: Iterable[int]) -> npt.NDArray[np.uint32]:
 
 
 def _error_in_use(matcher: Any) -> str | None:
-    """What is wrong with a grammar: some are only found out when they are used."""
+    """The error of a grammar; llguidance finds some only at the first tokens."""
     trial = matcher.deep_copy()
     for _ in range(_TRIAL_TOKENS):
         if trial.is_error():
@@ -303,7 +294,7 @@ def _error_in_use(matcher: Any) -> str | None:
 
 
 def _first_line(error: str) -> str:
-    """Of llguidance's report, what is for a client."""
-    if error.startswith("NoExtension"):  # the name of a state, and no sentence
+    """The part of llguidance's report that a client can use."""
+    if error.startswith("NoExtension"):  # the name of an internal state
         return "nothing can match it"
     return " ".join(error.partition("<state>")[0].split())[:300]

@@ -1,47 +1,44 @@
-"""Stop strings, found in text that arrives in pieces; and the guard against repetition. Pure."""
+"""Stop strings in text that arrives in pieces, and the guard against repetition. Pure."""
 
 from array import array
 
 
 class StopStrings:
-    """Gives text out up to the first stop string, and holds back what may still become one.
+    """Passes text on up to the first stop string; holds the end that may become one.
 
-    `met` is the stop string that was found. It may be found by `flush`: the one that begins first
-    wins, so a complete one waits while another, begun before it, may still be completed. Of those
-    that begin at the same place the shortest wins, being complete first. None of them is empty.
+    `met` is the stop string that was found, perhaps only by `flush`: the one that begins first
+    counts, so a complete one waits while another, begun before it, may be completed. Of those that
+    begin at the same place the shortest counts. None of them is empty.
     """
 
     def __init__(self, strings: tuple[str, ...] = ()) -> None:
-        assert all(strings), "an empty stop string is a client's error, refused before"
+        assert all(strings), "empty stop strings are refused at parsing"
         self.met: str | None = None
         self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(strings))
         self._held = ""  # text that has been searched and may be the beginning of a stop string
-        self._num_given = 0  # characters before `_held`, given out
+        self._num_given = 0  # characters before `_held`
 
     def push(self, text: str) -> str:
-        """More text; the text that is surely before any stop string, "" once one was met."""
+        """The text that is surely before any stop string; "" once one was met."""
         if self.met is not None:
             return ""
         if not text or not self._searches:
             return text
-        self._search(text)
+        for search in self._searches:
+            search.push(text)
+        self._held += text
         first = min(self._searches, key=_StopSearch.rank)
         return self._cut(first) if first.is_met else self._give(first.start)
 
     def flush(self) -> str:
-        """No more text; what was held back, up to a stop string."""
+        """The end of the text: the held text, up to a stop string."""
         met = [search for search in self._searches if search.is_met]
         if met and self.met is None:
             return self._cut(min(met, key=_StopSearch.rank))
         return self._give(self._num_given + len(self._held))
 
-    def _search(self, text: str) -> None:
-        for search in self._searches:
-            search.push(text)
-        self._held += text
-
     def _give(self, stop: int) -> str:
-        """The text from where we are up to the position `stop`."""
+        """The held text up to the position `stop`."""
         num = stop - self._num_given
         given, self._held = self._held[:num], self._held[num:]
         self._num_given = stop
@@ -72,7 +69,7 @@ class _StopSearch:
         return self._position - self._num_matched
 
     def rank(self) -> tuple[int, bool, int]:
-        """The lowest decides: what begins first, then what is complete, then the shortest."""
+        """The lowest counts: the first to begin, then a complete one, then the shortest."""
         return self.start, not self.is_met, len(self.string)
 
     def push(self, text: str) -> None:
@@ -106,10 +103,11 @@ def _borders(string: str) -> list[int]:
 
 
 MAX_PERIOD = 64  # tokens
+_CHECK_EVERY = 16  # tokens: a check costs microseconds
 
 
 class RepetitionGuard:
-    """Notices when an answer's last `num_tokens` are one piece of a few tokens, repeated."""
+    """Detects that an answer's last `num_tokens` repeat one short piece; 0 detects nothing."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
@@ -117,10 +115,12 @@ class RepetitionGuard:
         self._num_seen = 0
 
     def push(self, token: int) -> bool:
-        """Whether it is one. Looks now and then: a token costs next to nothing."""
+        """One more token; True if a check is due and finds a repetition."""
+        if not self._num_tokens:
+            return False
         self._tail.append(token)
         self._num_seen += 1
-        if self._num_seen % 16 or len(self._tail) < self._num_tokens:
+        if self._num_seen % _CHECK_EVERY or len(self._tail) < self._num_tokens:
             return False
         del self._tail[: -self._num_tokens]
         most = min(MAX_PERIOD, self._num_tokens // 4)
