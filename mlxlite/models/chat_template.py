@@ -1,9 +1,8 @@
 """Chat messages to a prompt, through the model's chat template.
 
-The template is the operator's or the checkpoint's, and untrusted; the messages are the client's. It
-runs in transformers' Jinja sandbox. It must never run longer than TEMPLATE_TIMEOUT_S, produce more
-than MAX_RENDERED characters, or take the renderer's own settings from a request. Immutable, so that
-any thread may render.
+The template is the operator's or the checkpoint's, and untrusted; so are the client's messages. It
+runs in transformers' Jinja sandbox, for at most TEMPLATE_TIMEOUT_S and MAX_RENDERED characters. It
+must never take the renderer's own settings from a request. Immutable: any thread may render.
 """
 
 import inspect
@@ -31,25 +30,18 @@ log = logging.getLogger("mlxlite.model")
 TEMPLATE_TIMEOUT_S = 10.0
 MAX_RENDERED = 256 << 20  # characters: four times the largest default body
 NO_VISION = "this model does not see pictures"
-_HELLO = [{"role": "user", "content": "Hello"}]
-_ONE_IMAGE: list[Any] = [{"role": "user", "content": [{"type": "image"}]}]
 _PROBE = "mlxlite"  # a word that no template contains by itself
 _TEMPLATE_ERRORS = (jinja2.TemplateError, AssertionError, *FOREIGN)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A chat template and the tokenizer of its text. Safe to use from any thread.
-
-    `source` is the operator's template; None is the checkpoint's own. With `needs_parts` the
-    template reads content only as an array of parts. `image_reader` turns a rendered chat and its
-    images into a prompt, or is the reason why there is no reader.
-    """
+    """A chat template and the tokenizer of its text. Safe to use from any thread."""
 
     tokenizer: Tokenizer
-    source: str | None = None
-    needs_parts: bool = False
-    image_reader: "Reader | str" = NO_VISION
+    source: str | None = None  # the operator's template; None is the checkpoint's own
+    needs_parts: bool = False  # the template reads content only as an array of parts
+    image_reader: "Reader | str" = NO_VISION  # or the reason why there is none
 
     @property
     def exists(self) -> bool:
@@ -57,11 +49,9 @@ class ChatTemplate:
 
     @property
     def vision_unavailable_reason(self) -> str | None:
-        """Why images cannot be rendered; None if they can."""
         return self.image_reader if isinstance(self.image_reader, str) else None
 
     def is_image_cached(self, digest: bytes) -> bool:
-        """Whether an image was preprocessed before, so that its pixels may not be needed again."""
         return not isinstance(self.image_reader, str) and self.image_reader.knows(digest)
 
     def render(
@@ -75,8 +65,8 @@ class ChatTemplate:
         """Chat messages to a prompt; `pictures` are those of the messages, in order.
 
         `is_continuation` leaves the last message open, for the answer to go on from it. Raises
-        PromptError when there is no template, when it refuses the messages, and for a template
-        argument that is a setting of the renderer; ImageError for an image that cannot be used.
+        PromptError without a template, for messages that it refuses, and for a template argument
+        that is a setting of the renderer; ImageError for an image that cannot be used.
         """
         if not self.exists:
             raise PromptError(
@@ -99,19 +89,16 @@ class ChatTemplate:
 
     def render_one_image(self) -> str:
         """The text of a chat that is one image. Raises PromptError."""
-        return self._apply(_ONE_IMAGE, {}, is_continuation=False)
+        return self._apply([_user([{"type": "image"}])], {}, is_continuation=False)
 
     def check(self) -> None:
-        """Report at load what would fail in each request: no template, or one that is no Jinja.
-
-        Raises LoadError.
-        """
+        """Warn of a missing template. Raises LoadError for the operator's if it is no Jinja."""
         if self.source is None:
             if not self.exists:
                 log.warning("the model has no chat template: chat needs --chat-template")
             return
         try:
-            self.render(_HELLO, {}, is_continuation=False)
+            self.render([_user("Hello")], {}, is_continuation=False)
         except PromptError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 line, why = error.__cause__.lineno, error.__cause__.message
@@ -121,9 +108,8 @@ class ChatTemplate:
         """Whether the template drops content that is a string, as some of image models do."""
         if not self.exists:
             return False
-        messages = [{"role": "user", "content": _PROBE}]
         try:
-            return _PROBE not in self._apply(messages, {}, is_continuation=False)
+            return _PROBE not in self._apply([_user(_PROBE)], {}, is_continuation=False)
         except PromptError:
             return True
 
@@ -154,9 +140,18 @@ class ChatTemplate:
         """The template's text, in bounded time and size. Raises PromptError."""
         if self.needs_parts:
             messages = [_in_parts(message) for message in messages]
-        apply = partial(self._apply_unbounded, messages, kwargs, is_continuation)
+        if self.source is not None:
+            kwargs["chat_template"] = self.source
+        apply = partial(
+            self._renderer().apply_chat_template,
+            messages,
+            tokenize=False,
+            add_generation_prompt=not is_continuation,
+            continue_final_message=is_continuation,
+            **kwargs,
+        )
         try:
-            text = run_with_timeout(TEMPLATE_TIMEOUT_S, apply)
+            text: str = run_with_timeout(TEMPLATE_TIMEOUT_S, apply)
         except _TEMPLATE_ERRORS as error:
             reason = reason_of(error)
             raise PromptError(f"the chat template refused the messages: {reason}") from error
@@ -167,29 +162,19 @@ class ChatTemplate:
             raise PromptError(f"the chat template made {len(text)} characters of the messages")
         return text
 
-    def _apply_unbounded(
-        self, messages: list[Any], kwargs: dict[str, Any], is_continuation: bool
-    ) -> str:
+    def _renderer(self) -> Any:
+        """transformers' tokenizer for Jinja, mlx-lm's wrapper for the renderers that it brings.
+
+        The wrapper would set enable_thinking where the request does not; templates know better.
+        """
         wrapper = self.tokenizer.wrapper
-        apply = wrapper.apply_chat_template
-        if self.source is not None:
-            kwargs["chat_template"] = self.source
-        is_jinja = (
-            wrapper.chat_template is not None
-            and "chat_template_type" not in wrapper.init_kwargs  # a renderer of mlx-lm's
-        )
-        if self.source is not None or is_jinja:
-            # transformers' own method, reached through a bound one that the wrapper passes on: the
-            # wrapper would set enable_thinking where the request is silent, templates know better.
-            apply = wrapper.get_chat_template.__self__.apply_chat_template
-        text: str = apply(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not is_continuation,
-            continue_final_message=is_continuation,
-            **kwargs,
-        )
-        return text
+        has_jinja = wrapper.chat_template is not None
+        is_jinja = has_jinja and "chat_template_type" not in wrapper.init_kwargs
+        return self.tokenizer.own if self.source is not None or is_jinja else wrapper
+
+
+def _user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,11 @@
-"""A fingerprint of a checkpoint's files, which changes when the network's weights would.
+"""A fingerprint of a checkpoint's files, which changes when the network's weights change.
 
-Covers config.json, the adapter's configuration, and of each tensor in the safetensors files its
-name, type, shape and a sample of its bytes. How tensors are spread over files does not count, nor
-do paths, dates and other files.
-
-A tensor of up to 32 KiB is read whole; of a larger one 4 KiB at its beginning, at its end, and at
-least every 256 KiB between them. That is 2 to 4 % of a large checkpoint, and 30 ms/GB for files in
-the page cache, as after loading.
-
-So training, merging, quantising or exchanging a model changes the fingerprint, because these change
-values all over a tensor, or its type or shape. An edit that fits between two pieces does not: a few
-rows of an embedding. After such an edit, use another --prefix-cache-dir or empty it.
+Covers config.json, the adapter's configuration, and each tensor's name, type, shape and a sample of
+its bytes: all of a tensor of up to 32 KiB, and of a larger one 4 KiB at its beginning, at its end,
+and at least every 256 KiB between. That is 2 to 4 % of a large checkpoint, and 30 ms/GB from the
+page cache. Training, merging, quantising and exchanging change values all over a tensor, or its
+shape. An edit between two pieces (a few rows of an embedding) is not seen: it needs another
+--prefix-cache-dir. How tensors are spread over files, paths, dates and other files do not count.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The loaded model as the code above MLX uses it, and its errors: one protocol, two exceptions."""
+"""The loaded model as the code above MLX uses it: one protocol, and two exceptions."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Grammar, Prompt
-from mlxlite.output.detokenizer import Detokenize
 from mlxlite.output.formats import OutputFormat
 from mlxlite.output.grammar import Constraint
 
@@ -22,46 +21,17 @@ class PromptError(ValueError):
 class Model(Protocol):
     """A loaded checkpoint without its network. Immutable; safe to use from any thread."""
 
-    @property
-    def id(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, for the weights, the configuration and the adapter."""
-        ...
-
-    @property
-    def context_size(self) -> int:
-        """Maximum number of tokens of prompt and output together."""
-        ...
-
-    @property
-    def num_vocab(self) -> int:
-        """Width of the output layer, which may exceed the tokenizer's vocabulary."""
-        ...
-
-    @property
-    def eos_tokens(self) -> frozenset[int]: ...
-
-    @property
-    def defaults(self) -> SamplingParams:
-        """The publisher's sampling settings, for the fields that a request leaves out."""
-        ...
-
-    @property
-    def detokenize(self) -> Detokenize: ...
-
-    @property
-    def output_format(self) -> OutputFormat: ...
-
-    @property
-    def vision_unavailable_reason(self) -> str | None:
-        """Why the model cannot take images; None if it can."""
-        ...
+    id: str
+    fingerprint: str  # 16 hexadecimal digits, for the weights, the configuration and the adapter
+    context_size: int  # most tokens of prompt and output together
+    num_vocab: int  # width of the output layer, which may exceed the tokenizer's vocabulary
+    eos_tokens: frozenset[int]
+    defaults: SamplingParams  # the publisher's, for the fields that a request leaves out
+    output_format: OutputFormat
+    vision_unavailable_reason: str | None  # None if the model takes images
 
     def is_image_cached(self, digest: bytes) -> bool:
-        """Whether an image was preprocessed before, so that its pixels may not be needed again."""
-        ...
+        """Whether an image was preprocessed before, so that its pixels may not be needed."""
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
@@ -70,21 +40,20 @@ class Model(Protocol):
 
         Raises ConstraintError.
         """
-        ...
 
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:
-        """(name, arguments) of the tool calls between two markers. Raises ValueError for none."""
-        ...
+        """(name, arguments) of the calls between two markers. Raises `markers.PARSE_ERRORS`."""
+
+    def detokenize(self, tokens: SequenceOf[int]) -> str:
+        """The text of token ids, without special tokens; "" for ids without a text."""
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """A text's token ids. Raises PromptError when it cannot be encoded."""
-        ...
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters."""
-        ...
 
     def render(
         self,
@@ -99,4 +68,3 @@ class Model(Protocol):
         `pictures` are the images of the messages' parts of type image, in order; for one that
         cannot be used it raises `vision.images.ImageError`.
         """
-        ...

@@ -1,7 +1,7 @@
 """Load a checkpoint: the network for the runner, and the `Model` for everything else.
 
-Call it on the device thread, because it makes MLX objects. The network that it returns must not be
-used on any other thread; the `Model` holds no reference to it.
+Runs on the device thread, because it makes MLX objects. No other thread may use the network; the
+`Model` holds no reference to it.
 """
 
 import logging
@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
-from mlx_lm.utils import (
-    load_adapters,
-    load_model,
-    load_tokenizer,
-    maybe_set_recommended_wired_limit,
-)
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from mlxlite.config.options import Config
 from mlxlite.engine.sampling_params import SamplingParams
@@ -35,21 +30,16 @@ if TYPE_CHECKING:
     from mlxlite.vision.processor import Reader
 
 log = logging.getLogger("mlxlite.model")
-# The names under which configurations keep their longest sequence, most frequent first.
+# The names of the longest sequence in configurations, most frequent first.
 _CONTEXT_KEYS = (
-    "max_position_embeddings",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_positions",
-    "n_ctx",
-    "model_max_length",
+    *("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length"),
+    *("n_positions", "n_ctx", "model_max_length"),
 )
-_UNKNOWN_CONTEXT = 32_768  # recurrent models name none; bounded all the same
+_UNKNOWN_CONTEXT = 32_768  # where config.json has none of them, as of recurrent models
 
 
 class LoadedModel:
-    """Implements `interface.Model`; its methods are its tokenizer's, template's and grammars'."""
+    """An `interface.Model`; its methods are those of the tokenizer, the template and grammars."""
 
     def __init__(
         self,
@@ -87,7 +77,7 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
 
     Call it on the device thread. Raises LoadError.
     """
-    maybe_set_recommended_wired_limit()
+    mlx_lm.utils.maybe_set_recommended_wired_limit()
     source = read_template(config.chat_template)
     path = locate(config.model)
     settings = read_settings(path)
@@ -121,7 +111,10 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
 def _load_parts(
     path: Path, generation: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[nn.Module, Any, Any]:
-    """The network, the tokenizer, and the processor or why there is none. Raises LoadError."""
+    """The network, the tokenizer, and the processor or the reason why there is none.
+
+    Raises LoadError.
+    """
     try:
         network, processor = _load_vision(path, settings)
         if network is None:
@@ -129,10 +122,10 @@ def _load_parts(
         eos = generation.get("eos_token_id")
         tokenizer = load_tokenizer(
             path,
-            {"trust_remote_code": False},  # else transformers may ask the terminal, and wait
+            {"trust_remote_code": False},  # else transformers may prompt on the terminal
             eos_token_ids=settings.get("eos_token_id") if eos is None else eos,
         )
-    except Exception as error:  # a bad file fails in any way; tokenizers raises a bare Exception
+    except Exception as error:  # of any kind: tokenizers raises a bare Exception
         reason = reason_of(error)
         if isinstance(error, MemoryError) or "allocate" in reason:
             raise LoadError(
@@ -169,7 +162,7 @@ def _load_vision(path: Path, settings: Mapping[str, Any]) -> tuple[nn.Module | N
 
 
 def _make_reader(network: nn.Module, processor: Any, template: ChatTemplate) -> "Reader | str":
-    """The reader of images, tried out on one; or the reason why images cannot be read."""
+    """The reader of images, tested on one image; or the reason why images cannot be read."""
     from mlxlite.vision.network import make_reader
 
     try:
@@ -196,12 +189,10 @@ def _apply_adapter(network: nn.Module, path: Path) -> None:
 def memory_budget(network: nn.Module, limit_bytes: int | None) -> int:
     """Bytes that sequences may hold: the limit, less the weights and a reserve for activations.
 
-    The features of images that a vision network caches have a share too, at most a twentieth of
-    the limit, which is set on the network here.
-
-    The default limit is what the device recommends, or 70 % of the RAM on a CPU. The reserve is a
+    The default limit is the device's recommendation, or 70 % of the RAM on a CPU. The reserve is a
     tenth of the limit, at most 2 GiB: activations of a prefill chunk, and the copy of a layer's
-    cache that is made when a row joins. Raises LoadError when nothing is left.
+    cache when a row joins. A vision network's cache of features takes at most a twentieth of the
+    limit, which is set on the network here. Raises LoadError when nothing is left.
     """
     limit = limit_bytes or _device_limit()
     mx.clear_cache()
@@ -226,7 +217,7 @@ def _device_limit() -> int:
 
 
 def _context_size(settings: Mapping[str, Any], wanted: int) -> int:
-    """The model's own maximum, or what --ctx-size asks for."""
+    """Tokens: --ctx-size, or else the model's own maximum."""
     parts = [part for part in (settings, settings.get("text_config")) if isinstance(part, Mapping)]
     sizes = [part[key] for part in parts for key in _CONTEXT_KEYS if key in part]
     own = next((size for size in sizes if isinstance(size, int) and size > 0), _UNKNOWN_CONTEXT)

@@ -1,7 +1,7 @@
 """Find a model's directory and read its settings; download it from the Hugging Face hub if needed.
 
-Fetches only the files that mlx-lm reads, and never code. Needs no MLX. Everything that makes a
-directory unusable raises a LoadError that names the remedy.
+Downloads only the files that mlx-lm reads, and never code. Needs no MLX. An unusable directory is a
+LoadError that names the remedy.
 """
 
 import json
@@ -17,14 +17,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken
 DEMO_PATH = Path(__file__).parents[1] / "demo"
 # Everything mlx-lm reads, and nothing that would be code.
 _PATTERNS = [
-    "*.json",
+    *("*.json", "*.jsonl", "*.txt", "*.jinja", "*.tiktoken", "tiktoken.model", "tokenizer.model"),
     "model*.safetensors",
-    "tokenizer.model",
-    "tiktoken.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
 ]
 
 
@@ -54,10 +48,7 @@ def locate(name: str | None) -> Path:
 
 
 def _download(repo: str) -> Path:
-    """A snapshot from the Hugging Face hub; obeys HF_HUB_OFFLINE.
-
-    A broken connection is resumed within one run; complete files are kept for the next run.
-    """
+    """A snapshot from the Hugging Face hub; obeys HF_HUB_OFFLINE, and resumes broken downloads."""
     from huggingface_hub import constants, errors, snapshot_download
 
     log.info("looking for %s on the Hugging Face hub, if it is not in the cache", repo)

@@ -21,7 +21,7 @@ class _Stop(BaseException):
 
 
 class _Bounded:
-    """One call in one thread, which can be stopped once, and only while it runs."""
+    """One call in one thread, which can be stopped only while it runs."""
 
     def __init__(self) -> None:
         self._thread = ctypes.c_ulong(threading.get_ident())

@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer: text to token ids, token ids to text and to bytes, and its formats.
 
-Wraps mlx-lm's tokenizer. What is slow to look up there (added tokens, the decoder) is looked up
-once, at load. Immutable after that, so that any thread may use it.
+Wraps mlx-lm's tokenizer. Lookups that are slow there (added tokens, the decoder) happen once, at
+load. Immutable after that, so that any thread may use it.
 """
 
 import json
@@ -24,19 +24,34 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
 class Tokenizer:
     """Text and token ids of one checkpoint. Safe to use from any thread.
 
-    `wrapper` is mlx-lm's TokenizerWrapper. `shown` are the special tokens that are part of the
-    text, because markers consist of them.
+    `wrapper` is mlx-lm's TokenizerWrapper, `own` transformers' tokenizer in it. `shown` are the
+    special tokens that are part of the text, because markers consist of them.
     """
 
     def __init__(self, wrapper: Any) -> None:
         self.wrapper = wrapper
+        self.own = wrapper.get_chat_template.__self__
         self.eos_tokens: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.added_tokens: frozenset[int] = frozenset(wrapper.added_tokens_decoder)
         self.output_format = _output_format(wrapper)
         self.shown = _shown(wrapper, self.output_format)
-        self._decode = _decoder(wrapper)
-        self._piece = _speller(wrapper)
-        self._byte_alphabet = _byte_alphabet(wrapper)
+        self._decode = self._decoder()
+        backend = getattr(wrapper, "backend_tokenizer", None)
+        # Of the vocabulary; transformers' method builds a dict of all added tokens at each call.
+        self._piece = wrapper.convert_ids_to_tokens if backend is None else backend.id_to_token
+        is_byte_level = "ByteLevel" in str(getattr(backend, "decoder", ""))
+        self._byte_alphabet = _byte_alphabet() if is_byte_level else None
+
+    def _decoder(self) -> Callable[[list[int]], str]:
+        """Token ids to text; by the Rust decoder directly if transformers adds nothing to it."""
+        is_plain = isinstance(self.own, PreTrainedTokenizerFast) and all(
+            getattr(type(self.own), name) is getattr(PreTrainedTokenizerFast, name)
+            for name in ("decode", "_decode")
+        )
+        if is_plain:
+            return partial(self.own.backend_tokenizer.decode, skip_special_tokens=True)
+        decode = self.wrapper.decode
+        return partial(decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """A text's token ids. Raises PromptError."""
@@ -46,10 +61,7 @@ class Tokenizer:
             raise PromptError("the text holds half a character (a lone surrogate)") from error
 
     def detokenize(self, tokens: SequenceOf[int]) -> str:
-        """The text of token ids, with the tokenizer's own spaces.
-
-        Special tokens are left out, except those in `shown`.
-        """
+        """The text of token ids, without special tokens except those in `shown`."""
         if not self.shown or self.shown.keys().isdisjoint(tokens):
             return self._decode(list(tokens))
         pieces: list[str] = []
@@ -80,64 +92,38 @@ class Tokenizer:
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:
-        """(name, arguments) of the calls in a text, by mlx-lm's parser, whose errors it raises."""
+        """(name, arguments) of the calls in a text. Raises the errors of mlx-lm's parser."""
         found = self.wrapper.tool_parser(text, list(tools))
         calls = found if isinstance(found, list) else [found]
         return [(str(call["name"]), _object(call.get("arguments") or {})) for call in calls]
 
 
 def _object(arguments: Any) -> Mapping[str, Any]:
-    """Arguments as an object; some models write it as text. Raises ValueError."""
+    """Arguments as an object, which some models write as a string. Raises ValueError."""
     value = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(value, dict):
         raise ValueError("the arguments are no object")
     return value
 
 
-def _decoder(wrapper: Any) -> Callable[[list[int]], str]:
-    """Token ids to text; by the Rust decoder directly if transformers adds nothing to it."""
-    own = wrapper.get_chat_template.__self__  # transformers' tokenizer, behind mlx-lm's wrapper
-    is_plain = isinstance(own, PreTrainedTokenizerFast) and all(
-        getattr(type(own), name) is getattr(PreTrainedTokenizerFast, name)
-        for name in ("decode", "_decode")
-    )
-    if is_plain:
-        return partial(own.backend_tokenizer.decode, skip_special_tokens=True)
-    return partial(wrapper.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _byte_alphabet() -> Mapping[str, int]:
+    """GPT-2's characters for bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-def _speller(wrapper: Any) -> Callable[[int], str | None]:
-    """A token's entry in the vocabulary; None for an id that has none."""
-    backend = getattr(wrapper, "backend_tokenizer", None)
-    # transformers' own method builds a dict of all added tokens at each call
-    spell: Callable[[int], str | None] = (
-        wrapper.convert_ids_to_tokens if backend is None else backend.id_to_token
-    )
-    return spell
-
-
-def _byte_alphabet(wrapper: Any) -> Mapping[str, int] | None:
-    """GPT-2's characters for bytes, if the tokenizer's decoder is byte-level; else None."""
-    backend = getattr(wrapper, "backend_tokenizer", None)
-    if backend is None or "ByteLevel" not in str(backend.decoder):
-        return None
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 # --- the output format ------------------------------------------------------------------------
 
 
 def make_grammars(tokenizer: Tokenizer, num_vocab: int) -> Grammars:
-    """The compiler of constraints; calls can only be enforced where they are JSON in markers."""
+    """The compiler of constraints; only calls that are JSON in markers can be enforced."""
     wrapper = tokenizer.wrapper
     calls: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     if tokenizer.output_format.has_json_calls:
         calls = (wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens)
     return Grammars(
-        wrapper.get_chat_template.__self__,  # transformers' own
+        tokenizer.own,
         num_vocab=num_vocab,
         eos_tokens=tokenizer.eos_tokens,
         think=(tuple(wrapper.think_start_tokens or ()), tuple(wrapper.think_end_tokens or ())),
@@ -146,7 +132,6 @@ def make_grammars(tokenizer: Tokenizer, num_vocab: int) -> Grammars:
 
 
 def _output_format(wrapper: Any) -> OutputFormat:
-    """By what mlx-lm has found out about the tokenizer's model."""
     parser = wrapper.tool_parser
     markers = MarkerFormat(
         wrapper.think_start or "",
