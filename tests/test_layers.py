@@ -40,7 +40,7 @@ ROOMS = {
         " prefix_cache.operations prefix_cache.disk errors",
         "mlx mlx_lm numpy",
     ),
-    "vision": Row("engine.sequence", "mlx mlx_lm mlx_vlm numpy PIL"),
+    "vision": Row("engine.sequence", "h11 mlx mlx_lm mlx_vlm numpy PIL"),
     "models": Row(
         "config engine.sequence engine.sampling_params output vision errors",
         "mlx mlx_lm numpy transformers jinja2 huggingface_hub",

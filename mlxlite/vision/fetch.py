@@ -1,33 +1,30 @@
-"""Remote images: the bytes behind a URL, fetched without being of use against a private network.
+"""Remote images: the bytes behind a URL, fetched without opening a way into a private network.
 
 Decides which URLs, addresses and redirects are fetched, and what one fetch may cost. Blocks, so it
-runs on a thread of its own. It must never connect to an address that is not public, or repeat in an
-error anything that a server has answered. Tested:
-- A name is resolved once, each of its addresses must be public, and one of those very addresses is
-  dialled: a second answer of a name server does not count.
-- A redirect is checked as the first URL was, and never leads from https to http.
-- One message for all that is private or unknown, so that no network can be mapped with it.
-- One deadline bounds each wait, and one number of bytes each response, whatever a server sends.
-- No proxies or keys from the environment, no cookies, no ports below 1024 but 80 and 443: the
-  server must be of no use to talk to others in their protocols.
+runs on a thread of its own. No error repeats any part of a response. Tested:
+- A name is resolved once, each of its addresses must be public, and the connection goes to one of
+  those very addresses. One message covers private and unknown, so that no network can be mapped.
+- A redirect is checked like the first URL, and never leads from https to http.
+- One deadline bounds every wait, and each response has a limit of bytes.
+- No proxies or keys from the environment, no cookies, no ports below 1024 but 80 and 443.
 """
 
-import io
 import ipaddress
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse, IncompleteRead
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 from urllib.parse import quote, urljoin, urlsplit
 
+import h11
+
 MAX_URL = 8192  # characters
-_MAX_HEAD_BYTES = 16 << 10  # of a response, as h11's own default
+_MAX_HEAD_BYTES = 16 << 10  # of a response, with those of interim ones
 _MAX_DIALS = 3  # of a name's addresses
 _CHUNK_BYTES = 64 << 10
 
@@ -47,7 +44,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the images of a request may cost. One of more than `max_pixels` is scaled down."""
+    """Bounds of a request's images. One of more than `max_pixels` is scaled down."""
 
     max_images: int = 16
     max_pixels: int = 1_600_000
@@ -69,7 +66,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A URL, taken apart as it is used."""
+    """A URL in its parts."""
 
     url: str
     is_secure: bool
@@ -78,17 +75,17 @@ class Address:
     target: str  # path and query, escaped
 
     @property
-    def request(self) -> bytes:
+    def request(self) -> h11.Request:
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == (443 if self.is_secure else 80) else f":{self.port}"
-        return (
-            f"GET {self.target} HTTP/1.1\r\n"
-            f"Host: {host}{port}\r\n"
-            "User-Agent: mlxlite\r\n"
-            "Accept: image/*\r\n"
-            "Accept-Encoding: identity\r\n"
-            "Connection: close\r\n\r\n"
-        ).encode("ascii")
+        headers = [
+            ("Host", host + port),
+            ("User-Agent", "mlxlite"),
+            ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"),
+            ("Connection", "close"),
+        ]
+        return h11.Request(method="GET", target=self.target, headers=headers)
 
 
 def parse_url(url: str) -> Address:
@@ -145,7 +142,7 @@ def is_public(address: str) -> bool:
 
 
 class Wire(Protocol):
-    """What a fetch needs of a socket."""
+    """The part of a socket that a fetch uses."""
 
     def settimeout(self, timeout_s: float, /) -> None: ...
     def sendall(self, data: bytes, /) -> None: ...
@@ -186,9 +183,7 @@ def _secure(wire: Any, host: str) -> ssl.SSLSocket:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """All that a fetch uses of the outside. Each member raises OSError but `resolve`, which is
-    empty for an unknown name.
-    """
+    """The system calls of a fetch. All raise OSError but `resolve`, empty for an unknown name."""
 
     resolve: Callable[[str, int, float], Sequence[str]] = _resolve
     dial: Callable[[str, int, float], Wire] = _dial
@@ -196,49 +191,9 @@ class Network:
     now: Callable[[], float] = time.monotonic
 
 
-class _Stream(io.RawIOBase):
-    """A wire as `http.client` reads it, where each read waits no longer than `left_s()`.
-
-    `num_left` bounds the bytes still to come, because http.client reads heads of megabytes, and
-    chunks of negative size to the end. A head that is cut off is an error, which to http.client is
-    a shorter one.
-    """
-
-    def __init__(self, wire: Wire, left_s: Callable[[], float]) -> None:
-        self._wire, self._left_s = wire, left_s
-        self.is_head = True
-        self.num_left = _MAX_HEAD_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readinto(self, buffer: Any) -> int:
-        if not self.num_left:
-            raise HTTPException("the response is too long")
-        self._wire.settimeout(self._left_s())
-        data = self._wire.recv(min(len(buffer), self.num_left, _CHUNK_BYTES))
-        if not data and self.is_head:
-            raise HTTPException("the response ends in its head")
-        buffer[: len(data)] = data
-        self.num_left -= len(data)
-        return len(data)
-
-
-class _Response(HTTPResponse):
-    def begin(self) -> None:
-        """Read the head of the answer proper: http.client passes over 100, but not 103."""
-        super().begin()
-        while self.status < 200:
-            self.headers = None  # type: ignore[assignment]  # else begin() does nothing
-            super().begin()
-
-
 @dataclass(frozen=True, slots=True)
 class _Fetch:
-    """One image's way over the network."""
+    """The fetch of one image."""
 
     limits: Limits
     network: Network
@@ -260,7 +215,7 @@ class _Fetch:
     def _checked(self, url: str, base: str = "") -> Address:
         try:
             return parse_url(urljoin(base, url))
-        except (FetchError, ValueError):  # without its reason: a redirect is the server's own text
+        except (FetchError, ValueError):  # no reason: it may quote the server
             raise FetchError("leads to a URL that is not fetched") from None
 
     def _left_s(self) -> float:
@@ -277,16 +232,15 @@ class _Fetch:
             if target.is_secure:
                 wire = self.network.secure(wire, target.host)
                 wire.settimeout(self._left_s())
-            wire.sendall(target.request)
-            return self._read(_Stream(wire, self._left_s))
-        except (OSError, HTTPException, ValueError, OverflowError):
+            return self._exchange(wire, target.request)
+        except (OSError, ValueError, h11.ProtocolError):
             self._left_s()  # a timeout has its own message
             raise FetchError("could not be fetched") from None
         finally:
             wire.close()
 
     def _addresses(self, target: Address) -> list[str]:
-        """All that a host has, if all are public; those of IPv4 first, which more networks have."""
+        """All addresses of a host, if all are public; IPv4 first, which more networks route."""
         is_literal = ":" in target.host or _NUMBER.fullmatch(target.host) is not None
         timeout_s = min(self.limits.connect_s, self._left_s())
         found = [target.host]
@@ -306,25 +260,46 @@ class _Fetch:
         self._left_s()
         raise FetchError("could not be fetched")
 
-    def _read(self, stream: Any) -> bytes | str:
-        response = _Response(stream, method="GET")
-        response.begin()
-        location = response.headers.get("location")
-        if response.status in _REDIRECTS and location is not None:
-            return location.encode("latin-1").decode(errors="replace")
-        if response.status != 200:
-            raise FetchError(f"could not be fetched: the answer was {response.status}")
-        lengths = set(response.headers.get_all("content-length", ()))
-        if len(lengths) > 1 or (lengths and response.length is None and not response.chunked):
-            raise HTTPException("the response's length is none")  # http.client would ignore it
-        self._check_length(response.length or 0)
-        stream.is_head = False
-        stream.num_left = 2 * self.limits.max_bytes + _CHUNK_BYTES  # body and what frames it
-        body = response.read(self.limits.max_bytes + 1)
-        self._check_length(len(body))
-        if response.length:
-            raise IncompleteRead(body, response.length)
-        return body
+    def _exchange(self, wire: Wire, request: h11.Request) -> bytes | str:
+        """The body of a response, or the URL to which it redirects."""
+        connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+        wire.sendall(b"".join(connection.send(e) or b"" for e in (request, h11.EndOfMessage())))
+        body = bytearray()
+        for event in self._events(connection, wire):
+            if isinstance(event, h11.Response):
+                location = self._check_head(event.status_code, dict(reversed(event.headers)))
+                if location is not None:
+                    return location
+            elif isinstance(event, h11.Data):
+                body += event.data
+                self._check_length(len(body))
+        return bytes(body)
+
+    def _events(self, connection: h11.Connection, wire: Wire) -> Iterator[h11.Event]:
+        """A response's events to its end. Raises h11.ProtocolError where it is invalid or long."""
+        num_left = _MAX_HEAD_BYTES
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Response):
+                num_left = 2 * self.limits.max_bytes + _CHUNK_BYTES  # the body and its framing
+            if isinstance(event, h11.Event):
+                yield event
+            elif num_left:
+                wire.settimeout(self._left_s())
+                data = wire.recv(min(num_left, _CHUNK_BYTES))
+                num_left -= len(data)
+                connection.receive_data(data)
+            else:
+                raise h11.RemoteProtocolError("the response is too long")
+
+    def _check_head(self, status: int, headers: Mapping[bytes, bytes]) -> str | None:
+        """The URL of a redirect, None where the body is to be read. Raises FetchError."""
+        location = headers.get(b"location")
+        if status in _REDIRECTS and location is not None:
+            return location.decode(errors="replace")
+        if status != 200:
+            raise FetchError(f"could not be fetched: the answer was {status}")
+        self._check_length(int(headers.get(b"content-length", 0)))
+        return None
 
     def _check_length(self, num_bytes: int) -> None:
         if num_bytes > self.limits.max_bytes:
