@@ -128,14 +128,13 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return False
-    inside: list[ipaddress.IPv4Address | None] = []
     if isinstance(ip, ipaddress.IPv6Address):
-        last = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
-        inside = [ip.sixtofour, *(ip.teredo or ()), last if ip in _NAT64 else None]
         if ip not in _GLOBAL_UNICAST and ip not in _NAT64:  # mapped, local, multicast, unspecified
             return False
-    known = [found for found in inside if found is not None]
-    return all(one.is_global and not one.is_multicast for one in (ip, *known))
+        last = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF) if ip in _NAT64 else None
+        inside = filter(None, (ip.sixtofour, *(ip.teredo or ()), last))
+        return ip.is_global and all(is_public(str(one)) for one in inside)
+    return ip.is_global and not ip.is_multicast
 
 
 # --- the network ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from mlxlite.vision.fetch import FetchError, Limits, Network, fetch, parse_url
 
@@ -30,7 +30,12 @@ DETAILS: Final = ("auto", "low", "high")
 MAX_IMAGES = 64  # of a request, while it is parsed; the operator's limit is below it
 MAX_BYTES = 32 << 20  # of an image, while it is parsed; in base64 it fits into a body of 64 MiB
 LOW_DETAIL = 512  # pixels a side, OpenAI's
-_ON_ITS_SIDE: Final = ("ROTATE_90", "ROTATE_270", "TRANSPOSE", "TRANSVERSE")
+# EXIF's orientations other than upright, and how PIL undoes them; from 5 on sides are exchanged.
+_ORIENTATION: Final = 0x0112
+_TURNS: Final = {
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM"},
+    **{5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 
 # Base64 in a URI may be escaped where a URI must be; nothing else in it can be.
 _ESCAPES: Final = (
@@ -145,13 +150,14 @@ def _opened(data: bytes, source: Source, limits: Limits) -> LoadedImage:
 
     def measure(image: "Image") -> tuple[int, int]:
         width, height = size_of(image)
-        turn = _turn(image)
-        is_on_its_side = turn is not None and turn.name in _ON_ITS_SIDE
-        return (height, width) if is_on_its_side else (width, height)
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
     def decode(image: "Image") -> "Image":
-        turn, pixels = _turn(image), _scaled(image, size_of(image))
-        return pixels if turn is None else pixels.transpose(turn)
+        from PIL.Image import Transpose
+
+        turn = _TURNS.get(_orientation(image))
+        pixels = _scaled(image, size_of(image))
+        return pixels if turn is None else pixels.transpose(Transpose[turn])
 
     size = _with_image(data, source, limits, measure)
     how = f"{limits.max_pixels} {box} "  # the pixels depend on it too
@@ -199,23 +205,13 @@ def _target_size(width: int, height: int, max_pixels: int, box: int | None) -> t
     return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
 
 
-def _turn(image: "Image") -> Any:
-    """How to turn an image upright, or None; broken EXIF counts as none."""
-    from PIL.Image import Transpose
-
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
+def _orientation(image: "Image") -> int:
+    """EXIF's, 1 (upright) where it is absent or broken."""
     try:
-        return turns.get(image.getexif().get(0x0112, 1))  # EXIF: Orientation
+        found = image.getexif().get(_ORIENTATION)
+        return found if found in _TURNS else 1
     except _BROKEN:
-        return None
+        return 1
 
 
 def _scaled(image: "Image", size: tuple[int, int]) -> "Image":
