@@ -1,12 +1,12 @@
-"""The tick: commands in, a step out to the lane, tokens back, tokens to the sinks.
+"""The tick: commands in, a step to the lane, the last step's tokens out to the sinks.
 
-One task on the event loop drives the scheduler; one thread, the lane, runs every line that touches
-MLX. A tick hops to the lane once: the runner dispatches the next step and then waits for the one
+One task on the event loop drives the scheduler; one thread, the lane, runs all code that touches
+MLX. A tick crosses to the lane once: the runner dispatches the next step and then waits for the one
 before it, so the device computes while Python publishes (one step of lookahead).
 
-The engine does not decide what runs (the scheduler does) and knows nothing of text (the sinks do).
-It must never block the loop, and never lose a sequence: whatever happens to a step, every sink gets
-exactly one `Finished`, and nothing after it (tested).
+The engine does not decide which sequences run (the scheduler does) and handles no text (the sinks
+do). It must never block the loop, and never lose a sequence: every sink is called with exactly one
+`Finished`, and not again after it (tested).
 """
 
 import asyncio
@@ -42,16 +42,16 @@ from mlxlite.errors import told
 from mlxlite.prefix_cache.operations import CacheStats
 
 log = logging.getLogger("mlxlite.engine")
-# Of pictures, as their vision towers read them, in all live sequences; one request may have more.
+# Of the vision towers' inputs, in all live sequences; a single request may have more.
 MAX_IMAGE_BYTES = 1 << 30
 
 
 class EngineFailed(Exception):
-    """The model is lost; the message is the reason."""
+    """The engine has stopped for good; the message is the reason."""
 
 
 class QueueFull(Exception):
-    """The waiting line has no place; try again later."""
+    """The waiting line is full; try again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,13 @@ class Engine:
         self._commands: deque[Command] = deque()
         self._live = LiveSequences(observer, self._command)
         self._wake = asyncio.Event()
-        self.rests = asyncio.Event()  # set whenever there is nothing left to do
+        self.rests = asyncio.Event()  # set at each idle tick; its users clear it
         self._loop = asyncio.get_running_loop()
         self.embedder = Embedder(lane, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
         self._gather_since: float | None = None
-        self._lane_since: float | None = None  # when the step that the lane is at was handed over
-        self.failure: str | None = None  # why the engine has stopped for good
+        self._lane_since: float | None = None  # when the current step was submitted
+        self.failure: str | None = None  # the reason of a permanent stop
 
     def __repr__(self) -> str:
         return f"<Engine live={len(self._live)} failure={self.failure!r} {self._scheduler!r}>"
@@ -129,16 +129,14 @@ class Engine:
             self._command(Add(sequence))
 
     def finish(self, id: int, reason: FinishReason) -> None:
-        """End a sequence at the next step; its sink gets no more tokens. Unknown ids are void."""
+        """End a sequence at the next step; its sink gets no more tokens. Ignores unknown ids."""
         self._live.stop(id, reason)
 
     def cancel(self, id: int) -> None:
-        """End a sequence that is not wanted any more."""
         self.finish(id, FinishReason.CANCELLED)
 
     @property
     def load(self) -> Load:
-        """How much there is to do, and how much memory it takes."""
         scheduler = self._scheduler
         return Load(
             scheduler.num_waiting,
@@ -150,25 +148,24 @@ class Engine:
 
     @property
     def cache_stats(self) -> CacheStats:
-        """The prefix cache in numbers."""
         return self._scheduler.prefix.stats
 
     def clear_cache(self) -> None:
-        """Forget all prefixes, at the next step."""
+        """Drop all cached prefixes, at the next step."""
         self._command(ClearCache())
 
     def command_from_thread(self, command: Command) -> None:
-        """What the prefix cache's files have to say; void once the loop is closed."""
+        """A command of the prefix cache's disk thread; ignored once the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._command, command)
 
     def abort(self, error: str) -> None:
-        """End every sequence now, without waiting for the device: the process is going away."""
+        """End every sequence now, without waiting for the device: the process is stopping."""
         for id in self._live:
             self._live.fail(id, error, perf_counter())
 
     def expire(self, now: float) -> None:
-        """End the sequences that have been here longer than `timeout_s`."""
+        """End the sequences that are older than `timeout_s`."""
         limit_s = self._options.timeout_s
         if limit_s is None:
             return
@@ -176,7 +173,7 @@ class Engine:
             self._live.fail(id, f"the request took longer than {limit_s:g} s", now)
 
     def trouble(self, now: float) -> str | None:
-        """The reason why nothing is served: the engine has failed or the lane is stuck; or None."""
+        """The reason for an outage, a failed engine or a stuck lane; None if there is none."""
         if self.failure is not None or self._lane_since is None:
             return self.failure
         since_s = now - self._lane_since
@@ -243,7 +240,7 @@ class Engine:
         return events
 
     async def _idle(self) -> None:
-        """Nothing to launch: sleep until a command comes or static batching's time is over."""
+        """Sleep until a command comes, or until static batching's gathering time is over."""
         self._observer.queued(self._scheduler.num_waiting)
         self._observer.running(self._scheduler.num_running)
         self._wake.clear()
@@ -269,13 +266,13 @@ class Engine:
         return self._scheduler.complete(step, outcome)
 
     async def _lose_step(self, error: Exception) -> None:
-        """A whole step is lost: end what ran, keep what waits, go on with a clean runner."""
+        """A step failed: end the running sequences, keep the waiting ones, reset the runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
         self._lane_since = None
         self._command(Lost(f"the model failed: {told(error)}"))
         try:
             await self._lane.run(self._runner.reset)
-        except Exception as reset_error:  # the runner cannot be trusted any more
+        except Exception as reset_error:  # the runner's state is unknown now
             self.failure = f"the model failed and could not be reset: {told(reset_error)}"
             log.exception("%s", self.failure, exc_info=reset_error)
             self.abort(self.failure)

@@ -1,8 +1,8 @@
-"""The sequences that have not ended: their sinks and times, and what is reported of them.
+"""The sequences that have not ended: their sinks, their times, and the reports to the observer.
 
-Whatever happens to a sequence, its sink gets exactly one `Finished` and nothing after it. A sink
-that raises fails its own sequence alone, and is called once more, with the `Finished` of that. Must
-never block, and never let a sink's error reach the tick.
+Every sequence's sink is called with exactly one `Finished`, and not again after it. A sink that
+raises fails its own sequence alone, and is called once more, with the `Finished` of that failure.
+Must never block, and never let a sink's error reach the tick.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ log = logging.getLogger("mlxlite.engine")
 
 
 class Observer(Protocol):
-    """What the engine reports of itself; `metrics.Metrics` is one. Times are in seconds."""
+    """The receiver of the engine's measurements; `metrics.Metrics` is one. Times are in seconds."""
 
     def queued(self, n: int) -> None: ...
     def running(self, n: int) -> None: ...
@@ -66,7 +66,7 @@ class _Live:
     last_at: float | None = None
     num_output: int = 0
     num_cached: int = 0
-    stopping: FinishReason | None = None  # asked to end: tokens that still come are overshoot
+    stopping: FinishReason | None = None  # of a requested end: later tokens are overshoot
 
     def usage(self, now: float) -> Usage:
         admitted_at = self.admitted_at if self.admitted_at is not None else now
@@ -83,9 +83,9 @@ class _Live:
 
 
 class LiveSequences:
-    """Delivers the scheduler's events to the sinks, with the usage and times that belong to them.
+    """Delivers the scheduler's events to the sinks, with usage and times.
 
-    `command` queues a command for the scheduler. `now` is `perf_counter`'s.
+    `command` queues a command for the scheduler. `now` is `perf_counter`'s, in seconds.
     """
 
     def __init__(self, observer: Observer, command: Callable[[Command], None]) -> None:
@@ -101,7 +101,7 @@ class LiveSequences:
         return iter(list(self._lives))
 
     def add(self, sequence: Sequence, sink: Sink, now: float, num_image_bytes: int) -> None:
-        """`num_image_bytes` are those of its prompt that no earlier choice has."""
+        """`num_image_bytes` are those of its prompt's images, 0 if another choice counts them."""
         self._lives[sequence.id] = _Live(sequence, sink, now, num_image_bytes)
         self.num_image_bytes += num_image_bytes
 
@@ -110,7 +110,7 @@ class LiveSequences:
         return [id for id, live in self._lives.items() if live.added_at < since]
 
     def stop(self, id: int, reason: FinishReason) -> None:
-        """End a sequence at the next step; unknown ids are void."""
+        """End a sequence at the next step; unknown ids are ignored."""
         if (live := self._lives.get(id)) is not None:
             live.stopping = reason
             self._command(Finish(id, reason))
@@ -120,23 +120,23 @@ class LiveSequences:
         self._command(Finish(id, FinishReason.ERROR, error))
         self._finished(Finished(id, FinishReason.ERROR, error), now)
 
-    # --- what happens to them -----------------------------------------------------------------
+    # --- the scheduler's events ---------------------------------------------------------------
 
     def admitted(self, admission: Admission, now: float) -> None:
         live = self._lives.get(admission.sequence.id)
         if live is None:
             return
         if live.admitted_at is not None:
-            self._observer.preempted()  # and is resumed now
+            self._observer.preempted()  # counted when it resumes
             return
         live.admitted_at = now
         live.num_cached = admission.hit.num_tokens
-        if live.num_cached == admission.num_tokens - 1:  # no chunk is to come
+        if live.num_cached == admission.num_tokens - 1:  # no chunk follows
             self._prefilled(live, live.num_cached, now)
 
     def prefilled(self, chunk: Chunk, now: float) -> None:
         live = self._lives.get(chunk.id)
-        # A preempted one computes its prompt again, and its tokens, but has begun to answer.
+        # A preempted sequence prefills again, but reports progress only before its first token.
         if live is not None and live.first_at is None:
             self._prefilled(live, chunk.stop, now)
 
@@ -179,7 +179,7 @@ class LiveSequences:
             self.fail(live.sequence.id, error, now)
 
     def _finished(self, event: Finished, now: float) -> None:
-        """The one place where a sequence leaves."""
+        """Remove a sequence: the only place that does."""
         live = self._lives.pop(event.id, None)
         if live is None:
             return
@@ -187,10 +187,10 @@ class LiveSequences:
         event = replace(event, usage=live.usage(now))
         reason = event.reason
         if reason is FinishReason.LENGTH and live.stopping is FinishReason.STOP:
-            reason = FinishReason.STOP  # the sink ended it with its very last token
+            reason = FinishReason.STOP  # the sink requested the end at the last token
         if (error := _error_of(live, event)) is not None:
             reason = FinishReason.ERROR
-            with contextlib.suppress(Exception):  # so that a client does not wait for ever
+            with contextlib.suppress(Exception):  # or the client would wait for ever
                 live.sink(replace(event, reason=reason, error=error))
         self._observer.finished(
             reason.value, now - live.added_at, event.usage.num_prompt, live.num_output
@@ -200,7 +200,7 @@ class LiveSequences:
 
 
 def _error_of(live: _Live, output: Token | Prefilled | Finished) -> str | None:
-    """Call a sink; what its client is sent if it raised."""
+    """Call a sink; the error for its client if it raised."""
     try:
         live.sink(output)
     except Exception as error:
