@@ -34,7 +34,7 @@ _MAX_SUMMARY = 200  # characters
 _PATH = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\":,;()]+/)+[^\s'\":,;()]*")
 
 
-def told(error: BaseException) -> str:
+def summary_of(error: BaseException) -> str:
     """A one-line description for the client, file paths removed."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     return _PATH.sub("…", line)[:_MAX_SUMMARY]

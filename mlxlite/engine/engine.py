@@ -38,7 +38,7 @@ from mlxlite.engine.step import (
     Sink,
     Step,
 )
-from mlxlite.errors import told
+from mlxlite.errors import summary_of
 from mlxlite.prefix_cache.operations import CacheStats
 
 log = logging.getLogger("mlxlite.engine")
@@ -269,11 +269,11 @@ class Engine:
         """A step failed: end the running sequences, keep the waiting ones, reset the runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
         self._lane_since = None
-        self._command(Lost(f"the model failed: {told(error)}"))
+        self._command(Lost(f"the model failed: {summary_of(error)}"))
         try:
             await self._lane.run(self._runner.reset)
         except Exception as reset_error:  # the runner's state is unknown now
-            self.failure = f"the model failed and could not be reset: {told(reset_error)}"
+            self.failure = f"the model failed and could not be reset: {summary_of(reset_error)}"
             log.exception("%s", self.failure, exc_info=reset_error)
             self.abort(self.failure)
             raise

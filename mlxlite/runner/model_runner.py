@@ -38,7 +38,7 @@ from mlxlite.engine.step import (
     Step,
     Unstored,
 )
-from mlxlite.errors import FOREIGN, told
+from mlxlite.errors import FOREIGN, summary_of
 from mlxlite.prefix_cache.disk import Store
 from mlxlite.prefix_cache.operations import Hit, Stored
 from mlxlite.runner.cpu import fit, is_cpu
@@ -360,7 +360,7 @@ class ModelRunner:
     def _give_up(self, id: int, error: Exception) -> tuple[int, str]:
         self._prefills.pop(id, None)
         self._failed.add(id)
-        return id, told(error)
+        return id, summary_of(error)
 
     def _prefill_together(self, group: list[Chunk]) -> list[Any]:
         """One forward pass: a chunk of one sequence, or the first chunks of several, padded."""

@@ -52,7 +52,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Matcher, Sequence
 from mlxlite.engine.step import Add
-from mlxlite.errors import told, trace_of
+from mlxlite.errors import summary_of, trace_of
 from mlxlite.models import chat_template
 from mlxlite.models.interface import LoadError
 from mlxlite.prefix_cache.disk import File, Store
@@ -437,12 +437,12 @@ def test_a_parser_of_tools_that_raises_oddly_costs_its_own_sequence(error: BaseE
 def test_what_is_told_of_a_fault_has_no_path_and_what_is_logged_of_it_no_message() -> None:
     with pytest.raises(RuntimeError) as caught:
         raise RuntimeError("no /home/someone/models/x.json, nor ~/x/y: 3/4 of it\nand more")
-    assert told(caught.value) == "RuntimeError: no …, nor …: 3/4 of it"
+    assert summary_of(caught.value) == "RuntimeError: no …, nor …: 3/4 of it"
     assert "someone" not in trace_of(caught.value)
     assert "RuntimeError" in trace_of(caught.value)
     assert f"{__file__}:" in trace_of(caught.value)
-    assert len(told(ValueError("x" * 999))) == 200
-    assert told(ValueError("")) == "ValueError: "
+    assert len(summary_of(ValueError("x" * 999))) == 200
+    assert summary_of(ValueError("")) == "ValueError: "
 
 
 # --- the template -------------------------------------------------------------------------------
