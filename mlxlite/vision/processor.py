@@ -32,7 +32,6 @@ class ImageInput(Protocol):
     @property
     def pixels(self) -> Any:
         """PIL's, mode RGB; decoding it may take long. Raises ImageError."""
-        ...
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -160,12 +159,10 @@ class Reader:
 
     def _pixels(self, images: SequenceOf[ImageInput]) -> list[Any]:
         """What the processor gets: blank images of the same sizes where its results are kept."""
-        key = tuple(image.digest for image in images)
-        if self._cache is None:
-            return [image.pixels for image in images]
-        self._cache.key = key
-        if key in self._cache:
-            return [PIL.new("RGB", image.size) for image in images]
+        if self._cache is not None:
+            self._cache.key = tuple(image.digest for image in images)
+            if self._cache.key in self._cache:
+                return [PIL.new("RGB", image.size) for image in images]
         return [image.pixels for image in images]
 
     def _process(
