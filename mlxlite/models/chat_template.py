@@ -105,7 +105,7 @@ class ChatTemplate:
                 raise LoadError(f"--chat-template is broken: line {line}: {why}") from error
 
     def omits_strings(self) -> bool:
-        """Whether the template drops content that is a string, as some of image models do."""
+        """Whether the template drops content that is a string, as some image models' do."""
         if not self.exists:
             return False
         try:
@@ -165,7 +165,8 @@ class ChatTemplate:
     def _renderer(self) -> Any:
         """transformers' tokenizer for Jinja, mlx-lm's wrapper for the renderers that it brings.
 
-        The wrapper would set enable_thinking where the request does not; templates know better.
+        The wrapper would set enable_thinking where the request does not, whatever the template's
+        default is.
         """
         wrapper = self.tokenizer.wrapper
         has_jinja = wrapper.chat_template is not None
@@ -185,6 +186,6 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renderer_arguments() -> frozenset[str]:
-    """The parameters of transformers' method that are its own settings and no data of a chat."""
+    """The parameters of transformers' method that are its settings, not data of a chat."""
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     return frozenset({"messages", *names}) - {"tools", "documents", "kwargs"}

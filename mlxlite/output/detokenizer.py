@@ -7,7 +7,7 @@ decodes at most `2 * MAX_UNREAD + 2` tokens at a time. Tested.
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-# Token ids to text, special tokens left out; ids that no text belongs to give "".
+# Token ids to text, special tokens left out; "" for ids without a text.
 Detokenize = Callable[[SequenceOf[int]], str]
 
 REPLACEMENT = "\ufffd"  # what every detokenizer writes for bytes that are no character (yet)
@@ -43,7 +43,7 @@ class Detokenizer:
         self._num_context = 0  # tokens
         self._context_text = ""
         self._text = ""  # of the whole window
-        self._num_given = 0  # characters of it
+        self._num_emitted = 0  # characters of it
         tail = list(prompt_tail[-NUM_KEPT:])
         for skip in range(min(MAX_HALF, len(tail) - 1) + 1):  # begin at a whole character
             text = detokenize(tail[skip:])
@@ -62,20 +62,20 @@ class Detokenizer:
             self._tokens.pop()
             return ""
         num_half = len(text) - len(text.rstrip(REPLACEMENT))
-        num_ready = max(self._num_given, len(text) - min(num_half, MAX_HALF))
-        given = text[self._num_given : num_ready]
-        self._text, self._num_given = text, num_ready
+        num_ready = max(self._num_emitted, len(text) - min(num_half, MAX_HALF))
+        ready = text[self._num_emitted : num_ready]
+        self._text, self._num_emitted = text, num_ready
         if not num_half and self._advance():
-            return given
+            return ready
         if len(self._tokens) - self._num_context > MAX_UNREAD:
-            given += self._shorten()
-        return given
+            ready += self._shorten()
+        return ready
 
     def flush(self) -> str:
         """The end of the tokens: the text of bytes that did not become a character."""
-        given = self._text[self._num_given :]
-        self._num_given = len(self._text)
-        return given
+        ready = self._text[self._num_emitted :]
+        self._num_emitted = len(self._text)
+        return ready
 
     def _decode(self) -> str:
         text = self._detokenize(self._tokens)
@@ -88,7 +88,7 @@ class Detokenizer:
     def _restart(self, context: list[int], text: str) -> None:
         self._tokens, self._num_context = context, len(context)
         self._text = self._context_text = text
-        self._num_given = len(text)
+        self._num_emitted = len(text)
 
     def _advance(self) -> bool:
         """Make the unread tokens the context, unless they would not keep a word's space."""
@@ -101,11 +101,11 @@ class Detokenizer:
 
     def _shorten(self) -> str:
         """Drop all but the context and the last unread tokens; the text that cannot be held."""
-        held = self._text[self._num_given :]
+        held = self._text[self._num_emitted :]
         del self._tokens[self._num_context : -NUM_KEPT]
         self._text = self._decode()
         if self._text.endswith(held):
-            self._num_given = len(self._text) - len(held)
+            self._num_emitted = len(self._text) - len(held)
             return ""
         # A run of bytes (byte fallback) that is valid without its beginning: the held text is of
         # the invalid run, and the text goes on from here.

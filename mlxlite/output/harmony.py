@@ -109,7 +109,7 @@ class HarmonyParser(OutputParser):
 
     def _read_head(self) -> bool:
         before, mark, after = self._held.partition(MESSAGE)
-        if len(before) > MAX_HEAD:  # no header, whatever it began with
+        if len(before) > MAX_HEAD:  # too long for a header
             self._state = _State.CONTENT
             self._emit(TextDelta, before[:MAX_HEAD])
             self._held = self._held[MAX_HEAD:]

@@ -16,7 +16,7 @@ class StopStrings:
         self.met: str | None = None
         self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(strings))
         self._held = ""  # text that has been searched and may be the beginning of a stop string
-        self._num_given = 0  # characters before `_held`
+        self._num_emitted = 0  # characters before `_held`
 
     def push(self, text: str) -> str:
         """The text that is surely before any stop string; "" once one was met."""
@@ -28,30 +28,30 @@ class StopStrings:
             search.push(text)
         self._held += text
         first = min(self._searches, key=_StopSearch.rank)
-        return self._cut(first) if first.is_met else self._give(first.start)
+        return self._cut(first) if first.is_met else self._release(first.start)
 
     def flush(self) -> str:
         """The end of the text: the held text, up to a stop string."""
         met = [search for search in self._searches if search.is_met]
         if met and self.met is None:
             return self._cut(min(met, key=_StopSearch.rank))
-        return self._give(self._num_given + len(self._held))
+        return self._release(self._num_emitted + len(self._held))
 
-    def _give(self, stop: int) -> str:
+    def _release(self, stop: int) -> str:
         """The held text up to the position `stop`."""
-        num = stop - self._num_given
-        given, self._held = self._held[:num], self._held[num:]
-        self._num_given = stop
-        return given
+        num = stop - self._num_emitted
+        ready, self._held = self._held[:num], self._held[num:]
+        self._num_emitted = stop
+        return ready
 
     def _cut(self, search: "_StopSearch") -> str:
-        text = self._give(search.start)
+        text = self._release(search.start)
         self._held, self.met = "", search.string
         return text
 
 
 class _StopSearch:
-    """One stop string, looked for in text that comes in pieces (Knuth-Morris-Pratt).
+    """One stop string, searched in text that comes in pieces (Knuth-Morris-Pratt).
 
     `start` is the position in the text where the stop string begins (`is_met`), or else where the
     longest text that may still become it begins: the end of the text, if there is none.

@@ -26,8 +26,7 @@ _HEAD = re.compile(
 )
 _IN_STRING = re.compile(r'[^"\\\x00-\x1f]*')
 _BETWEEN = re.compile(r"[\w\s.,:+-]*")  # strings and brackets
-
-
+# The JSON Schema types of parsed JSON.
 _TYPES: Mapping[type, set[str]] = {
     bool: {"boolean"},
     int: {"integer", "number"},
