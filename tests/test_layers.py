@@ -65,12 +65,10 @@ MAX_MEDIAN_FUNCTION, MAX_P95_FUNCTION = 8, 40
 MAX_ENTRIES = 16  # of mlxlite/, the typing marker and the README aside
 # Arrows and sizes that are still to go, while the rooms are rebuilt; nothing may be added.
 DEBT = {
-    "prefix_cache.index → engine.memory",
     "runner.model_runner → vision.network",
 }
 LONG = {
     "http.parser.Connection",
-    "prefix_cache.index.PrefixCache",
     "runner.model_runner.ModelRunner",
 }
 PUBLIC = {"Config": "config", "Server": "server"}  # what `mlxlite` itself exports, from where

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from mlxlite.engine.request_state import RequestState
 from mlxlite.engine.step import Admission
-from mlxlite.prefix_cache.hashing import Blocks, num_common, pauses
+from mlxlite.prefix_cache.hashing import Blocks, checkpoint_positions, num_common
 from mlxlite.prefix_cache.index import PrefixCache
 from mlxlite.prefix_cache.operations import Hit
 
@@ -39,7 +39,8 @@ class PrefixSharing:
             hit = self._cache.enter(blocks, state.num_tokens - 1, least)
         state.resume(hit.num_tokens)
         if blocks is not None and self._cache.has_checkpoints:
-            state.stops |= {at for at in pauses(blocks, state.num_tokens) if at >= least}
+            positions = checkpoint_positions(blocks, state.num_tokens)
+            state.stops |= {position for position in positions if position >= least}
         return Admission(state.sequence, tuple(state.outputs), hit)
 
     def must_wait(self, state: RequestState, prefilling: Mapping[int, RequestState]) -> bool:

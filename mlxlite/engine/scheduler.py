@@ -93,8 +93,10 @@ class Scheduler:
         self._num_arrivals = 0
         self.num_steps = 0
         self._is_batch_closed = False
+        memory = policy.memory
         self.prefix = PrefixCache(
-            policy.memory,
+            memory.token_bytes,
+            memory.state_bytes if memory.has_state else None,
             block_size=policy.block_size,
             num_bytes=policy.prefix_bytes,
             disk_bytes=policy.prefix_disk_bytes,

@@ -16,7 +16,7 @@ import numpy as np
 FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
-_WORD = 4  # bytes of a token
+WORD_BYTES = 4  # bytes of a token
 _MAX_ALONE = 12  # so many blocks are hashed sooner one by one, with a margin
 # Windows and states are kept this often in a long prompt, beside where its messages begin.
 CHECKPOINT_STRIDE = 2048
@@ -58,7 +58,7 @@ def extended(blocks: Blocks, tokens: Iterable[int]) -> Blocks:
     words = blocks.words + np.fromiter(tokens, np.dtype("<u4")).tobytes()
     key = blocks.keys[-1] if blocks.keys else blocks.scope
     keys = []
-    for digest in _digests(words, len(blocks.keys), _WORD * blocks.size):
+    for digest in _digests(words, len(blocks.keys), WORD_BYTES * blocks.size):
         key = fnv1a(key.to_bytes(8, "little") + digest)
         keys.append(key)
     return replace(blocks, words=words, keys=(*blocks.keys, *keys))
@@ -110,7 +110,7 @@ def num_equal(a: bytes, b: bytes, step: int) -> int:
     return low
 
 
-def pauses(blocks: Blocks, num_tokens: int) -> set[int]:
+def checkpoint_positions(blocks: Blocks, num_tokens: int) -> set[int]:
     """Where prefill stops for a moment, so that windows and states can be kept."""
     # Less than a block is not worth a pause.
     starts = [start for start in blocks.message_starts if start >= blocks.size]

@@ -76,7 +76,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class Write:
     """Write a payload to disk."""
 
     payload: int
@@ -98,7 +98,7 @@ class Fetch:
     stored: Stored
 
 
-CacheOp = Save | Split | Drop | Store | Unlink | Fetch
+CacheOp = Save | Split | Drop | Write | Unlink | Fetch
 
 
 @dataclass(slots=True)

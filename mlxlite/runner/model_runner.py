@@ -54,7 +54,7 @@ from mlxlite.runner.kv_cache import (
     quantized,
 )
 from mlxlite.runner.sampler import Draw, LogprobArrays, Sampler
-from mlxlite.runner.snapshots import Payloads, Write
+from mlxlite.runner.snapshots import Payloads, PendingWrite
 
 if TYPE_CHECKING:
     from mlxlite.vision.network import Sight
@@ -89,7 +89,7 @@ class _InFlight:
     states: list[Any]
     failed: tuple[tuple[int, str], ...]
     lost: tuple[int, ...]
-    writes: list[Write]  # for the store, once they are computed
+    writes: list[PendingWrite]  # for the store, once they are computed
     launched_at: float  # when the device may have begun
     build_s: float
     dispatch_s: float

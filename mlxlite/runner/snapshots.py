@@ -11,8 +11,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlite.prefix_cache.disk import Array, File, Store
-from mlxlite.prefix_cache.operations import CacheOp, Drop, Fetch, Hit, Save, Split, Stored, Unlink
-from mlxlite.prefix_cache.operations import Store as StoreOp
+from mlxlite.prefix_cache.operations import (
+    CacheOp,
+    Drop,
+    Fetch,
+    Hit,
+    Save,
+    Split,
+    Stored,
+    Unlink,
+    Write,
+)
 from mlxlite.runner.kv_cache import Cache, Kept, fill
 
 _DTYPES = {
@@ -24,7 +33,7 @@ _DTYPES = {
     mx.uint8: "U8",
     mx.bool_: "BOOL",
 }  # in safetensors' words
-Write = tuple[int, Stored, Kept]
+PendingWrite = tuple[int, Stored, Kept]
 
 
 class Take(Protocol):
@@ -41,22 +50,22 @@ class Payloads:
         self._store = store
         self.kept: dict[int, Kept] = {}  # the payloads in memory
         self._lost: list[int] = []  # that this step should have had
-        self._writes: list[Write] = []  # for the store, that this step brings
-        self._last_writes: list[Write] = []  # those of the step in flight
+        self._writes: list[PendingWrite] = []  # for the store, that this step brings
+        self._last_writes: list[PendingWrite] = []  # those of the step in flight
 
     def clear(self) -> None:
         self.kept.clear()
         self._writes.clear()
         self._lost.clear()
 
-    def told(self) -> tuple[tuple[int, ...], list[Write]]:
+    def told(self) -> tuple[tuple[int, ...], list[PendingWrite]]:
         """What is lost and what is to be written since the last call."""
         lost, self._lost = tuple(self._lost), []
         writes, self._writes = self._writes, []
         self._last_writes = writes
         return lost, writes
 
-    def write(self, writes: list[Write]) -> None:
+    def write(self, writes: list[PendingWrite]) -> None:
         """To the store, once the arrays are computed."""
         for id, stored, payload in writes:
             assert self._store is not None
@@ -99,7 +108,7 @@ class Payloads:
                 case Drop(id):
                     self._payload(id)  # from the store's hands too
                     self.kept.pop(id, None)
-                case StoreOp(id, stored) if self._store and (whole := self._payload(id)):
+                case Write(id, stored) if self._store and (whole := self._payload(id)):
                     self._writes.append((id, stored, whole))
                 case Unlink(id) if self._store:
                     for writes in (self._writes, self._last_writes):  # not yet the store's

@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from mlxlite.engine.memory import Memory
 from mlxlite.engine.step import Command, Fetched, Lost, Unstored
 from mlxlite.prefix_cache import disk
 from mlxlite.prefix_cache.disk import Array, BrokenFile, File, Store, _locked, decode, encode
@@ -232,7 +231,7 @@ def test_a_header_that_makes_no_sense_stops_neither_the_start_nor_the_thread(
 ):
     shop = open_shop()
     (shop.directory / "1.safetensors").write_bytes(with_header(change))
-    cache = PrefixCache(Memory(layers=((4, None),)), block_size=4, num_bytes=PLENTY)
+    cache = PrefixCache(4, block_size=4, num_bytes=PLENTY)
     cache.restore(shop.store.found())  # BUG: a scope that is no 64 bits ends the server's start
     cache.check()
     shop.store.fetch(1, STORED)

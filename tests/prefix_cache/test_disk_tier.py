@@ -346,7 +346,7 @@ def test_what_gives_way_on_disk_is_gone_and_nothing_else(tmp_path: Path):
     roots = [some_tokens(chance, 20, 40) for _ in range(6)]
     for _ in range(30):
         life.ask(chance.choice(roots) + some_tokens(chance, 1, 9), chance.randint(1, 6))
-    known = {id for id, (p, _, _) in life.scheduler.prefix._payloads.items() if p.is_stored}
+    known = {id for id, p in life.scheduler.prefix._tree.payloads.items() if p.is_stored}
     assert {int(path.stem) for path in life.paths()} == known
     again = lives("qwen3", tmp_path, disk_bytes=200_000)()
     for root in roots:

@@ -11,11 +11,11 @@ from mlxlite.prefix_cache.hashing import (
     MAX_MESSAGE_STARTS,
     Blocks,
     blocks_of,
+    checkpoint_positions,
     extended,
     fnv1a,
     num_common,
     num_equal,
-    pauses,
 )
 
 bounded = settings(derandomize=True, max_examples=150, deadline=None, database=None)
@@ -139,19 +139,19 @@ def test_one_changed_byte_ends_what_is_equal(data: bytes, at: int, step: int):
     assert num_equal(data, bytes(changed), step) == min(at, len(data)) // step
 
 
-# --- pauses -----------------------------------------------------------------------------------
+# --- checkpoint positions ---------------------------------------------------------------------
 
 
-def test_a_long_prompt_pauses_at_each_stride_and_not_at_its_end():
-    stride = CHECKPOINT_STRIDE
-    assert pauses(blocks_of((), 0, 4), stride) == set()
-    assert pauses(blocks_of((), 0, 4), stride + 1) == {stride}
-    assert pauses(blocks_of((), 0, 4), 3 * stride + 5) == {stride, 2 * stride, 3 * stride}
+def test_a_long_prompt_has_a_checkpoint_at_each_stride_and_none_at_its_end():
+    stride, blocks = CHECKPOINT_STRIDE, blocks_of((), 0, 4)
+    assert checkpoint_positions(blocks, stride) == set()
+    assert checkpoint_positions(blocks, stride + 1) == {stride}
+    assert checkpoint_positions(blocks, 3 * stride + 5) == {stride, 2 * stride, 3 * stride}
 
 
 @pytest.mark.parametrize("num", range(MAX_MESSAGE_STARTS + 4))
-def test_a_prompt_pauses_at_its_first_two_heads_and_at_the_last_ones(num: int):
-    heads = tuple(range(10, 10 + 3 * num, 3))
-    kept = heads if num <= MAX_MESSAGE_STARTS else heads[:2] + heads[2 - MAX_MESSAGE_STARTS :]
-    assert pauses(blocks_of((), 0, 4, heads), 1000) == set(kept)
+def test_a_prompt_has_checkpoints_at_its_first_two_message_starts_and_the_last_ones(num: int):
+    starts = tuple(range(10, 10 + 3 * num, 3))
+    kept = starts if num <= MAX_MESSAGE_STARTS else starts[:2] + starts[2 - MAX_MESSAGE_STARTS :]
+    assert checkpoint_positions(blocks_of((), 0, 4, starts), 1000) == set(kept)
     assert len(kept) <= MAX_MESSAGE_STARTS

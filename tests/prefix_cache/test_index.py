@@ -24,10 +24,11 @@ from mlxlite.prefix_cache.operations import (
     Save,
     Segment,
     Split,
-    Store,
     Stored,
     Unlink,
+    Write,
 )
+from mlxlite.prefix_cache.radix_tree import NODE_BYTES
 
 SIZE = 4
 PLENTY = 1 << 30
@@ -55,7 +56,11 @@ class Shelf:
     def __init__(self, memory: Memory, num_bytes: int = PLENTY, disk_bytes: int = 0) -> None:
         self.memory = memory
         self.cache = PrefixCache(
-            memory, block_size=SIZE, num_bytes=num_bytes, disk_bytes=disk_bytes
+            memory.token_bytes,
+            memory.state_bytes if memory.has_state else None,
+            block_size=SIZE,
+            num_bytes=num_bytes,
+            disk_bytes=disk_bytes,
         )
         self.capacity = num_bytes
         self.sequences: dict[int, Tokens] = {}
@@ -147,7 +152,7 @@ class Shelf:
                     self.kept[rest] = at, own[at - start :]
                 case Drop(id):
                     self.kept.pop(id, None)
-                case Store(id, stored):
+                case Write(id, stored):
                     assert id not in self.files
                     self.write(id, stored)
                 case Unlink(id):
@@ -279,10 +284,9 @@ def test_a_beginning_of_a_block_is_not_brought_from_disk():
     shelf = Shelf(SLICEABLE, disk_bytes=PLENTY)
     shelf.insert(list(range(8)))
     shelf.insert([*range(4), *[9] * 4])
-    for extent in (id for id, (start, _) in list(shelf.kept.items()) if start == 4):
-        payload = shelf.cache._payloads[extent][0]
-        shelf.cache._evict(payload)
+    shelf.cache.shrink(bytes_of(SLICEABLE, list(range(4))) + 2 * NODE_BYTES)
     shelf.work()
+    assert [start for start, _ in shelf.kept.values()] == [0]
     hit = shelf.find([*range(6), 99])
     assert (hit.num_tokens, hit.missing) == (4, ())
 

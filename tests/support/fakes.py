@@ -41,9 +41,9 @@ from mlxlite.prefix_cache.operations import (
     Hit,
     Save,
     Split,
-    Store,
     Stored,
     Unlink,
+    Write,
 )
 
 NUM_LETTERS = 26
@@ -285,7 +285,7 @@ class FakeRunner:
                         self.kept[rest] = at, tokens[at - start :]
                 case Drop(payload):
                     self.kept.pop(payload, None)
-                case Store(payload, stored):
+                case Write(payload, stored):
                     start, tokens = self.kept[payload]
                     words = np.frombuffer(stored.words, "<u4").tolist()
                     assert words[start:] == tokens
