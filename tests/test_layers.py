@@ -68,7 +68,6 @@ DEBT = {
     "runner.model_runner → vision.network",
 }
 LONG = {
-    "http.parser.Connection",
     "runner.model_runner.ModelRunner",
 }
 PUBLIC = {"Config": "config", "Server": "server"}  # what `mlxlite` itself exports, from where

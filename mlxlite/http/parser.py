@@ -1,23 +1,20 @@
-"""Bytes to HTTP/1.1 messages and back, and the frames of a server-sent event stream.
+"""HTTP/1.1 messages: request bytes to events, responses to bytes. Sans-IO, in the shape of h11.
 
-This module decides what a request *is*: where its head and body end, which of its shapes are
-refused and with which status, and whether the connection outlives the response. It is sans-IO
-(the shape of h11): bytes in by `receive_data`, events out by `next_event`, and what is to be sent
-comes back as bytes. It never touches a socket, an event loop or a clock (so it adds no `date`) and
-never raises on the peer's bytes: malformed input is a value, a wrong call is our bug (`assert`).
+Decides where a request's head and body end, which shapes are refused and with which status, and
+whether the connection survives the response. Input goes to `receive_data`, events come from
+`next_event`, output is returned as bytes. It must never touch a socket, an event loop or a clock
+(so it adds no `date`), nor raise on malformed input, which is a value; a wrong call is an `assert`.
 
-h11 parses the head, keeps the two sides' state and writes the responses. Bytes reach it through a
-gate, which refuses what h11 lets pass though a proxy in front of us may read it differently
-(request smuggling) or it costs too much: h11 gets a linted head, then what belongs to it.
+h11 parses heads, keeps both sides' states and writes responses. Before it, `_Gate` and `_Chunks`
+refuse what it accepts but a proxy may parse differently (request smuggling), or parses slowly.
 
 Invariants, all tested:
-- The events are a function of the bytes, not of how they were split on the way.
-- Head comes before Body; after Malformed there is only that Malformed.
-- One h11.Connection serves one request, so that its refusal of 1.0 keep-alive does not bind us.
-- What is kept of a request is at most its two limits (the body twice while Body is handed over),
-  plus what the driver feeds beyond the message's end: `num_buffered`.
-- A response that starts while the body is outstanding, and any response after Malformed, says
-  `connection: close`.
+- The events are a function of the bytes, not of how they were split.
+- Head precedes Body; nothing follows Malformed but the same Malformed.
+- One h11.Connection serves one request, so its refusal of 1.0 keep-alive does not bind us.
+- A request holds at most its two limits (the body twice while Body is created), plus the bytes
+  received beyond the message's end: `num_buffered`.
+- A response that starts before the body is complete, or after Malformed, has `connection: close`.
 """
 
 import re
@@ -36,25 +33,23 @@ _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _FOLD = re.compile(rb"\r\n[ \t]")
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:([^\r]*)", re.IGNORECASE)
-# 16 digits fill a 64-bit length; h11 takes 20, which a proxy in front of us might truncate.
+# 16 digits fill a 64-bit length; h11 accepts 20, which a proxy might truncate.
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
-# RFC 3986 §3.2.2 and a port; without "," so that no merged pair of Host lines passes as one.
+# RFC 3986 §3.2.2 and a port; no ",": a merged pair of Host lines is refused.
 _HOST = re.compile(r"[A-Za-z0-9._~%!$&'()*+;=:\[\]-]*")
 _ABSOLUTE_TARGET = re.compile(r"https?://([^/?]*)(.*)", re.IGNORECASE)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = re.compile(r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
-# Kept out of logs.
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in bytes that one request may have; a message of exactly the limit is accepted."""
+    """Largest sizes of a request, in bytes; exactly the limit is accepted."""
 
-    # Request line, fields and blank line (node: 80 KiB, IIS: 16 KiB); of a chunked body also the
-    # trailers, and the sum of the chunk extensions.
+    # Request line to blank line (node: 80 KiB, IIS: 16 KiB); trailers; chunk extensions in sum.
     max_header_bytes: int = 64 * 1024
-    max_fields: int = 256  # of a header: 16,000 short ones would hold the loop for 50 ms
+    max_fields: int = 256  # of a header: 16,000 short ones would block the event loop for 50 ms
     max_body_bytes: int = 64 * 1024 * 1024  # after de-chunking
 
 
@@ -90,7 +85,7 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Request line and headers have arrived; the body may still be outstanding."""
+    """The request line and headers; the body may still be incomplete."""
 
     method: str  # upper-case token
     target: str  # as received
@@ -98,20 +93,20 @@ class Head:
     query: str  # as received, without the "?"
     headers: Headers
     http_version: str  # "1.0" | "1.1"
-    expects_continue: bool  # a body is announced, and held back until `continue_100`
+    expects_continue: bool  # the client sends its body after `continue_100`
     content_length: int | None  # None: no such header
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """The whole body, possibly empty; always follows Head."""
+    """The complete body, possibly empty; follows Head."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """The peer broke the protocol or a limit: answer with `status`, then close.
+    """The request violates the protocol or a limit: respond with `status`, then close.
 
     400 syntax or framing, 413 body too large, 414 request line and 431 header too large,
     501 transfer coding or CONNECT, 505 version. `message` quotes none of the peer's bytes.
@@ -124,7 +119,7 @@ class Malformed:
 class Signal(Enum):
     NEED_DATA = auto()
     PAUSED = auto()  # pipelined bytes wait for `start_next_cycle`
-    CLOSED = auto()  # the peer's EOF at a message border
+    CLOSED = auto()  # EOF between messages
 
 
 Event: TypeAlias = Head | Body | Malformed | Signal
@@ -132,15 +127,13 @@ _Fields: TypeAlias = Sequence[tuple[str, str]]  # of a response: name, value
 
 
 class _Phase(Enum):
-    """What the next byte from the peer belongs to."""
-
-    HEAD = auto()
-    SIZED = auto()  # a body of announced length
+    HEAD = auto()  # of what the next byte received is part
+    SIZED = auto()  # a body with a content-length
     CHUNKED = auto()
     TRAILERS = auto()
-    EMPTY = auto()  # nothing: there is no body, but Body is yet to be delivered
+    EMPTY = auto()  # no body, but the Body event is still to be returned
     DONE = auto()  # the next request
-    FAILED = auto()  # nothing: bytes are dropped
+    FAILED = auto()  # further bytes are dropped
 
 
 _BODY_OUTSTANDING = frozenset({_Phase.SIZED, _Phase.CHUNKED, _Phase.TRAILERS})
@@ -150,18 +143,18 @@ _BODY_OUTSTANDING = frozenset({_Phase.SIZED, _Phase.CHUNKED, _Phase.TRAILERS})
 class _Chunks:
     """Decodes the chunked coding up to, and without, the CRLF that ends the last chunk's line.
 
-    h11's takes whitespace and bare CRs in a chunk line, does not bound the extensions, and needs
-    9.7 µs a chunk (this: 1.5): one 256 KiB read of 1-byte chunks would hold the loop for 400 ms.
+    h11 accepts whitespace and bare CRs in a chunk line, does not bound the extensions, and takes
+    9.7 µs a chunk (this: 1.5): a 256 KiB read of 1-byte chunks would block the loop for 400 ms.
     """
 
     limits: Limits
     at: int = 0  # in the buffer of the current `decode`
     num_left: int = 0  # bytes missing from the current chunk
-    needs_crlf: bool = False  # the current chunk's data is not closed yet
+    needs_crlf: bool = False  # the CRLF after the current chunk's data is missing
     num_extension_bytes: int = 0
 
     def decode(self, buffer: bytearray, body: bytearray) -> bool | Malformed:
-        """Move what can be decoded from `buffer` to `body`; True once the last chunk was met."""
+        """Move complete data from `buffer` to `body`; True after the last chunk."""
         self.at = 0
         while (outcome := self._step(buffer, body)) is None:
             pass
@@ -169,7 +162,7 @@ class _Chunks:
         return outcome
 
     def _step(self, buffer: bytearray, body: bytearray) -> bool | Malformed | None:
-        """The rest of a chunk and the line of the next; None to go on, False to wait for more."""
+        """Decode one chunk's rest and the next line; None to repeat, False to wait for bytes."""
         if self.num_left:
             piece = buffer[self.at : self.at + self.num_left]
             body += piece
@@ -202,6 +195,57 @@ class _Chunks:
         return None if self.num_left else True
 
 
+@dataclass(slots=True)
+class _Gate:
+    """Cuts the head and the trailers of one request out of `buffer`, checked for h11."""
+
+    limits: Limits
+    buffer: bytearray
+    num_blank_bytes: int = 0
+    num_scanned: int = 0  # bytes of the buffer in which no block ends
+
+    def take_head(self) -> bytes | Signal | Malformed:
+        """The block of a request line and headers, without blank lines before it."""
+        blank = _BLANK_LINES.match(self.buffer)
+        if blank is not None and blank.end():
+            # RFC 9112 §2.2: ignore "at least one"; h11 would refuse them.
+            del self.buffer[: blank.end()]
+            self.num_blank_bytes += blank.end()
+            if self.num_blank_bytes > self.limits.max_header_bytes:
+                return Malformed(431, "too many empty lines before the request")
+        if not self.buffer or self.buffer == b"\r":
+            return Signal.NEED_DATA
+        if self.buffer[0] == 0x16:  # the record type of a ClientHello, in every TLS version
+            return Malformed(400, "this is a TLS handshake, but the port speaks plain HTTP")
+        if self.buffer[0] < 0x21:
+            return Malformed(400, "illegal request line")
+        return self.take_block(self.limits.max_header_bytes - self.num_blank_bytes)
+
+    def take_block(self, limit: int) -> bytes | Signal | Malformed:
+        """Cut the buffer after its first blank line, within `limit` bytes, and check the block."""
+        end = self.buffer.find(b"\r\n\r\n", max(0, self.num_scanned - 3), limit)
+        stop = min(len(self.buffer), limit) if end < 0 else end + 4
+        # RFC 9112 §2.2 permits a bare LF as a line's end, and h11 accepts it; a proxy that does
+        # not would see one field where we see two.
+        if _BARE_LF.search(self.buffer, self.num_scanned, stop):
+            return Malformed(400, "a line ends without CR")
+        if end < 0:
+            if len(self.buffer) > limit:
+                if self.buffer.find(b"\r\n", 0, limit) < 0:
+                    return Malformed(414, "request line too large")
+                return Malformed(431, "request header too large")
+            self.num_scanned = len(self.buffer)
+            return Signal.NEED_DATA
+        block = bytes(self.buffer[:stop])
+        del self.buffer[:stop]
+        self.num_scanned = 0
+        if block.count(b"\r\n") > self.limits.max_fields + 2:  # first line and blank one
+            return Malformed(431, "too many header fields")
+        if _CONTROL.search(block) or _FOLD.search(block):
+            return Malformed(400, "control character or folded line in the header")
+        return block
+
+
 class Connection:
     """The server's end of one HTTP/1.1 connection, for any number of requests in turn."""
 
@@ -217,14 +261,13 @@ class Connection:
         self._h11 = h11.Connection(h11.SERVER, self._limits.max_header_bytes)
         self._phase = _Phase.HEAD
         self._head: Head | None = None
-        self._is_head = False
+        self._is_head = False  # a HEAD request: responses have no body
         self._body = bytearray()
         self._chunks = _Chunks(self._limits)
-        self._num_blank_bytes = 0
-        self._num_scanned = 0
+        self._gate = _Gate(self._limits, self._buffer)
 
     def receive_data(self, data: bytes) -> None:
-        """Take what was read; b"" is the peer's EOF. To parse it, call `next_event`."""
+        """Buffer received bytes for `next_event`; b"" is EOF."""
         assert not (self._eof and data), "data after EOF"
         if not data:
             self._eof = True
@@ -232,7 +275,7 @@ class Connection:
             self._buffer += data
 
     def next_event(self) -> Event:
-        """The next event, never an exception; call it until it returns a Signal or Malformed."""
+        """The next event; never raises. Call it until it returns a Signal or Malformed."""
         event = self._step()
         if event is Signal.NEED_DATA and self._eof:
             if self._phase is _Phase.DONE or (self._phase is _Phase.HEAD and not self._buffer):
@@ -264,10 +307,7 @@ class Connection:
                 return self._failure
 
     def _read_head(self) -> Event:
-        refusal = self._skip_blank_lines()
-        if refusal is not None:
-            return refusal
-        block = self._take_block(self._limits.max_header_bytes - self._num_blank_bytes)
+        block = self._gate.take_head()
         if not isinstance(block, bytes):
             return block
         self._h11.receive_data(block)
@@ -279,8 +319,7 @@ class Connection:
         head = _head_of(request, block, self._limits)
         if isinstance(head, Malformed):
             return head
-        self._head = head
-        self._is_head = head.method == "HEAD"
+        self._head, self._is_head = head, head.method == "HEAD"
         tokens = _tokens(head.headers, "connection")
         keeps = head.http_version == "1.1" or "keep-alive" in tokens
         self._must_close = "close" in tokens or not keeps
@@ -292,47 +331,6 @@ class Connection:
             self._phase = _Phase.EMPTY
             self._end_of_message()
         return head
-
-    def _skip_blank_lines(self) -> Signal | Malformed | None:
-        """None when the buffer starts with what may be a request line."""
-        blank = _BLANK_LINES.match(self._buffer)
-        if blank is not None and blank.end():
-            # RFC 9112 §2.2 asks to ignore "at least one"; h11 refuses them, so they end here.
-            del self._buffer[: blank.end()]
-            self._num_blank_bytes += blank.end()
-            if self._num_blank_bytes > self._limits.max_header_bytes:
-                return Malformed(431, "too many empty lines before the request")
-        if not self._buffer or self._buffer == b"\r":
-            return Signal.NEED_DATA
-        if self._buffer[0] == 0x16:  # the record type of a ClientHello, in every TLS version
-            return Malformed(400, "this is a TLS handshake, but the port speaks plain HTTP")
-        if self._buffer[0] < 0x21:
-            return Malformed(400, "illegal request line")
-        return None
-
-    def _take_block(self, limit: int) -> bytes | Signal | Malformed:
-        """Cut the buffer after its first blank line, within `limit` bytes, and lint the cut."""
-        end = self._buffer.find(b"\r\n\r\n", max(0, self._num_scanned - 3), limit)
-        stop = min(len(self._buffer), limit) if end < 0 else end + 4
-        # RFC 9112 §2.2 lets us take a bare LF for a line's end, as h11 does; a proxy that does
-        # not would see one field where we see two.
-        if _BARE_LF.search(self._buffer, self._num_scanned, stop):
-            return Malformed(400, "a line ends without CR")
-        if end < 0:
-            if len(self._buffer) > limit:
-                if self._buffer.find(b"\r\n", 0, limit) < 0:
-                    return Malformed(414, "request line too large")
-                return Malformed(431, "request header too large")
-            self._num_scanned = len(self._buffer)
-            return Signal.NEED_DATA
-        block = bytes(self._buffer[:stop])
-        del self._buffer[:stop]
-        self._num_scanned = 0
-        if block.count(b"\r\n") > self._limits.max_fields + 2:  # first line and blank one
-            return Malformed(431, "too many header fields")
-        if _CONTROL.search(block) or _FOLD.search(block):
-            return Malformed(400, "control character or folded line in the header")
-        return block
 
     def _read_sized(self) -> Event:
         if not self._buffer:
@@ -356,10 +354,10 @@ class Connection:
                 return Signal.NEED_DATA
             self._phase = _Phase.TRAILERS
         # The block starts with the CRLF of the last chunk's line, which is not the trailers'.
-        block = self._take_block(self._limits.max_header_bytes + 2)
+        block = self._gate.take_block(self._limits.max_header_bytes + 2)
         if not isinstance(block, bytes):
             return block
-        # h11 sees an empty chunked body: the chunks were checked here, the trailers it checks.
+        # h11 gets an empty chunked body: it checks the trailers; the chunks were checked here.
         self._h11.receive_data(b"0" + block)
         try:
             return self._finish_body()
@@ -377,7 +375,7 @@ class Connection:
         assert isinstance(end, h11.EndOfMessage), end
 
     def continue_100(self) -> bytes:
-        """The interim response, or b"" when the peer does not wait for one (any more)."""
+        """The interim response, or b"" if the client does not wait for one (any more)."""
         waits = self._h11.they_are_waiting_for_100_continue and self._phase in _BODY_OUTSTANDING
         # RFC 9110 §10.1.1: may be omitted once some of the body has arrived.
         if not waits or self._body or self._buffer or self.is_response_started:
@@ -386,9 +384,9 @@ class Connection:
         return self._h11.send(interim)
 
     def respond(self, status: int, headers: _Fields, body: bytes = b"") -> bytes:
-        """A whole response with its content-length; b"" if Malformed cut one already started.
+        """A complete response with its content-length; b"" if Malformed follows a started one.
 
-        The body of a 204 or 304 is left out, that of a HEAD counted and left out.
+        A 204 or 304 has no body; a response to HEAD has the length and no body.
         """
         if self._failure is not None and self.is_response_started:
             return b""
@@ -401,7 +399,7 @@ class Connection:
         return b"".join(frames)
 
     def start_stream(self, status: int, headers: _Fields) -> bytes:
-        """The head of a response of unknown length; HTTP/1.0 reads it until the close."""
+        """The head of a response of unknown length; for HTTP/1.0, the close ends it."""
         assert status not in (204, 304)
         self._must_close |= self._h11.their_http_version != b"1.1"
         return self._send_head(status, headers, framing=[])
@@ -415,16 +413,16 @@ class Connection:
         return self._h11.send(h11.Data(data=data))
 
     def end_stream(self) -> bytes:
-        """The last chunk, where there are chunks."""
+        """The last chunk, if the response is chunked."""
         assert self._h11.our_state is h11.SEND_BODY
         return self._h11.send(h11.EndOfMessage())
 
     def _send_head(self, status: int, headers: _Fields, framing: _Fields) -> bytes:
         assert not self.is_response_started, "one response a request"
         _assert_sendable(headers)
-        says_close = any(name.lower() == "connection" for name, _ in headers)
-        self._must_close |= says_close or self._phase not in (_Phase.EMPTY, _Phase.DONE)
-        closing = [("connection", "close")] if self._must_close and not says_close else []
+        has_close = any(name.lower() == "connection" for name, _ in headers)
+        self._must_close |= has_close or self._phase not in (_Phase.EMPTY, _Phase.DONE)
+        closing = [("connection", "close")] if self._must_close and not has_close else []
         fields = [*headers, *framing, *closing]
         response = h11.Response(
             status_code=status,
@@ -433,7 +431,7 @@ class Connection:
         )
         head = self._h11.send(response)
         if self._h11.their_http_version == b"1.0" and not self._must_close:
-            # h11 closes on any HTTP/1.0 peer, in its last field (tested); ours asked to stay.
+            # h11 closes for any HTTP/1.0 peer, in its last field (tested); this one keeps alive.
             head = head.removesuffix(b"Connection: close\r\n\r\n")
             return head + b"connection: keep-alive\r\n\r\n"
         return head
@@ -448,12 +446,12 @@ class Connection:
 
     @property
     def keep_alive(self) -> bool:
-        """Whether a response that starts now, or has started, leaves the connection usable."""
+        """Whether the connection survives a response that starts now or has started."""
         return not self._must_close and self._phase not in _BODY_OUTSTANDING
 
     @property
     def num_buffered(self) -> int:
-        """Bytes received and not yet consumed: a partial head, or what was pipelined."""
+        """Bytes received and not yet consumed: a partial head, or pipelined requests."""
         return len(self._buffer)
 
     def start_next_cycle(self) -> bool:
@@ -473,13 +471,10 @@ class Connection:
 
 
 def _head_of(request: h11.Request, block: bytes, limits: Limits) -> Head | Malformed:
-    """The Head of what h11 parsed from `block`, unless the gate refuses what h11 let pass."""
+    """The Head that h11 parsed from `block`, or a refusal of a shape that h11 accepts."""
     headers = Headers(request.headers.raw_items())
-    refusal = _refuse(request, headers, block)
-    if refusal is not None:
-        return refusal
     target = request.target.decode("ascii")
-    path = _path_of(target, headers)
+    path = _refuse(request, headers, block) or _path_of(target, headers)
     if isinstance(path, Malformed):
         return path
     content_length = int(headers.get("content-length")) if "content-length" in headers else None
@@ -487,7 +482,7 @@ def _head_of(request: h11.Request, block: bytes, limits: Limits) -> Head | Malfo
         return _too_large(limits)
     has_body = bool(content_length) or "transfer-encoding" in headers
     http_version = request.http_version.decode("ascii")
-    # RFC 9110 §10.1.1: ignored from an HTTP/1.0 client, and without a body to wait for.
+    # RFC 9110 §10.1.1: ignored from HTTP/1.0 clients, and without a body.
     waits = has_body and http_version == "1.1" and "100-continue" in _tokens(headers, "expect")
     return Head(
         method=request.method.decode("ascii"),
@@ -509,13 +504,13 @@ def _refuse(request: h11.Request, headers: Headers, block: bytes) -> Malformed |
         return Malformed(400, "the method is not in upper case")
     if request.method == b"CONNECT":
         return Malformed(501, "this is not a proxy")
-    # Below: whatever lets the body end elsewhere in another's reading (RFC 9112 §6.1-6.3).
+    # Below: shapes whose body another parser may end elsewhere (RFC 9112 §6.1-6.3).
     if "transfer-encoding" in headers:
         if "content-length" in headers:
             return Malformed(400, "both Transfer-Encoding and Content-Length")
         if request.http_version == b"1.0":
             return Malformed(400, "Transfer-Encoding in HTTP/1.0")
-    # h11 merges equal lengths, as RFC 9110 §8.6 allows; no client sends them, so we refuse.
+    # h11 merges equal lengths, as RFC 9110 §8.6 permits; no client sends them: refused.
     lengths = _CONTENT_LENGTH.findall(block)
     if len(lengths) > 1 or any(b"," in length for length in lengths):
         return Malformed(400, "more than one Content-Length")
@@ -529,8 +524,8 @@ def _path_of(target: str, headers: Headers) -> str | Malformed:
     if target == "*":
         return target
     if (absolute := _ABSOLUTE_TARGET.fullmatch(target)) is not None:
-        # RFC 9112 §3.2.2: this authority wins over Host, and a client sends both alike. With
-        # them unlike, the driver's check of Host would check the wrong one.
+        # RFC 9112 §3.2.2: this authority overrides Host, and clients send both alike. If they
+        # differ, the application's check of Host would check the wrong one.
         if "host" in headers and absolute[1].lower() != host.lower():
             return Malformed(400, "Host differs from the request target")
         target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
@@ -544,7 +539,7 @@ def _path_of(target: str, headers: Headers) -> str | Malformed:
 
 
 def _assert_sendable(headers: _Fields) -> None:
-    """What the driver passes is our own text: a CR or LF in it would split the response."""
+    """A CR or LF in a header of our own would split the response."""
     for name, value in headers:
         assert _TOKEN.fullmatch(name), f"illegal header name {name!r}"
         assert _FIELD_VALUE.fullmatch(value), f"illegal value of header {name!r}"
@@ -561,5 +556,5 @@ def _too_large(limits: Limits) -> Malformed:
 
 
 def _from_h11(error: h11.RemoteProtocolError) -> Malformed:
-    # h11 quotes the offending line behind ": bytearray", and that line may hold a key.
+    # h11 quotes the offending line after ": bytearray", and that line may contain a key.
     return Malformed(error.error_status_hint, str(error).partition(": bytearray")[0])
