@@ -1,14 +1,14 @@
 """One connection, one request at a time: from its bytes to the application and back.
 
-Decides how long a peer may take, how far it may lag, and what happens when it disconnects; the
-content of an answer is the application's. It must never wait, and never hold more than its bounds:
-a slow reader is cut at `MAX_UNSENT_BYTES` or after `WRITE_TIMEOUT_S` without progress, and slows no
-other connection. A peer's EOF is a disconnect, as in nginx and uvicorn.
+Decides the timeouts of a peer, the backlog it may have, and what happens when it disconnects; the
+content of a response is the application's. It must never block, and never hold more than its
+bounds: a slow reader is disconnected at `MAX_UNSENT_BYTES`, or after `WRITE_TIMEOUT_S` without
+progress, and delays no other connection. EOF is a disconnect, as in nginx and uvicorn.
 
-Every `Exchange` gets one answer: `respond`, a stream, or `fail`. After a disconnect its answer is
-dropped and the application is notified at once, whatever the request was doing (tested).
+Every `Exchange` gets one response: `respond`, a stream, or `fail`. After a disconnect the response
+is dropped and the application is notified at once, in any state of the request (tested).
 
-Reading order: `Client` (one connection), `Exchange` (one request and its answer).
+Reading order: `Client` (one connection), `Exchange` (one request and its response).
 """
 
 import asyncio
@@ -26,24 +26,24 @@ from mlxlite.http.sse import sse_comment
 
 log = logging.getLogger("mlxlite.connection")
 HEADER_TIMEOUT_S = 10.0  # from the first byte of a request to the end of its head
-BODY_TIMEOUT_S = 30.0  # between two pieces of a body
-BODY_GRACE_S = 120.0  # then it has to have come at
-MAX_BODIES = 8  # of the largest size are held at a time, but for what came with their heads
-MIN_BODY_RATE = 500  # bytes a second, or it holds its place for ever (Apache's mod_reqtimeout)
+BODY_TIMEOUT_S = 30.0  # between two reads of a body
+BODY_GRACE_S = 120.0  # for a whole body, plus its bytes at `MIN_BODY_RATE`
+MIN_BODY_RATE = 500  # bytes a second (as Apache's mod_reqtimeout): no body may drip for ever
+MAX_BODIES = 8  # of the largest size in memory at a time, besides bytes received with heads
 KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
-WRITE_TIMEOUT_S = 30.0  # a reader that takes nothing for so long is cut
-LINGER_S = 2.0  # after an answer that came before the body: let the peer read it
+WRITE_TIMEOUT_S = 30.0  # without progress, until the peer is disconnected
+LINGER_S = 2.0  # after a response sent before the body: time for the peer to read it
 HEARTBEAT_S = 15.0  # of silence in a stream
 MAX_UNSENT_BYTES = 4 << 20  # a slow reader's backlog
-MAX_PIPELINED_BYTES = 64 << 10  # beyond it reading stops until the present answer is out
-MAX_AT_ONCE = 16  # pipelined requests that are answered before everybody else has a turn
+MAX_PIPELINED_BYTES = 64 << 10  # beyond it, reading pauses until the current response is sent
+MAX_AT_ONCE = 16  # pipelined requests handled before other connections are served
 _NEVER = float("inf")
 Fields = tuple[tuple[str, str], ...]
 JSON: Fields = (("content-type", "application/json"),)
 EVENTS: Fields = (
     ("content-type", "text/event-stream; charset=utf-8"),
     ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),  # nginx would hold frames back
+    ("x-accel-buffering", "no"),  # nginx would buffer frames
 )
 
 
@@ -56,23 +56,23 @@ def _new_request_id() -> str:
 
 
 class Application(Protocol):
-    """What answers requests. `on_head` and `on_body` may raise APIError."""
+    """Handles requests. `on_head` and `on_body` may raise APIError."""
 
     def on_head(self, exchange: "Exchange") -> None:
-        """A request's head has arrived: refuse it, or let its body follow."""
+        """A request's head is complete: refuse it, or read its body."""
         ...
 
     def on_body(self, exchange: "Exchange", body: bytes) -> None:
-        """The body of a request that was let in is complete."""
+        """The body of an accepted request is complete."""
         ...
 
     def on_disconnect(self, exchange: "Exchange") -> None:
-        """The client disconnected before its answer was complete."""
+        """The client disconnected before its response was complete."""
         ...
 
 
 class Observer(Protocol):
-    """Counts connections and answers; `metrics.Metrics` is one."""
+    """Counts connections and responses; `metrics.Metrics` is one."""
 
     def connection_opened(self) -> None: ...
     def connection_closed(self) -> None: ...
@@ -80,26 +80,26 @@ class Observer(Protocol):
 
 
 class Connections(Protocol):
-    """All connections of a listener, as one of them sees it."""
+    """The shared state of a listener's connections."""
 
     app: Application
     observer: Observer
     limits: Limits
-    num_held_bytes: int  # of bodies that are not read yet
+    num_held_bytes: int  # of bodies that are not parsed yet
 
     def joined(self, client: "Client") -> APIError | None:
-        """Count a connection in; an error is all that it gets."""
+        """Count a new connection; if an error is returned, it is sent and the connection closed."""
         ...
 
     def left(self, client: "Client") -> None: ...
 
     def make_room(self) -> None:
-        """Bodies are more than `MAX_BODIES` together: reject one."""
+        """Reject one body: together they exceed `MAX_BODIES`."""
         ...
 
 
 class Client(asyncio.Protocol):
-    """One connection: feeds bytes to http1 and its events to the server, one request at a time."""
+    """One connection: bytes to the parser, its events to the application."""
 
     def __init__(self, connections: Connections) -> None:
         self.connections = connections
@@ -107,27 +107,27 @@ class Client(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._is_pumping = False
         self._is_lingering = False
-        self._is_leaving = False
-        self._has_begun = False  # something of the next request has come
-        self._num_written = 0  # bytes, and how many of them the peer has taken
-        self._num_taken = 0
+        self._is_closing = False  # after the current response
+        self._has_begun = False  # bytes of the next request have arrived
+        self._num_written = 0  # bytes, and how many of them were sent
+        self._num_sent = 0
         self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
-        self._body_since = self._deadline  # of the present request: when its head was there
+        self._body_since = self._deadline  # the end of the current request's head
         self._num_body_bytes = 0
-        self._write_deadline = _NEVER  # for the peer to take what is sent
+        self._write_deadline = _NEVER  # for the peer to read
 
     def __repr__(self) -> str:
         return f"<Client {self.http!r} {self._exchange!r}>"
 
     @property
     def num_waiting_bytes(self) -> int:
-        """Of a body that has not come to its end."""
-        waits = self._exchange is not None and not self._exchange.has_body
-        return self._num_body_bytes if waits else 0
+        """Received bytes of a body that is not complete."""
+        is_waiting = self._exchange is not None and not self._exchange.has_body
+        return self._num_body_bytes if is_waiting else 0
 
     @property
     def is_busy(self) -> bool:
-        """A request is being answered."""
+        """Whether a request has no complete response yet."""
         return self._exchange is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -141,8 +141,8 @@ class Client(asyncio.Protocol):
             return
         if self._exchange is not None:
             if not self._exchange.has_body:
-                self._body_came(self._exchange, len(data))
-        elif not self._has_begun:  # at the first byte only: empty lines buy no time
+                self._extend_body_deadline(self._exchange, len(data))
+        elif not self._has_begun:  # only at the first byte: empty lines do not extend it
             self._has_begun = True
             self._deadline = perf_counter() + HEADER_TIMEOUT_S
         self.http.receive_data(data)
@@ -150,8 +150,8 @@ class Client(asyncio.Protocol):
         if self.connections.num_held_bytes > MAX_BODIES * self.connections.limits.max_body_bytes:
             self.connections.make_room()
 
-    def _body_came(self, exchange: "Exchange", num_bytes: int) -> None:
-        """A piece buys time, but no more than a body takes that is not made to drip."""
+    def _extend_body_deadline(self, exchange: "Exchange", num_bytes: int) -> None:
+        """Each read extends the deadline, up to what the minimum rate allows."""
         self._num_body_bytes += num_bytes
         exchange.hold(num_bytes)
         latest = self._body_since + BODY_GRACE_S + self._num_body_bytes / MIN_BODY_RATE
@@ -171,9 +171,9 @@ class Client(asyncio.Protocol):
         self._write_deadline = _NEVER
 
     def _pump(self) -> None:
-        """Hand on every event there is; ends when bytes are missing or an answer is under way.
+        """Dispatch every parsed event, until bytes are missing or a response is in progress.
 
-        One read may hold thousands of short requests: after a few of them the others' turn comes.
+        One read may contain thousands of short requests: after `MAX_AT_ONCE` the loop yields.
         """
         self._is_pumping = True
         num_left = MAX_AT_ONCE
@@ -206,14 +206,14 @@ class Client(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _malformed(self, error: APIError) -> None:
-        """A body that breaks off in nonsense is a request's still: its dialect, its id."""
+        """Respond to a malformed body in the dialect, and with the id, of its request."""
         if self._exchange is not None:
             self._exchange.fail(error)
         else:
             self._refuse(error)
 
     def _refuse(self, error: APIError) -> None:
-        """Answer what is no request, and close."""
+        """Respond to bytes that are no request, and close."""
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
         self.write(self.http.respond(error.status, fields, error.body()))
@@ -224,12 +224,12 @@ class Client(asyncio.Protocol):
             call(exchange, *args)
         except APIError as error:
             exchange.fail(error)
-        except Exception as error:  # our own mistake: said, and not the connection dropped
+        except Exception as error:  # our own bug gets a response too
             log.error("%r failed: %s", exchange, trace_of(error))
             exchange.abandon(our_fault())
 
     def write(self, data: bytes) -> None:
-        """Send bytes; a peer whose backlog has grown past the bound is cut."""
+        """Send bytes; disconnect a peer whose backlog exceeds `MAX_UNSENT_BYTES`."""
         if not data or self._transport.is_closing():
             return
         self._num_written += len(data)
@@ -238,13 +238,13 @@ class Client(asyncio.Protocol):
             self._transport.abort()
 
     def finished(self) -> None:
-        """The answer is complete: read the next request, or close."""
+        """The response is complete: read the next request, or close."""
         is_read = self._exchange is not None and self._exchange.has_body
         if self._exchange is not None:
             self._exchange.release()
         self._exchange = None
         self._has_begun = self.http.num_buffered > 0
-        if self._is_leaving or not self.http.start_next_cycle():
+        if self._is_closing or not self.http.start_next_cycle():
             self._transport.close() if is_read else self._linger()
         else:
             self._deadline = perf_counter() + KEEP_ALIVE_S
@@ -252,24 +252,22 @@ class Client(asyncio.Protocol):
                 self._pump()
 
     def _linger(self) -> None:
-        """Close, but not before the peer has had time to read: unread input would reset it away."""
+        """Close after `LINGER_S`: closing with unread input would reset the peer's read."""
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
-        self.http = Connection(
-            self.connections.limits
-        )  # what has come of a body is not kept so long
+        self.http = Connection(self.connections.limits)  # frees a partial body
         self._transport.resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
-    def leave(self) -> None:
-        """The server goes: close now, or as soon as the present answer is complete."""
-        self._is_leaving = True
+    def close_when_idle(self) -> None:
+        """Close now, or as soon as the current response is complete."""
+        self._is_closing = True
         if not self.is_busy:
             self._transport.close()
 
     def refuse(self, error: APIError) -> None:
-        """Answer a request that has had no answer yet with an error."""
+        """Respond with an error to a request without a response."""
         if self._exchange is not None:
             self._exchange.fail(error)
 
@@ -277,18 +275,18 @@ class Client(asyncio.Protocol):
         self._transport.abort()
 
     def cut(self, exchange: "Exchange") -> None:
-        """Hang up in the middle of an answer; void after its end."""
+        """Disconnect during a response; no effect after its end."""
         if self._exchange is exchange:
             self._transport.abort()
 
     def tick(self, now: float) -> None:
-        """Look at the deadline; keep a silent stream alive."""
+        """Enforce the deadlines; keep a silent stream alive."""
         if self._exchange is not None:
             self._exchange.beat(now)
-        num_taken = self._num_written - self._transport.get_write_buffer_size()
-        if num_taken > self._num_taken and self._write_deadline < _NEVER:
+        num_sent = self._num_written - self._transport.get_write_buffer_size()
+        if num_sent > self._num_sent and self._write_deadline < _NEVER:
             self._write_deadline = now + WRITE_TIMEOUT_S
-        self._num_taken = num_taken
+        self._num_sent = num_sent
         if now > self._write_deadline:
             self._transport.abort()
         elif now > self._deadline:
@@ -300,7 +298,7 @@ class Client(asyncio.Protocol):
 
 
 class Exchange:
-    """One request and its answer, which is one `respond`, or a stream, or one `fail`."""
+    """One request and its response, which is one `respond`, or a stream, or one `fail`."""
 
     def __init__(self, client: Client, head: Head) -> None:
         self._client = client
@@ -308,19 +306,19 @@ class Exchange:
         given = head.headers.get("x-request-id")
         is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         self.request_id = given if is_usable else _new_request_id()
-        self.label = "other"  # the route, for the metrics
+        self.label = "other"  # of its route, for the metrics
         self.route: Any = None  # the application's: from `on_head` to `on_body`
-        self.key = b""  # the API key that let it in
+        self.key = b""  # the API key that authorized it
         self.error_body: ErrorBody = error_body
         self.extra_headers: list[tuple[str, str]] = []
-        self.has_body = False  # the request has been read to its end
-        self.is_kept = False  # whoever reads the body says when it is read
-        self.num_held = 0  # bytes of it
-        self.is_lost = False  # the client went away
-        self.is_answered = False  # the answer has begun
-        self.is_ended = False  # nothing more will be said
+        self.has_body = False  # the request is complete
+        self.is_kept = False  # a thread reads the body: `release(is_read=True)` ends that
+        self.num_held = 0  # bytes of the body in memory
+        self.is_lost = False  # the client has disconnected
+        self.is_answered = False  # the response has started
+        self.is_ended = False  # the application is done with it
         self.on_end: Callable[[], object] = _nothing
-        self._written_at: float | None = None  # of a stream: when it last said anything
+        self._written_at: float | None = None  # of a stream: its last frame
 
     def __repr__(self) -> str:
         return f"<Exchange {self.head.method} {self.head.path!r} {self.request_id}>"
@@ -328,12 +326,12 @@ class Exchange:
     def _headers(self, status: int, extra: Fields) -> Fields:
         own: Fields = (("date", formatdate(usegmt=True)), ("x-request-id", self.request_id))
         if self.error_body is not error_body:
-            own += (("request-id", self.request_id),)  # as Anthropic calls it
+            own += (("request-id", self.request_id),)  # Anthropic's name for it
         self._client.connections.observer.http(self.label, self.head.method, status)
         return (*own, *self.extra_headers, *extra)
 
     def respond(self, status: int, body: bytes, headers: Fields = JSON) -> None:
-        """The whole answer at once; void after another one."""
+        """Send a complete response; no effect after another one."""
         if not self.is_lost and not self.is_answered:
             self.is_answered = True
             fields = self._headers(status, headers)
@@ -341,25 +339,25 @@ class Exchange:
             self._client.finished()
 
     def fail(self, error: APIError) -> None:
-        """The answer is an error; void after another answer."""
+        """Respond with an error; no effect after another response."""
         if error.status >= 500 and not self.is_answered:
             log.warning("%r: %d %s", self, error.status, error.message)
         body = self.error_body(error, self.request_id)
         self.respond(error.status, body, (*JSON, *error.headers))
 
     def hold(self, num_bytes: int) -> None:
-        """More of the body is in memory."""
+        """Count received bytes of the body as memory."""
         self.num_held += num_bytes
         self._client.connections.num_held_bytes += num_bytes
 
     def release(self, *, is_read: bool = False) -> None:
-        """The body is in memory no more; void while somebody still reads it."""
+        """Count the body as freed; no effect while a thread still reads it."""
         if is_read or not self.is_kept:
             self._client.connections.num_held_bytes -= self.num_held
             self.num_held = 0
 
     def abandon(self, error: APIError) -> None:
-        """Our own mistake. A stream that has begun is cut: nobody waits, or takes it for whole."""
+        """Respond to a bug of ours; a started stream is aborted, so that it looks incomplete."""
         if self.is_answered:
             self._client.cut(self)
         else:
@@ -383,11 +381,11 @@ class Exchange:
             self._client.finished()
 
     def end(self) -> None:
-        """Nothing more will be said here: the server may forget it, and stop what still runs."""
+        """The application is done: release the request and stop its work."""
         self.is_ended = True
         self.on_end()
 
     def beat(self, now: float) -> None:
-        """A comment in a stream that has long been silent: proxies cut what looks dead."""
+        """Send a comment in a silent stream: proxies close idle connections."""
         if self._written_at is not None and now - self._written_at > HEARTBEAT_S:
             self.write(sse_comment())

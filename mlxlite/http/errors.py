@@ -1,7 +1,7 @@
-"""Errors of the API: every way in which a request can have no answer, with its HTTP status.
+"""Errors of the API: each `Cause` has its HTTP status, `type` and `code` in one place.
 
-Each is a `Cause`, with its status, `type` and `code` in one place. An `APIError` becomes the body
-of an HTTP answer, or the last frame of a stream; it is never a traceback.
+An `APIError` becomes the body of a response or the last frame of a stream; it is never a
+traceback.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 import orjson
 
-_MAX_ECHO = 200  # characters of the client's own input that an error repeats (vLLM's bound)
+_MAX_ECHO = 200  # characters of the client's input quoted in an error (vLLM's bound)
 
 
 class Cause(Enum):
-    """Why a request has no answer: HTTP status, OpenAI's `type`, and our `code`."""
+    """The kind of an error: HTTP status, OpenAI's `type`, and our `code`."""
 
     BAD_REQUEST = (400, "invalid_request_error", None)
     UNSUPPORTED = (400, "invalid_request_error", "unsupported_parameter")
@@ -35,7 +35,7 @@ class Cause(Enum):
 
 
 class APIError(Exception):
-    """The client's mistake, or a state it must know of: an HTTP answer, never a traceback."""
+    """A client's mistake, or a state of the server that it must handle."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class APIError(Exception):
         return orjson.dumps({"error": error | self.extra})
 
     def line(self) -> bytes:
-        """The launching app's form of an error in mid-stream."""
+        """The launching app's form of an error during a stream."""
         return orjson.dumps({"message": self.message})
 
 
@@ -79,15 +79,15 @@ def bad(message: str, param: str | None = None) -> APIError:
 
 
 def our_fault() -> APIError:
-    """Something of ours has raised: all that the client needs to know."""
+    """A 500 for a bug of ours, without details."""
     return APIError(Cause.INTERNAL, "internal error")
 
 
 def later(cause: Cause, message: str, retry_after_s: int) -> APIError:
-    """An error that passes: the client is told when to come back."""
+    """A temporary error, with a Retry-After header."""
     return APIError(cause, message, headers=(("retry-after", str(retry_after_s)),))
 
 
 def clip(text: str) -> str:
-    """What an error may repeat of the client's own input."""
+    """A client's input, shortened for an error message."""
     return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…"

@@ -1,7 +1,7 @@
 """Listening sockets and the connections that they accept: TCP, TLS or a Unix socket.
 
-Decides how many connections may be open and how much of unread bodies is in memory; closes them at
-shutdown. Never knows a path or a body.
+Decides how many connections may be open and how many bytes of incomplete bodies are in memory;
+closes them at shutdown. It must never look at a path or a body.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from mlxlite.http.parser import Limits
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-# Connections that wait, and those that are taken in one turn of the loop. asyncio has one number
-# for both, and where no file descriptor is left it reports as many errors in each of its retries.
+# The queue of pending connections, and the number accepted in one iteration of the loop. asyncio
+# has one number for both, and without file descriptors logs as many errors in each of its retries.
 _BACKLOG = 1024
 _ACCEPT_AT_ONCE = 8
 
@@ -32,7 +32,7 @@ class TLSError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen: a host and port, a Unix socket, or a socket that listens already."""
+    """A host and port, a Unix socket, or a socket that already listens."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -50,7 +50,7 @@ class Listener:
         self.app = app
         self.observer = observer
         self.limits = Limits(max_body_bytes=max_body_bytes)
-        self.num_held_bytes = 0  # of bodies that are not read yet
+        self.num_held_bytes = 0  # of bodies that are not parsed yet
         self.clients: set[Client] = set()
         self._max_connections = max_connections
         self._is_draining = False
@@ -59,7 +59,7 @@ class Listener:
         self._uds: str | None = None
 
     async def start(self, address: Address, tls: "SSLContext | None" = None) -> None:
-        """Listen. Raises OSError when the address cannot be had."""
+        """Listen. Raises OSError if the address is not available."""
         loop = asyncio.get_running_loop()
         handshake_s = None if tls is None else HEADER_TIMEOUT_S
         more: dict[str, Any] = {"backlog": _ACCEPT_AT_ONCE, "ssl": tls}
@@ -84,14 +84,14 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port that is listened on: the system's choice for `port=0`."""
+        """The listening port: the system's choice for `port=0`."""
         assert self._server is not None, "start() comes first"
         return int(self._server.sockets[0].getsockname()[1])
 
     # --- connections ------------------------------------------------------------------------
 
     def joined(self, client: Client) -> APIError | None:
-        """Count a connection in; an error when it cannot be served."""
+        """Count a new connection; an error if it cannot be served."""
         self.observer.connection_opened()
         self.clients.add(client)
         if self._is_draining:
@@ -106,7 +106,7 @@ class Listener:
         self.observer.connection_closed()
 
     def make_room(self) -> None:
-        """Reject the connection with the largest partly received body with a 503."""
+        """Respond 503 to the connection with the largest incomplete body."""
         largest = max(self.clients, key=lambda client: client.num_waiting_bytes)
         if largest.num_waiting_bytes:
             message = "too much is being sent at a time; try again later"
@@ -120,15 +120,15 @@ class Listener:
     # --- shutdown ---------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Stop accepting; connections close once their present answer is complete."""
+        """Stop accepting; connections close after their current response."""
         self._is_draining = True
         if self._server is not None:
             self._server.close()
         for client in list(self.clients):
-            client.leave()
+            client.close_when_idle()
 
     def refuse_all(self, error: APIError) -> None:
-        """Answer with an error every request that has had no answer yet."""
+        """Respond with an error to every request without a response."""
         for client in list(self.clients):
             client.refuse(error)
 
@@ -152,14 +152,16 @@ class Listener:
 
 
 def bind_unix(path: str, mode: int = 0o600) -> socket.socket:
-    """A Unix socket of this mode. Raises OSError, as when a server answers there."""
+    """A Unix socket with this mode. Raises OSError, also if another server listens there."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
     except FileNotFoundError:
         pass
     except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):  # a file is refused in the same words
+        if not stat.S_ISSOCK(
+            os.lstat(path).st_mode
+        ):  # connecting to a file fails with the same error
             raise OSError(errno.EEXIST, "there is a file that is no socket", path) from None
         os.unlink(path)  # left by a process that was killed
     else:
@@ -179,7 +181,7 @@ def tls_context(certificate: str, key: str | None) -> "SSLContext":
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # A password is never asked for: there may be no terminal.
+        # Never prompt for a password: there may be no terminal.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # ssl.SSLError too
         raise TLSError(error.strerror or str(error)) from None

@@ -1,4 +1,4 @@
-"""Server-sent events: a payload to the bytes of its frame."""
+"""Server-sent events: the bytes of a frame. A frame is one bytes object and one write."""
 
 import re
 
@@ -8,8 +8,7 @@ SSE_DONE = b"data: [DONE]\n\n"
 _LINE_BREAK = re.compile(rb"[\r\n]")
 
 
-# An SSE frame is one bytes object and one write. A line break in a payload would end its field, so
-# it is our bug: JSON has no raw one.
+# A line break in a payload would end its field; JSON has no raw one, so it is a bug of ours.
 def sse_data(payload: bytes) -> bytes:
     """`data: payload`, the OpenAI frame."""
     assert not _LINE_BREAK.search(payload)
@@ -29,7 +28,7 @@ def sse_comment(text: str = "") -> bytes:
 
 
 def sse_field(name: str, payload: bytes) -> bytes:
-    """`name: payload`, for the seed's `error: {...}` line."""
+    """`name: payload`, for the launching app's `error: {...}` line."""
     assert _TOKEN.fullmatch(name)
     assert not _LINE_BREAK.search(payload)
     return b"%b: %b\n\n" % (name.encode(), payload)

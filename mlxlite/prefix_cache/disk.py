@@ -1,18 +1,18 @@
-"""The prefix cache's files: one per payload, written behind, read ahead, and never trusted.
+"""The prefix cache's files: one per payload, written and read in the background, always verified.
 
-The index decides what is written, read and removed; one thread here does it in that
-order, so that neither the event loop nor the device thread waits for a disk. It must never hold
-more than `MAX_PENDING_BYTES`, never let the directory grow past its cap, and never return a file
-that is not to the byte what was written.
+The index decides which payloads are written, read and removed; one thread executes this in order,
+so that neither the event loop nor the device thread waits for a disk. It must never hold more than
+`MAX_PENDING_BYTES`, never grow the directory past its cap, and never return a file that differs by
+a byte from what was written.
 
-A file is a safetensors one, which explains itself: all tokens up to its payload's end, what the
-payload is, and checksums of everything. It appears whole, by a rename, or not at all: a process
-that is killed leaves at most a `.tmp`, which the next one removes. Each model (weights, adapter,
-cache bits, version of mlx-lm) has a directory of its own; files of others are removed first.
+A file is in safetensors format and self-contained: all tokens up to its payload's end, a
+description of the payload, and checksums of everything. A rename makes it visible, complete: a
+killed process leaves at most a `.tmp`, which the next one removes. Each model (weights, adapter,
+cache bits, version of mlx-lm) has a directory of its own; files of other models are removed first.
 
-Arrays are written from and sliced out of the buffers that they are in. The safetensors package
-copies them in calls that hold the interpreter's lock, 0.5 ms a MiB, in which no token is sent.
-Holds bytes and no MLX object: those belong to the device thread.
+Arrays are written from, and sliced out of, existing buffers. The safetensors package copies them in
+calls that hold the interpreter's lock, 0.5 ms a MiB, during which no token is sent. No MLX object
+is used here: those belong to the device thread.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from mlxlite.prefix_cache.operations import Stored
 
 log = logging.getLogger("mlxlite.prefix_cache.disk")
 
-MAX_PENDING_BYTES = 256 << 20  # waiting to be written; beyond that a payload is not
+MAX_PENDING_BYTES = 256 << 20  # waiting to be written; a payload beyond that is not written
 _FORMAT = "mlxlite-prefix/2"
 _MAX_HEADER_BYTES = 16 << 20
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # no link may lead it elsewhere
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # never through a link
 _NAME = re.compile(r"([1-9][0-9]{0,14})\.safetensors")
 
 
@@ -49,7 +49,7 @@ _NAME = re.compile(r"([1-9][0-9]{0,14})\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """An array's bytes in row-major order; `dtype` in safetensors' words, such as BF16."""
+    """An array's bytes in row-major order; `dtype` is safetensors' name, such as BF16."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A payload: its arrays by name, and all else of it by name, as JSON has it."""
+    """A payload: its arrays, and its other values as JSON, by name."""
 
     stored: Stored
     arrays: Mapping[str, Array]
@@ -66,7 +66,7 @@ class File:
 
 
 class BrokenFile(ValueError):
-    """Not what was written, or not by this server; the message names what is wrong."""
+    """The file was changed, or not written by this server; the message names the defect."""
 
 
 def encode(file: File) -> list[bytes | memoryview]:
@@ -115,7 +115,7 @@ def _checksum(pieces: Iterable[bytes | memoryview]) -> bytes:
 
 
 def _parse(head: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A header's arrays, as they are there, and its payload, verified. Raises BrokenFile."""
+    """A header's array entries and its verified payload. Raises BrokenFile."""
     try:
         header = orjson.loads(head)
         meta = header.pop("__metadata__")
@@ -130,7 +130,7 @@ def _parse(head: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_stored(path: Path) -> Stored:
-    """Where a file's payload belongs; its arrays are not read. Raises OSError, BrokenFile."""
+    """The description of a file's payload, without its arrays. Raises OSError, BrokenFile."""
     with path.open("rb") as file:
         num_head = int.from_bytes(file.read(8), "little")
         _, payload = _parse(file.read(min(num_head, _MAX_HEADER_BYTES)))
@@ -145,26 +145,26 @@ def _read_stored(path: Path) -> Stored:
 class Store:
     """The files of one model in `directory`, which other models may share. See the module.
 
-    `on_fetched` and `on_failed` are called from the store's own thread, with a payload's id. Raises
-    OSError when the directory cannot be made.
+    `on_fetched` and `on_failed` are called on the store's own thread, with a payload's id. Raises
+    OSError if the directory cannot be created.
     """
 
     def __init__(self, directory: Path, label: str, max_bytes: int) -> None:
-        self._home = directory
+        self._root = directory
         self._directory = directory / label
         self._max_bytes = max_bytes
         self.on_fetched: Callable[[int], None] = lambda id: None
         self.on_failed: Callable[[int], None] = lambda id: None
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()  # of the next two, which the device thread shares
+        self._lock = threading.Lock()  # guards the next two, shared with the device thread
         self._num_pending = 0  # bytes
-        self._read: dict[int, File] = {}  # fetched, and not yet taken
+        self._read: dict[int, File] = {}  # fetched, not yet taken
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _locked(self._directory / "lock")
-        for leftover in self._home.glob("*/*.tmp"):
+        for leftover in self._root.glob("*/*.tmp"):
             if leftover.stem.isdecimal():
                 leftover.unlink(missing_ok=True)
-        self._make_way(0)
+        self._make_room(0)
         threading.Thread(
             target=_work, args=(self._calls,), name="mlxlite-store", daemon=True
         ).start()
@@ -188,7 +188,7 @@ class Store:
         return items
 
     def write(self, id: int, file: File) -> None:
-        """Write a payload in the background; `on_failed` if it cannot be."""
+        """Write a payload in the background; `on_failed` is called if that fails."""
         num_bytes = sum(len(array.data) for array in file.arrays.values())
         with self._lock:
             has_room = self._num_pending + num_bytes <= MAX_PENDING_BYTES
@@ -199,15 +199,15 @@ class Store:
             self._calls.put(lambda: self.on_failed(id))
 
     def unlink(self, id: int) -> None:
-        """Remove a payload's file, after all earlier calls."""
+        """Remove a payload's file in the background, after all earlier calls."""
         self._calls.put(partial(self._unlink, id))
 
     def fetch(self, id: int, stored: Stored) -> None:
-        """Read a payload in the background: `on_fetched`, and `take` has it, or `on_failed`."""
+        """Read a payload in the background for `take`; calls `on_fetched` or `on_failed`."""
         self._calls.put(partial(self._fetch, id, stored))
 
     def take(self, id: int) -> File | None:
-        """A fetched payload, once."""
+        """Remove and return a fetched payload."""
         with self._lock:
             return self._read.pop(id, None)
 
@@ -220,7 +220,7 @@ class Store:
         temporary = self._directory / f"{id}.tmp"
         try:
             pieces = encode(file)
-            self._make_way(sum(map(len, pieces)))
+            self._make_room(sum(map(len, pieces)))
             with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as f:
                 f.writelines(pieces)
             temporary.replace(self._path(id))
@@ -233,12 +233,12 @@ class Store:
             with self._lock:
                 self._num_pending -= num_bytes
 
-    def _make_way(self, num_bytes: int) -> None:
+    def _make_room(self, num_bytes: int) -> None:
         """Remove other models' files, oldest first, before the directory grows past its cap.
 
-        Raises OSError when it is full all the same.
+        Raises OSError if it is still full.
         """
-        paths = self._home.glob("*/*.safetensors")
+        paths = self._root.glob("*/*.safetensors")
         sizes = {path: path.stat() for path in paths if _NAME.fullmatch(path.name)}
         total = num_bytes + sum(status.st_size for status in sizes.values())
         for path in sorted(sizes, key=lambda path: sizes[path].st_mtime):
@@ -271,16 +271,13 @@ class Store:
 
 
 def _end(calls: SimpleQueue[Callable[[], None] | None], lock: IO[bytes]) -> None:
-    """End a collected store's thread after its last call, and free its directory."""
+    """End a collected store's thread after its last call, and unlock its directory."""
     calls.put(None)
     lock.close()
 
 
 def _locked(path: Path) -> IO[bytes]:
-    """A file that one process at a time may hold; the system frees it with the process.
-
-    Raises OSError when another has it.
-    """
+    """Lock a file until it is closed or the process ends. Raises OSError if it is locked."""
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,4 +290,4 @@ def _locked(path: Path) -> IO[bytes]:
 def _work(calls: SimpleQueue[Callable[[], None] | None]) -> None:
     while (call := calls.get()) is not None:
         call()
-        del call  # and with it a payload's bytes
+        del call  # and a payload's bytes with it

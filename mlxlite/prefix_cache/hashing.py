@@ -1,9 +1,9 @@
-"""Tokens to blocks and their keys, which the prefix cache compares, and what it says: the nouns.
+"""Blocks of tokens and their keys, by which the prefix cache finds candidates.
 
 The key of block i is FNV-1a-64 over the key of block i - 1 and a digest, FNV-1a-64 too, of the
 block's tokens as 4-byte words, each in little-endian bytes; the first block follows its scope: the
-model and, where keys are told apart, the tenant. So equal keys mean equal prefixes, but for
-collisions, which can be forged: nothing may rest on a key alone.
+model and, with scopes per API key, the tenant. So equal keys mean equal prefixes, except for
+collisions, which can be forged: nothing may depend on a key alone.
 
 FNV-1a: isthe.com/chongo/tech/comp/fnv.
 """
@@ -17,19 +17,19 @@ FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 WORD_BYTES = 4  # bytes of a token
-_MAX_ALONE = 12  # so many blocks are hashed sooner one by one, with a margin
-# Windows and states are kept this often in a long prompt, beside where its messages begin.
+_MAX_ALONE = 12  # blocks that are hashed faster one by one, with a margin
+# Tokens between checkpoints in a long prompt, besides those where its messages start.
 CHECKPOINT_STRIDE = 2048
 MAX_MESSAGE_STARTS = 8  # of a prompt: the first two and the last ones
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Tokens as the prefix cache knows them, in blocks of `size`.
+    """Tokens in blocks of `size`.
 
     `words` are all the tokens, 4 bytes each, little-endian; `keys` those of the whole blocks.
     Prefixes are shared within one `scope`, 64 bits. `message_starts` are the positions at which
-    messages begin, ascending: good places to go on from another time.
+    messages start, ascending: other prompts are likely to diverge there.
     """
 
     scope: int
@@ -49,12 +49,12 @@ def fnv1a(data: bytes, state: int = FNV_OFFSET) -> int:
 def blocks_of(
     tokens: tuple[int, ...], scope: int, size: int, message_starts: tuple[int, ...] = ()
 ) -> Blocks:
-    """A prompt's blocks and their keys. Slow where the prompt is long: not on the event loop."""
+    """A prompt's blocks and keys. Slow for a long prompt: not for the event loop."""
     return extended(Blocks(scope, size, b"", (), message_starts), tokens)
 
 
 def extended(blocks: Blocks, tokens: Iterable[int]) -> Blocks:
-    """The same blocks with more tokens after them."""
+    """The blocks with more tokens appended."""
     words = blocks.words + np.fromiter(tokens, np.dtype("<u4")).tobytes()
     key = blocks.keys[-1] if blocks.keys else blocks.scope
     keys = []
@@ -67,8 +67,8 @@ def extended(blocks: Blocks, tokens: Iterable[int]) -> Blocks:
 def _digests(words: bytes, first: int, size: int) -> Iterator[bytes]:
     """FNV-1a-64 of each whole block of `size` bytes from the `first` on, in little-endian bytes.
 
-    NumPy hashes all of them at once, byte by byte, in the time that 16 take one by one (measured:
-    80 µs for blocks of 64 bytes), so the few that are new after an answer do without.
+    NumPy hashes all blocks at once in the time that 16 take one by one (measured: 80 µs for blocks
+    of 64 bytes), so the few new ones after a response are hashed without it.
     """
     begin, num = first * size, len(words) // size - first
     if num <= _MAX_ALONE:
@@ -82,11 +82,11 @@ def _digests(words: bytes, first: int, size: int) -> Iterator[bytes]:
 
 
 def num_common(a: Blocks, b: Blocks) -> int:
-    """Tokens, in whole blocks, by which two prompts begin alike. A guess that keys make: check."""
+    """Tokens, in whole blocks, of the common prefix; by keys alone, so collisions are possible."""
     if a.scope != b.scope:
         return 0
     low, high = 0, min(len(a.keys), len(b.keys))
-    while low < high:  # equal keys have equal prefixes, so this is a sorted question
+    while low < high:  # equal keys have equal prefixes, so binary search works
         middle = (low + high + 1) // 2
         if a.keys[middle - 1] == b.keys[middle - 1]:
             low = middle
@@ -96,12 +96,12 @@ def num_common(a: Blocks, b: Blocks) -> int:
 
 
 def num_equal(a: bytes, b: bytes, step: int) -> int:
-    """Units of `step` bytes by which two runs begin alike."""
+    """Units of `step` bytes in the common prefix of two byte strings."""
     low, high = 0, min(len(a), len(b)) // step
     mine, theirs = memoryview(a), memoryview(b)
     if mine[: high * step] == theirs[: high * step]:
         return high
-    while low < high:  # memcmp, so this is quicker than it looks
+    while low < high:  # by memcmp
         middle = (low + high + 1) // 2
         if mine[: middle * step] == theirs[: middle * step]:
             low = middle
@@ -111,8 +111,8 @@ def num_equal(a: bytes, b: bytes, step: int) -> int:
 
 
 def checkpoint_positions(blocks: Blocks, num_tokens: int) -> set[int]:
-    """Where prefill stops for a moment, so that windows and states can be kept."""
-    # Less than a block is not worth a pause.
+    """The positions in prefill at which windows and states are saved."""
+    # A checkpoint within the first block is not worth its cost.
     starts = [start for start in blocks.message_starts if start >= blocks.size]
     starts = starts[:2] + starts[2:][2 - MAX_MESSAGE_STARTS :]
     return {*starts, *range(CHECKPOINT_STRIDE, num_tokens, CHECKPOINT_STRIDE)}

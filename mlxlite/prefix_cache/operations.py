@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-# --- what is found, and what the runner is to do ----------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The keys and values of tokens `[start, stop)` are in this extent."""
+    """Tokens `[start, stop)`, whose keys and values are in this extent."""
 
     extent: int
     start: int
@@ -16,7 +14,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The first `num_tokens` of a prompt are there: in segments, and in a checkpoint's states.
+    """The first `num_tokens` of a prompt are cached, in segments and a checkpoint.
 
     `missing` payloads are only on disk.
     """
@@ -32,10 +30,10 @@ NO_HIT = Hit()
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Keep what sequence `id` has computed, which is `position` tokens.
+    """Copy from sequence `id`, which has computed `position` tokens.
 
-    Tokens `[start, stop)` as an extent; and as a checkpoint windows, states, and the keys and
-    values of tokens `[stop, position)`.
+    Tokens `[start, stop)` become an extent; windows, states, and the keys and values of tokens
+    `[stop, position)` become a checkpoint.
     """
 
     id: int
@@ -48,7 +46,7 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """An extent ends at token `at` from now on; the rest of it is the extent `rest`."""
+    """End an extent at token `at`; the rest of it becomes the extent `rest`."""
 
     extent: int
     at: int
@@ -57,16 +55,16 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A payload leaves memory."""
+    """Free a payload's memory."""
 
     payload: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a file holds: an extent that begins at token `start`, or a checkpoint at `position`.
+    """The content of a file: an extent that starts at token `start`, or a checkpoint at `position`.
 
-    `words` are all tokens from the first to the payload's last: a file explains itself.
+    `words` are all tokens from the first to the payload's last, so a file is self-contained.
     """
 
     scope: int
@@ -85,14 +83,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Unlink:
-    """A payload leaves the disk."""
+    """Remove a payload's file."""
 
     payload: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring a payload from disk, if its file is what it should be."""
+    """Read a payload from disk, if its file has the content `stored`."""
 
     payload: int
     stored: Stored
@@ -103,7 +101,7 @@ CacheOp = Save | Split | Drop | Write | Unlink | Fetch
 
 @dataclass(slots=True)
 class CacheStats:
-    """The prefix cache in numbers; `num_asked` and `num_hit` are tokens, since the start."""
+    """Counters of the prefix cache; `num_asked` and `num_hit` are tokens since the start."""
 
     max_bytes: int = 0
     max_disk_bytes: int = 0

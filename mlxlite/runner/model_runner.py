@@ -57,7 +57,7 @@ from mlxlite.runner.sampler import Draw, LogprobArrays, Sampler
 from mlxlite.runner.snapshots import Payloads, PendingWrite
 
 if TYPE_CHECKING:
-    from mlxlite.vision.network import Sight
+    from mlxlite.vision.network import ImagePrefill
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
 _ANEW_TOKENS = 512  # at a time, of a prefix that was kept and is lost
@@ -71,7 +71,7 @@ class _Prefill:
     tokens: npt.NDArray[np.uint32]
     cache: Cache
     num_computed: int = 0
-    sight: "Sight | None" = None  # of its pictures
+    sight: "ImagePrefill | None" = None  # of its images
 
 
 @dataclass(slots=True, repr=False)
@@ -304,7 +304,7 @@ class ModelRunner:
     # --- prefixes ---------------------------------------------------------------------------
 
     def _resume(
-        self, cache: Cache, hit: Hit, tokens: npt.NDArray[np.uint32], sight: "Sight | None"
+        self, cache: Cache, hit: Hit, tokens: npt.NDArray[np.uint32], sight: "ImagePrefill | None"
     ) -> None:
         """Fill a new cache with what is kept; where that is lost it is computed after all, text in
         pieces for its memory's sake. The other rows wait for it.

@@ -28,18 +28,20 @@ _MAX_HEAD_BYTES = 16 << 10  # of a response, with those of interim ones
 _MAX_DIALS = 3  # of a name's addresses
 _CHUNK_BYTES = 64 << 10
 
-# urlsplit would drop some of these, and others read a backslash as a slash.
+# urlsplit drops some of these, and other parsers read a backslash as a slash.
 _NOT_IN_URLS: Final = re.compile(r"[\x00-\x20\x7f\\\ud800-\udfff]")
 _SCHEME: Final = re.compile(r"https?://", re.IGNORECASE)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,252}")
-_NUMBER: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")  # an IPv4 address, or none
+_NUMBER: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)\.?")  # an IPv4 address, valid or not
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
-_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: how IPv6 alone reaches IPv4
+_NAT64: Final = ipaddress.IPv6Network(
+    "64:ff9b::/96"
+)  # RFC 6052: IPv4 addresses for IPv6-only networks
 
 
 class FetchError(Exception):
-    """A URL is not or cannot be fetched; the message completes a sentence about its field."""
+    """A URL is not or cannot be fetched; the message is the predicate of its field's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Address:
 
 
 def parse_url(url: str) -> Address:
-    """Raises FetchError for a URL that no configuration would fetch."""
+    """Raises FetchError for a URL that is refused in any configuration."""
     if not _SCHEME.match(url):
         raise FetchError("must be a data: URI or a URL of http or https")
     if len(url) > MAX_URL:
@@ -116,14 +118,14 @@ def parse_url(url: str) -> Address:
 
 
 def _is_host(host: str) -> bool:
-    """A name of ASCII, or an address. Raises ValueError for a wrong IPv6 one."""
+    """Whether it is an ASCII name or an address. Raises ValueError for an invalid IPv6 one."""
     if ":" in host:
         return "%" not in host and bool(ipaddress.IPv6Address(host))
     return _NAME.fullmatch(host) is not None
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, and any IPv4 one inside it, is of the public Internet."""
+    """Whether an address, and any IPv4 address embedded in it, is on the public Internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -150,23 +152,23 @@ class Wire(Protocol):
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
-    """All addresses of a name; none if they are not known in time.
+    """All addresses of a name; none after the timeout.
 
-    getaddrinfo has no timeout, so it runs on a thread that is abandoned; the system's own limit,
-    some tens of seconds, ends it.
+    getaddrinfo has no timeout, so it runs on a thread that is then abandoned; the system's own
+    limit, some tens of seconds, ends it.
     """
-    answers: SimpleQueue[list[str]] = SimpleQueue()
+    results: SimpleQueue[list[str]] = SimpleQueue()
 
-    def ask() -> None:
+    def resolve() -> None:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             found = []
-        answers.put([str(address[0]) for *_, address in found])
+        results.put([str(address[0]) for *_, address in found])
 
-    threading.Thread(target=ask, name="mlxlite-resolve", daemon=True).start()
+    threading.Thread(target=resolve, name="mlxlite-resolve", daemon=True).start()
     try:
-        return answers.get(timeout=timeout_s)
+        return results.get(timeout=timeout_s)
     except Empty:
         return []
 
@@ -176,7 +178,7 @@ def _dial(address: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def _secure(wire: Any, host: str) -> ssl.SSLSocket:
-    """The certificate must be the host's; the wire's timeout bounds the whole handshake."""
+    """TLS with the host's certificate verified; the wire's timeout bounds the handshake."""
     return ssl.create_default_context().wrap_socket(wire, server_hostname=host)
 
 
@@ -199,13 +201,13 @@ class _Fetch:
     deadline: float
 
     def run(self, url: str) -> bytes:
-        """Follow redirects to the bytes."""
+        """Follow redirects and return the body."""
         target = self._checked(url)
         for _ in range(self.limits.max_redirects + 1):
-            answer = self._ask(target)
-            if isinstance(answer, bytes):
-                return answer
-            found = self._checked(answer, target.url)
+            response = self._request(target)
+            if isinstance(response, bytes):
+                return response
+            found = self._checked(response, target.url)
             if target.is_secure and not found.is_secure:
                 raise FetchError("is redirected from https to http")
             target = found
@@ -223,8 +225,8 @@ class _Fetch:
             raise FetchError(f"took longer than {self.limits.total_s:g} s to fetch")
         return left_s
 
-    def _ask(self, target: Address) -> bytes | str:
-        """The body at an address, or the URL to which it redirects."""
+    def _request(self, target: Address) -> bytes | str:
+        """The body at an address, or the URL of a redirect."""
         wire = self._connect(target)
         try:
             wire.settimeout(self._left_s())

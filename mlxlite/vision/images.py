@@ -1,9 +1,9 @@
-"""Images in a request: where their bytes are, and the pixels that they decode to.
+"""Images in a request: their sources, and the pixels that these decode to.
 
-Decides what may become an image and what that may cost: `load` makes a `LoadedImage` of each
-`Source`, in which it fetches, checks, decodes, turns upright and scales. It blocks, so it runs on a
-thread of its own. It must never open a file, run a decoder that is not in `FORMATS` (the content
-decides, no name and no declared type), or decode before the size in the header is known. Tested.
+Decides which bytes are accepted as an image, within which limits: `load` fetches, checks, decodes,
+turns upright and scales each `Source` into a `LoadedImage`. It blocks, so it runs on a thread of
+its own. It must never open a file, run a decoder that is not in `FORMATS` (by the content, not by a
+name or a declared type), or decode before the size in the header is checked. Tested.
 """
 
 import binascii
@@ -37,7 +37,7 @@ _TURNS: Final = {
     **{5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
 }
 
-# Base64 in a URI may be escaped where a URI must be; nothing else in it can be.
+# Percent-escapes that base64 in a URI may contain; other characters need none.
 _ESCAPES: Final = (
     *((b"%3D", b"="), (b"%3d", b"="), (b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/")),
     *((b"%2f", b"/"), (b"%0D", b""), (b"%0d", b""), (b"%0A", b""), (b"%0a", b""), (b"%20", b"")),
@@ -47,7 +47,7 @@ _ESCAPES: Final = (
 class ImageError(Exception):
     """An image cannot be used; the message is for the client.
 
-    `param` is the image's place in the request, None where no single image is to blame.
+    `param` is the image's field in the request, None if the error is not about a single image.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -57,7 +57,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an image comes from: encoded bytes, or a URL. `param` is its place in the request."""
+    """An image as encoded bytes or as a URL. `param` is its field in the request."""
 
     data: bytes | None = field(repr=False)
     url: str | None
@@ -94,9 +94,9 @@ def load(
     network: Network | None = None,
     is_known: Callable[[bytes], bool] = lambda digest: False,
 ) -> tuple[LoadedImage, ...]:
-    """The images of a request, in its order. Blocks. Raises ImageError.
+    """The images of a request, in order. Blocks. Raises ImageError.
 
-    Those whose digest is known are not decoded here: their pixels are probably not needed.
+    Images with a known digest are not decoded here: their pixels are probably not needed.
     """
     network = network or Network()
     for i, source in enumerate(sources):
@@ -105,13 +105,13 @@ def load(
     for source in sources:
         data = source.data
         if data is None:
-            assert source.url is not None, "a source has the one or the other"
+            assert source.url is not None, "a source has data or a URL"
             began = network.now()
             try:
                 data = fetch(source.url, limits, network, left_s)
             except FetchError as error:
                 raise source.error(str(error)) from None
-            left_s -= network.now() - began  # without the decoding, for which no server is to blame
+            left_s -= network.now() - began  # decoding does not count
         image = _opened(data, source, limits)
         if not is_known(image.digest):
             _ = image.pixels
@@ -120,7 +120,7 @@ def load(
 
 
 def _check(index: int, source: Source, limits: Limits) -> None:
-    """The limits that need no work. Raises ImageError."""
+    """Check the limits that need no fetch and no decoder. Raises ImageError."""
     if index >= limits.max_images:
         raise source.error(f"is one too many: at most {limits.max_images} pictures in a request")
     if source.url is not None and not limits.allow_remote:
@@ -134,7 +134,7 @@ def _check(index: int, source: Source, limits: Limits) -> None:
         raise source.error("needs a package that is not here: pip install 'mlxlite[vision]'")
 
 
-# What Pillow's decoders raise of broken bytes; a warning where warnings are errors.
+# What Pillow's decoders raise for broken bytes; Warning if warnings are errors.
 _BROKEN: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(AssertionError, RuntimeError, MemoryError, EOFError, Warning, struct.error, zlib.error),
@@ -160,13 +160,13 @@ def _opened(data: bytes, source: Source, limits: Limits) -> LoadedImage:
         return pixels if turn is None else pixels.transpose(Transpose[turn])
 
     size = _with_image(data, source, limits, measure)
-    how = f"{limits.max_pixels} {box} "  # the pixels depend on it too
+    how = f"{limits.max_pixels} {box} "  # the pixels depend on these too
     digest = hashlib.sha256(how.encode() + data).digest()
     return LoadedImage(digest, size, partial(_with_image, data, source, limits, decode))
 
 
 def _with_image(data: bytes, source: Source, limits: Limits, work: "Callable[[Image], T]") -> T:
-    """Call `work` with an encoded image of an allowed size, opened. Raises ImageError."""
+    """Open an encoded image, check its size, and call `work` with it. Raises ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -198,7 +198,7 @@ def _complaint(width: int, height: int, limits: Limits) -> str | None:
 
 
 def _target_size(width: int, height: int, max_pixels: int, box: int | None) -> tuple[int, int]:
-    """The size in the same proportions that keeps to both bounds; never a larger one."""
+    """The largest size within both bounds, in the same proportions, and not above the original."""
     scale = min(1.0, math.sqrt(max_pixels / (width * height)))
     if box is not None:
         scale = min(scale, box / width, box / height)
@@ -215,7 +215,7 @@ def _orientation(image: "Image") -> int:
 
 
 def _scaled(image: "Image", size: tuple[int, int]) -> "Image":
-    """Decode the first frame to RGB of a size; what is transparent shows white."""
+    """Decode the first frame to RGB of a size; transparent pixels become white."""
     from PIL import Image
 
     if size != image.size:
@@ -224,11 +224,11 @@ def _scaled(image: "Image", size: tuple[int, int]) -> "Image":
     image.load()
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     flat: Image.Image = image
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would cut them off
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip them
         flat, has_alpha = image.convert("I").point(lambda value: value * (1 / 256)), False
         flat = flat.convert("L")
     mode = "RGBA" if has_alpha else "RGB"
-    if flat.mode != mode or flat.size == size:  # else the copy, of 4 bytes a pixel, is wasted
+    if flat.mode != mode or flat.size == size:  # else the copy, 4 bytes a pixel, is wasted
         flat = flat.convert(mode)
     if flat.size != size:
         flat = flat.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -258,10 +258,10 @@ def source_of(value: str, param: str, detail: str = "auto") -> Source:
 
 
 def source_of_base64(value: str, param: str, detail: str = "auto") -> Source:
-    """An image's bytes; white space and escapes of a URI are tolerated. Raises ImageError."""
+    """An image's bytes; white space and percent-escapes are accepted. Raises ImageError."""
     encoded = value.encode()
-    for escape, meant in _ESCAPES if b"%" in encoded else ():
-        encoded = encoded.replace(escape, meant)
+    for escape, byte in _ESCAPES if b"%" in encoded else ():
+        encoded = encoded.replace(escape, byte)
     encoded = encoded.translate(None, b" \t\r\n")
     if len(encoded) > math.ceil(MAX_BYTES / 3) * 4:
         raise ImageError(f"'{param}' is larger than {MAX_BYTES >> 20} MiB.", param)

@@ -1,11 +1,10 @@
 """Image-text models: mlx-vlm's networks behind the interface of mlx-lm's.
 
-`VisionNetwork` lives on the device thread: it encodes one image at a time, keeps the features by
-the image's digest, and lets rows with images and rows without decode in one batch. An image becomes
+`VisionNetwork` lives on the device thread: it encodes one image at a time, caches the features by
+the image's digest, and decodes rows with images and rows without in one batch. An image becomes
 rows of input embeddings (and, for some models, of the first layers' states), which do not depend on
-the text around it: so it is encoded once, whatever prompt it is in. Rows differ in nothing but
-their offset of positions, where the model counts an image's rows and columns (mRoPE): one number a
-row.
+the text around it: so it is encoded once for all prompts. Rows differ only in their position
+offset, one number a row, for models whose positions count an image's rows and columns (mRoPE).
 
 It must never use mlx-vlm's own loading of URLs and paths, run code from a checkpoint, or leave a
 position or an image on the module, which all rows share.
@@ -34,8 +33,8 @@ from mlxlite.engine.sequence import Image, Prompt
 from mlxlite.vision.images import ImageError
 from mlxlite.vision.processor import TOKEN_TYPES, Inputs, Reader, Tokens
 
-SEEN_BYTES = 256 << 20  # of features kept, most; an image of 1,000 tokens takes about 8 MB
-# What `get_input_embeddings` may give: the embeddings, and what is understood beside them.
+FEATURE_BYTES = 256 << 20  # of cached features, at most; 1,000 tokens take about 8 MB
+# The supported fields of a `get_input_embeddings` result.
 _FIELDS = {
     *("inputs_embeds", "visual_pos_masks", "deepstack_visual_embeds", "per_layer_inputs"),
     *("position_ids", "rope_deltas", "attention_mask_4d"),
@@ -47,7 +46,7 @@ class VisionError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ImageFeatures:
     """An image's features: embeddings `[n, D]`, and for the first layers `[n, D]` each."""
 
     rows: mx.array
@@ -64,7 +63,7 @@ def _as_mlx(inputs: Inputs) -> dict[str, mx.array]:
 
 @contextmanager
 def _foreign() -> Iterator[None]:
-    """A foreign model fails on images with any error: as one that fails its sequence alone."""
+    """Turn any error of a foreign model into one that fails only its sequence."""
     try:
         yield
     except (ValueError, RuntimeError, MemoryError):
@@ -77,7 +76,7 @@ def _foreign() -> Iterator[None]:
 
 
 class _Arrays(vlm_cache.ArraysCache):
-    """mlx-vlm's recurrent states, made and merged as mlx-lm's are."""
+    """mlx-vlm's recurrent states, created and merged like mlx-lm's."""
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> "_Arrays":
@@ -88,12 +87,12 @@ class _Arrays(vlm_cache.ArraysCache):
     @classmethod
     def merge(cls, caches: SequenceOf["_Arrays"]) -> "_Arrays":
         merged = cast("_Arrays", super().merge(caches))
-        merged.left_padding = None  # zeros would hide the lengths of rows padded on the right
+        merged.left_padding = None  # zeros would override the lengths of right-padded rows
         return merged
 
 
 def _own(layer: Any) -> Any:
-    """A cache of a kind that batches: mlx-vlm's copies of mlx-lm's are those."""
+    """The batchable mlx-lm cache for one of mlx-vlm's copies. Raises VisionError."""
     if type(layer) is vlm_cache.KVCache:
         return KVCache()
     if type(layer) is vlm_cache.RotatingKVCache:
@@ -108,8 +107,8 @@ def _own(layer: Any) -> Any:
 class _Unpadded:
     """A batch's cache that hides its padding, which the mask already covers.
 
-    Some of mlx-vlm's models take paths of their own where they find padding: row by row, waiting
-    for the device at each step, and past the mask where keys are quantised.
+    Some of mlx-vlm's models branch on padding: they loop over rows, synchronise with the device at
+    each step, and ignore the mask if keys are quantised.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -122,7 +121,7 @@ class _Unpadded:
 
 
 def _unpadded(cache: SequenceOf[Any]) -> SequenceOf[Any]:
-    """The same list where nothing is padded: some models replace its entries."""
+    """Hide padding; without any, return the same list, whose entries some models replace."""
     is_padded = [isinstance(getattr(c, "left_padding", None), mx.array) for c in cache]
     if not any(is_padded):
         return cache
@@ -130,18 +129,18 @@ def _unpadded(cache: SequenceOf[Any]) -> SequenceOf[Any]:
 
 
 class VisionNetwork(nn.Module):
-    """An mlx-vlm model that is called like one of mlx-lm's. Lives on the device thread.
+    """An mlx-vlm model with the interface of mlx-lm's. Lives on the device thread.
 
-    `deltas` `[B]` are what rows add to their positions; None is nothing. `max_bytes` bounds the
-    features that are kept. Raises VisionError for a model that cannot be served so.
+    `deltas` `[B]` are the rows' position offsets; None is 0. `max_bytes` bounds the cached
+    features. Raises VisionError for an unsupported model.
     """
 
-    def __init__(self, network: Any, *, max_bytes: int = SEEN_BYTES) -> None:
+    def __init__(self, network: Any, *, max_bytes: int = FEATURE_BYTES) -> None:
         super().__init__()
         self.network = network
         self.max_bytes = max_bytes
-        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
-        self.num_looks = 0  # of the tower, since the start
+        self._cached: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self.num_encoded = 0  # images encoded since the start
         language = network.language_model
         self.has_positions = hasattr(language, "get_rope_index")
         if not hasattr(network, "get_input_embeddings"):
@@ -186,40 +185,44 @@ class VisionNetwork(nn.Module):
         return cast("mx.array", inner(tokens, cache=cache, **inputs))
 
     def _forget_positions(self) -> None:
-        """Some models leave them on the module, where the next row would find them."""
+        """Some models leave positions on the module, where the next row would use them."""
         language = self.network.language_model
         for name in ("_position_ids", "_rope_deltas"):
             if getattr(language, name, None) is not None:
                 setattr(language, name, None)
 
-    def begin(self, prompt: Prompt, tokens: Tokens) -> "Sight":
-        """The prefill of one sequence; `tokens` are its prompt's, and those drawn before."""
-        return Sight(self, prompt, tokens)
+    def begin(self, prompt: Prompt, tokens: Tokens) -> "ImagePrefill":
+        """Start one sequence's prefill; `tokens` are its prompt's and those sampled before."""
+        return ImagePrefill(self, prompt, tokens)
 
     # --- images -----------------------------------------------------------------------------
 
-    def see(self, image: Image) -> Seen:
-        """An image's features: kept from before, or else through the tower."""
-        seen = self._seen.pop(image.digest, None)
-        if seen is None:
-            seen = self._look(image.inputs)
-            self.num_looks += 1
-        self._seen[image.digest] = seen
-        while len(self._seen) > 1 and sum(s.nbytes for s in self._seen.values()) > self.max_bytes:
-            self._seen.popitem(last=False)
-        return seen
+    def features(self, image: Image) -> ImageFeatures:
+        """An image's features, from the cache or the vision tower."""
+        features = self._cached.pop(image.digest, None)
+        if features is None:
+            features = self._encode(image.inputs)
+            self.num_encoded += 1
+        self._cached[image.digest] = features
+        while (
+            len(self._cached) > 1 and sum(f.nbytes for f in self._cached.values()) > self.max_bytes
+        ):
+            self._cached.popitem(last=False)
+        return features
 
     def forget(self) -> None:
-        self._seen.clear()
+        self._cached.clear()
 
-    def _look(self, inputs: Inputs) -> Seen:
+    def _encode(self, inputs: Inputs) -> ImageFeatures:
         found = self._features(inputs)
         places = np.flatnonzero(inputs.tokens == self.image_token)
         at = mx.array(places)
         deep = getattr(found, "deepstack_visual_embeds", None)
-        if deep is not None and deep[0].shape[0] != len(places):  # for all tokens, not only these
+        if deep is not None and deep[0].shape[0] != len(
+            places
+        ):  # of all tokens, not only the image's
             deep = [layer[at] for layer in deep]
-        return Seen(found.inputs_embeds[0, at], tuple(deep) if deep is not None else ())
+        return ImageFeatures(found.inputs_embeds[0, at], tuple(deep) if deep is not None else ())
 
     def _features(self, inputs: Inputs) -> Any:
         arrays = _as_mlx(inputs)
@@ -230,16 +233,16 @@ class VisionNetwork(nn.Module):
         return found
 
     def fields(self, inputs: Inputs) -> set[str]:
-        """The names of what the model computes of an image."""
+        """The names of the fields that the model computes for an image."""
         found = self._features(inputs).to_dict()
         return {name for name, value in found.items() if value is not None}
 
     def is_unbroken(self, inputs: Inputs) -> bool:
-        """Whether attention inside of images looks ahead, so that all must be one chunk."""
+        """Whether attention in images is bidirectional, so that they must be in one chunk."""
         return not _chunked_prefill_enabled(self.network, prefill_kwargs=_as_mlx(inputs))
 
     def positions(self, prompt: Prompt, num_tokens: int) -> tuple[mx.array, mx.array]:
-        """`[3, 1, num_tokens]` of a prompt and what follows it, and what rows add from then on."""
+        """Positions `[3, 1, num_tokens]` of a prompt and later tokens, and their offset `[1]`."""
         rope = self.network.language_model.get_rope_index
         known = inspect.signature(rope).parameters
         layout = {k: mx.array(v) for k, v in prompt.layout.items() if k in known}
@@ -256,15 +259,15 @@ class VisionNetwork(nn.Module):
 
 
 @dataclass(slots=True)
-class Sight:
-    """The images of one sequence while it prefills; `look` comes before the chunks that need it."""
+class ImagePrefill:
+    """The images of one sequence in prefill; `look` precedes the chunks that need an image."""
 
     network: VisionNetwork
     prompt: Prompt
     tokens: Tokens
     delta: mx.array | None = None  # [1]
     _positions: mx.array | None = None
-    _seen: dict[int, Seen] = field(default_factory=dict)
+    _encoded: dict[int, ImageFeatures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.network.has_positions:
@@ -273,10 +276,10 @@ class Sight:
             self._positions, self.delta = found
 
     def look(self, index: int) -> list[mx.array]:
-        """Encode an image of the prompt; the arrays that this makes."""
+        """Encode an image of the prompt; return the arrays to evaluate."""
         with _foreign():
-            seen = self._seen[index] = self.network.see(self.prompt.images[index])
-        return [seen.rows, *seen.deep]
+            features = self._encoded[index] = self.network.features(self.prompt.images[index])
+        return [features.rows, *features.deep]
 
     def window(self, start: int, stop: int) -> dict[str, Any]:
         """The network's arguments for the tokens `[start, stop)`."""
@@ -287,13 +290,13 @@ class Sight:
         if near:
             with _foreign():
                 inputs |= self._embed(near, start, stop)
-        for i in list(self._seen):  # no later chunk needs it
+        for i in list(self._encoded):  # no later chunk needs it
             if self.prompt.images[i].stop <= stop:
-                del self._seen[i]
+                del self._encoded[i]
         return inputs
 
     def look_and_window(self, stop: int) -> dict[str, Any]:
-        """All at once up to a token: for a prompt whose cached prefix is lost."""
+        """Encode all images before `stop`: for a prompt whose cached prefix was lost."""
         images = self.prompt.images
         for i in range(len(images)):
             if images[i].start < stop:
@@ -301,7 +304,7 @@ class Sight:
         return self.window(0, stop)
 
     def _embed(self, near: list[int], start: int, stop: int) -> dict[str, Any]:
-        """Embeddings of text, with those of images put in their places."""
+        """Embeddings of text, with images' features at their tokens."""
         chunk = self.tokens[start:stop]
         network = self.network.network
         found = network.get_input_embeddings(mx.array(chunk[None]), None)
@@ -322,20 +325,21 @@ class Sight:
             inputs[TOKEN_TYPES] = mx.array(self.prompt.layout[TOKEN_TYPES][:, start:stop])
         return inputs
 
-    def _part(self, index: int, start: int, stop: int) -> Seen:
-        """The rows of an image that are in `[start, stop)`."""
+    def _part(self, index: int, start: int, stop: int) -> ImageFeatures:
+        """The features of an image's tokens in `[start, stop)`."""
         image = self.prompt.images[index]
         places = self.tokens[image.start : image.stop] == self.network.image_token
         skip = int(places[: max(0, start - image.start)].sum())
         num = int(places[max(0, start - image.start) : stop - image.start].sum())
-        seen = self._seen[index]
-        return Seen(
-            seen.rows[skip : skip + num], tuple(layer[skip : skip + num] for layer in seen.deep)
+        features = self._encoded[index]
+        return ImageFeatures(
+            features.rows[skip : skip + num],
+            tuple(layer[skip : skip + num] for layer in features.deep),
         )
 
 
 def _positions(shape: tuple[int, ...], cache: Any, deltas: mx.array | None) -> mx.array:
-    """`[3, B, T]`: from the cache's end on, and what each row adds."""
+    """`[3, B, T]`: from the cache's end on, plus each row's offset."""
     ends = next((layer.offset for layer in cache or () if hasattr(layer, "offset")), 0)
     first = mx.array(ends, mx.int32).reshape(-1, 1)
     if deltas is not None:
@@ -348,20 +352,20 @@ def _positions(shape: tuple[int, ...], cache: Any, deltas: mx.array | None) -> m
 
 
 def load(path: Path) -> tuple[VisionNetwork, Any]:
-    """The network and its processor. Call it on the device thread; raises whatever mlx-vlm raises.
+    """The network and its processor. Call it on the device thread; raises any error of mlx-vlm.
 
-    The caller has refused a checkpoint with code of its own: mlx-vlm would run it.
+    The caller must refuse a checkpoint with code of its own: mlx-vlm would run it.
     """
-    with warnings.catch_warnings():  # about parts for sound, which are not used
+    with warnings.catch_warnings():  # about audio parts, which are not used
         warnings.simplefilter("ignore")
         network, processor = mlx_vlm.load(str(path), trust_remote_code=False)
     return VisionNetwork(network), processor
 
 
 def make_reader(network: VisionNetwork, processor: Any, lone: str) -> Reader:
-    """The reader for this network, tried out with a small image. Call it on the device thread.
+    """The reader for this network, tested with a small image. Call it on the device thread.
 
-    Raises VisionError for a model whose images cannot be served this way.
+    Raises VisionError for an unsupported model.
     """
     sample = _Sample(PIL.new("RGB", (64, 64), (200, 30, 30)))
     trial = Reader(processor, network.image_token, is_unbroken=False)
@@ -378,12 +382,14 @@ def make_reader(network: VisionNetwork, processor: Any, lone: str) -> Reader:
         raise VisionError("its attention looks ahead in a way that is not understood")
     if not network.has_positions and "position_ids" in fields:
         raise VisionError("it counts positions in a way that is not understood")
-    sight = network.begin(prompt, np.array(prompt.tokens, np.uint32))
-    sight.look(0)
+    prefill = network.begin(prompt, np.array(prompt.tokens, np.uint32))
+    prefill.look(0)
     cache = network.make_cache()
-    mx.eval(network(mx.array([prompt.tokens]), cache=cache, **sight.window(0, len(prompt.tokens))))
+    mx.eval(
+        network(mx.array([prompt.tokens]), cache=cache, **prefill.window(0, len(prompt.tokens)))
+    )
     network.forget()
-    network.num_looks = 0
+    network.num_encoded = 0
     return Reader(processor, network.image_token, is_unbroken=is_unbroken)
 
 

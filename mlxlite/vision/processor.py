@@ -1,8 +1,8 @@
-"""Chats with images to prompts: the checkpoint's own processor, run once per image.
+"""Rendered chats with images to prompts: the checkpoint's own processor, run once per image.
 
-Decides where each image is in the prompt's tokens and which arrays the vision tower reads of it.
-Used in any thread; keeps no MLX object. It must never decode an image that the processor has
-already read: a chat's text grows with each turn and its images do not.
+Decides the token range of each image in the prompt and the arrays that are its input to the vision
+tower. Thread-safe; holds no MLX object. It must never decode an image that has been processed
+before: a chat's text grows with each turn, its images stay the same.
 """
 
 import threading
@@ -19,15 +19,15 @@ from PIL import Image as PIL
 from mlxlite.engine.sequence import Image, Prompt
 from mlxlite.vision.images import ImageError
 
-MADE_BYTES = 128 << 20  # of what processors have made of images, most
-TOKEN_TYPES = "mm_token_type_ids"  # which tokens are of an image: for attention that looks ahead
+MADE_BYTES = 128 << 20  # of cached image processor results, at most
+TOKEN_TYPES = "mm_token_type_ids"  # marks image tokens, for bidirectional attention in images
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 
 Tokens: TypeAlias = npt.NDArray[np.uint32]
 
 
 class ImageInput(Protocol):
-    """What is needed of an image: `images.LoadedImage` has it."""
+    """The part of `images.LoadedImage` that is used here."""
 
     @property
     def pixels(self) -> Any:
@@ -42,7 +42,7 @@ class ImageInput(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the tower reads of one image: arrays by the processor's names, and their tokens."""
+    """One image's input to the vision tower: arrays by the processor's names, and its tokens."""
 
     tokens: Tokens
     arrays: Mapping[str, npt.NDArray[Any]]
@@ -53,10 +53,10 @@ class Inputs:
 
 
 class _ImageProcessor:
-    """The image processor inside a processor, with its results kept by the images' digests.
+    """A processor's image processor, with its results cached by the images' digests.
 
     Used under the reader's lock. The reader sets `key`, the digests of the images, before each
-    call, because the processor itself passes on nothing but pixels.
+    call, because the processor passes only pixels on.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -92,7 +92,7 @@ def _nbytes(made: Any) -> int:
 
 
 def _copy(made: Any) -> Any:
-    """A deep copy, but for its arrays: the processor changes what it gets."""
+    """A deep copy that shares its arrays: the processor modifies the result."""
     if isinstance(made, UserDict):
         return type(made)(_copy(made.data))
     if isinstance(made, dict):
@@ -103,10 +103,10 @@ def _copy(made: Any) -> Any:
 
 
 class Reader:
-    """Renders of chats with images to prompts, one at a time.
+    """Makes prompts of rendered chats with images, one at a time.
 
-    `image_token` marks the rows of images in the processor's ids. `is_unbroken` is for models whose
-    attention looks ahead in images: all up to the last one must be one chunk.
+    `image_token` is the id of image rows in the processor's output. `is_unbroken` is for models
+    with bidirectional attention in images: the prompt up to the last image must be one chunk.
     """
 
     def __init__(self, processor: Any, image_token: int, *, is_unbroken: bool) -> None:
@@ -120,13 +120,13 @@ class Reader:
             processor.image_processor = self._cache
 
     def knows(self, digest: bytes) -> bool:
-        """Whether an image has been read before, so that its pixels are probably not needed."""
+        """Whether an image's result is cached, so that its pixels are probably not needed."""
         return self._cache is not None and digest in self._cache.digests()
 
     def read(self, text: str, lone: str, images: SequenceOf[ImageInput]) -> Prompt:
-        """A rendered chat's prompt; `lone` is a chat of one image, rendered.
+        """The prompt of a rendered chat; `lone` is a rendered chat of one image.
 
-        Raises ImageError, also for a template that leaves an image out or ends in one.
+        Raises ImageError, also for a template that omits an image or ends in one.
         """
         for image in images:
             if not self.knows(image.digest):
@@ -170,9 +170,9 @@ class Reader:
     ) -> tuple[Tokens, dict[str, npt.NDArray[Any]]]:
         pixels = self._pixels(images)
         try:
-            # The template has the special tokens.
+            # The template adds the special tokens.
             found = self._processor(text=[text], images=pixels, add_special_tokens=False)
-        except Exception as error:  # a foreign processor fails in any way
+        except Exception as error:  # a foreign processor may raise any error
             reason = f"{type(error).__name__}: {error}"[:200]
             raise ImageError(f"the model's processor refused the pictures: {reason}") from error
         values = dict(found)
@@ -185,7 +185,7 @@ class Reader:
 
 
 def _array(value: Any) -> npt.NDArray[Any] | None:
-    """A processor's value as an array of numbers; None where it is not one, or is ragged."""
+    """A processor's value as an array of numbers; None if it is not one, or ragged."""
     try:
         array = np.asarray(value)
     except ValueError:

@@ -135,7 +135,7 @@ class Server:
         network = checkpoint.network
         assert isinstance(network, VisionNetwork)
         network.forget()
-        network.num_looks = 0
+        network.num_encoded = 0
         self.network = network
         self.runner = ModelRunner(network)
         policy = Policy(
@@ -236,12 +236,12 @@ def test_a_second_question_about_a_picture_looks_no_more(checkpoint: Checkpoint)
     server = checkpoint.server()
     first = [picture(1), "What is in the picture?"]
     server.ask(checkpoint.prompt(first))
-    assert server.network.num_looks == 1
+    assert server.network.num_encoded == 1
     turns = [first, ["A cat."], ["And what colour has it?"]]
     prompt = checkpoint.prompt(*turns)
     server.network.forget()
     assert server.ask(prompt) == checkpoint.expected(*turns)
-    assert server.network.num_looks == 1
+    assert server.network.num_encoded == 1
     assert server.scheduler.prefix.stats.num_hit > prompt.images[0].stop // 2
     assert not any(step.looks for step in server.steps)
 
@@ -259,7 +259,7 @@ def test_another_picture_of_the_same_size_shares_nothing_from_its_first_token_on
         if seed == 2:
             assert num_hit <= prompt.images[0].start
     assert num_hit >= prompt.images[0].stop // BLOCK * BLOCK - BLOCK
-    assert server.network.num_looks == 2
+    assert server.network.num_encoded == 2
 
 
 def test_a_picture_after_other_words_is_not_looked_at_again(checkpoint: Checkpoint):
@@ -267,7 +267,7 @@ def test_a_picture_after_other_words_is_not_looked_at_again(checkpoint: Checkpoi
     for words in ("One: ", "Something else altogether: "):
         turns = [[words, picture(5), "?"]]
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
-    assert server.network.num_looks == 1
+    assert server.network.num_encoded == 1
 
 
 @pytest.mark.parametrize("chunk", [6, 2048])
@@ -278,7 +278,7 @@ def test_a_picture_is_added_to_a_conversation_that_has_one(checkpoint: Checkpoin
         server.ask(checkpoint.prompt(*turns))
         turns += [["A thing."], [picture(seed), "And this?"]]
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
-    assert server.network.num_looks == 3
+    assert server.network.num_encoded == 3
 
 
 def test_a_prefix_that_ends_inside_a_picture_is_gone_on_from(checkpoint: Checkpoint):
@@ -311,7 +311,7 @@ def test_several_answers_to_one_picture_cost_one_look_and_one_prefill(checkpoint
         assert run.tokens(sequence.id) == checkpoint.expected(*turns)
     num_prefilled = sum(step.num_prefill_tokens for step in run.steps)
     assert num_prefilled < len(prompt.tokens) + 2 * BLOCK
-    assert server.network.num_looks == 1
+    assert server.network.num_encoded == 1
 
 
 @pytest.mark.parametrize("has_cache", [True, False])
@@ -335,7 +335,7 @@ def test_what_was_kept_and_is_lost_is_computed_again(checkpoint: Checkpoint):
     server.runner._payloads.kept.clear()
     server.network.forget()
     assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
-    assert server.network.num_looks == 2
+    assert server.network.num_encoded == 2
 
 
 def test_a_tower_that_fails_costs_its_own_sequence_only(
@@ -383,7 +383,7 @@ def test_what_is_kept_of_pictures_is_bounded(checkpoint: Checkpoint):
     for seed in (1, 2, 1):
         turns = [[picture(seed), "?"]]
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
-    assert server.network.num_looks == 3
+    assert server.network.num_encoded == 3
     assert len(server.network._seen) == 1
     server.network.max_bytes = SEEN_BYTES
 
