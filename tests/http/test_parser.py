@@ -1,6 +1,6 @@
-"""http1 as its driver sees it: bytes in, events out, bytes out. No socket, no clock, no sleep.
+"""The HTTP parser: bytes in, events out, bytes out. No socket, no clock, no sleep.
 
-Every request case is fed whole, cut at every place and byte by byte, and must give the same events
+Every request case is fed whole, split at every byte and byte by byte, and must give the same events
 each time (after h11's test_io.py). Responses are read back with an h11 client.
 """
 
@@ -28,7 +28,7 @@ EOF = b""
 
 
 def drain(conn: Connection) -> list[Event]:
-    """Every event there is, answering each request as soon as its body is in."""
+    """All events, with a response to each request after its body."""
     events: list[Event] = []
     while True:
         event = conn.next_event()
@@ -44,7 +44,7 @@ def drain(conn: Connection) -> list[Event]:
 
 
 def events_of(pieces: Iterable[bytes], limits: Limits = LIMITS) -> list[Event]:
-    """The events of one connection whose peer sends `pieces`, up to the first Malformed."""
+    """The events of one connection that receives `pieces`, up to the first Malformed."""
     conn = Connection(limits)
     events: list[Event] = []
     for piece in pieces:
@@ -100,7 +100,7 @@ class Response:
 
 
 def read_back(raw: bytes, method: str = "GET", *, eof: bool = False) -> Response:
-    """What an h11 client makes of `raw`, which must be one whole response and nothing more."""
+    """The response that an h11 client parses from `raw`, which must be exactly one."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     client.send(h11.EndOfMessage())
@@ -193,7 +193,7 @@ UNDERSTOOD = {
 @pytest.mark.parametrize(
     ("raw", "method", "path", "query", "bodies"), UNDERSTOOD.values(), ids=UNDERSTOOD.keys()
 )
-def test_a_request_gives_its_head_and_its_body_however_it_is_split(
+def test_a_request_gives_its_head_and_body_for_every_split(
     raw: bytes, method: str, path: str, query: str, bodies: list[bytes]
 ) -> None:
     events = events_however_split(raw)
@@ -203,7 +203,7 @@ def test_a_request_gives_its_head_and_its_body_however_it_is_split(
     assert rest == [Body(data) for data in bodies]
 
 
-def test_a_head_carries_what_was_sent() -> None:
+def test_a_head_has_the_fields_that_were_sent() -> None:
     head = only_head(
         b"POST /v1/%63hat?a=%20 HTTP/1.1\r\nHost: x\r\nX-Name:  caf\xe9 \r\nx-name: 2\r\n"
         b"Content-Length: 5\r\nExpect: 100-Continue\r\n\r\n"
@@ -224,7 +224,7 @@ def test_a_head_carries_what_was_sent() -> None:
     assert list(head.headers)[:2] == [("Host", "x"), ("X-Name", "café")]
 
 
-def test_a_head_without_a_length_says_so() -> None:
+def test_a_head_without_a_length_has_none() -> None:
     assert only_head(GET).content_length is None
     assert only_head(CHUNKED).content_length is None
     assert only_head(POST + b"Content-Length: 0\r\n\r\n").content_length == 0
@@ -235,7 +235,7 @@ def test_headers_keep_keys_out_of_their_repr() -> None:
     assert repr(headers) == "Headers(Authorization: '***', X-API-Key: '***', A: 'b')"
 
 
-def test_pipelined_requests_come_in_turn_however_they_are_split() -> None:
+def test_pipelined_requests_are_parsed_in_order_for_every_split() -> None:
     sized = POST + b"Content-Length: 3\r\n\r\nabc"
     chunked = CHUNKED + b"1\r\nz\r\n0\r\n\r\n"
     events = events_however_split(sized + b"\r\n" + chunked + GET, eof=True)
@@ -277,7 +277,7 @@ def test_eof_between_requests_is_a_close() -> None:
     assert [conn.next_event(), conn.next_event()] == [Signal.CLOSED] * 2
 
 
-def test_eof_while_a_response_is_due_is_a_close_and_the_response_still_works() -> None:
+def test_eof_before_the_response_is_a_close_and_the_response_can_still_be_sent() -> None:
     conn = after(GET)
     conn.receive_data(EOF)
     assert conn.next_event() is Signal.CLOSED
@@ -416,7 +416,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("raw", "status"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_refused_shape_is_malformed_however_it_is_split(raw: bytes, status: int) -> None:
+def test_a_refused_shape_is_malformed_for_every_split(raw: bytes, status: int) -> None:
     last = events_however_split(raw, eof=False)[-1]
     assert isinstance(last, Malformed)
     assert last.status == status
@@ -435,14 +435,14 @@ def test_nothing_follows_a_refusal() -> None:
     assert not conn.keep_alive
 
 
-def test_a_tls_client_is_told_so_at_its_first_byte() -> None:
+def test_a_tls_handshake_is_refused_at_its_first_byte() -> None:
     [event] = events_of([b"\x16"])
     assert isinstance(event, Malformed)
     assert "TLS" in event.message
 
 
 @pytest.mark.parametrize("raw", [b"\0", b" ", b"\n", b"\rG"])
-def test_what_cannot_start_a_request_is_refused_without_waiting_for_a_line(raw: bytes) -> None:
+def test_an_impossible_first_byte_is_refused_before_the_end_of_its_line(raw: bytes) -> None:
     assert events_of([raw]) == [Malformed(400, "illegal request line")]
 
 
@@ -485,13 +485,13 @@ def test_empty_lines_count_as_header() -> None:
     ]
 
 
-def test_the_limit_is_anew_for_every_request() -> None:
+def test_the_header_limit_applies_to_each_request() -> None:
     limits = Limits(max_header_bytes=100)
     events = events_however_split((b"\r\n" + head_of_size(98)) * 3, limits)
     assert [type(event) for event in events] == [Head, Body] * 3
 
 
-def test_a_sized_body_may_fill_its_limit_and_one_over_is_refused_instead_of_its_head() -> None:
+def test_a_sized_body_may_fill_its_limit_and_a_larger_one_is_refused_at_its_head() -> None:
     assert events_however_split(POST + b"Content-Length: 32\r\n\r\n" + b"x" * 32)[1:] == [
         Body(b"x" * 32)
     ]
@@ -518,7 +518,7 @@ def test_trailers_may_fill_the_header_limit_and_not_exceed_it() -> None:
     assert events_however_split(exceeds, limits)[1:] == [Malformed(431, "request header too large")]
 
 
-def test_a_header_has_at_most_so_many_fields_and_so_have_trailers() -> None:
+def test_the_number_of_fields_is_bounded_in_headers_and_trailers() -> None:
     limits = Limits(max_fields=5)
     too_many = Malformed(431, "too many header fields")
     line = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -570,7 +570,7 @@ def test_a_chunked_client_that_waits_gets_its_100_too() -> None:
     assert conn.continue_100() == b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def test_no_100_once_some_of_the_body_is_here() -> None:
+def test_no_100_after_the_first_bytes_of_the_body() -> None:
     conn = after(EXPECTING + b"a", is_body_read=False)
     assert conn.continue_100() == b""
     assert conn.next_event() is Signal.NEED_DATA
@@ -580,7 +580,7 @@ def test_no_100_once_some_of_the_body_is_here() -> None:
     assert conn.continue_100() == b""
 
 
-def test_no_100_once_a_response_has_started_or_the_request_failed() -> None:
+def test_no_100_after_a_started_response_or_a_failed_request() -> None:
     conn = after(EXPECTING, is_body_read=False)
     conn.start_stream(200, [])
     assert conn.continue_100() == b""
@@ -711,7 +711,7 @@ def test_a_kept_http_1_0_connection_serves_the_next_request() -> None:
     assert events_however_split(request * 2)[1::2] == [Body(b"hi"), Body(b"hi")]
 
 
-def test_our_own_close_is_kept() -> None:
+def test_a_close_header_of_the_application_is_kept() -> None:
     conn = after(GET)
     response = read_back(conn.respond(503, [("Connection", "close")]))
     assert response.values(b"connection") == [b"close"]
@@ -719,15 +719,15 @@ def test_our_own_close_is_kept() -> None:
 
 
 @pytest.mark.parametrize("raw", [POST + b"Content-Length: 3\r\n\r\n", CHUNKED, CHUNKED + b"0\r\n"])
-def test_an_answer_before_the_body_closes(raw: bytes) -> None:
+def test_a_response_before_the_body_closes(raw: bytes) -> None:
     conn = after(raw, is_body_read=False)
     assert not conn.keep_alive
-    response = read_back(conn.respond(401, [], b"who?"), "POST")
+    response = read_back(conn.respond(401, [], b"key?"), "POST")
     assert (response.status, response.values(b"connection")) == (401, [b"close"])
     assert not conn.start_next_cycle()
 
 
-def test_an_early_answer_closes_even_if_the_body_comes_after_all() -> None:
+def test_a_response_before_the_body_closes_even_if_the_body_follows() -> None:
     conn = after(POST + b"Content-Length: 3\r\n\r\n", is_body_read=False)
     raw = conn.start_stream(200, [])
     conn.receive_data(b"abc")
@@ -737,7 +737,7 @@ def test_an_early_answer_closes_even_if_the_body_comes_after_all() -> None:
     assert not conn.keep_alive
 
 
-def test_an_answer_to_the_head_of_a_bodiless_request_is_not_early() -> None:
+def test_a_response_at_the_head_of_a_bodiless_request_keeps_the_connection() -> None:
     conn = after(GET + GET, is_body_read=False)
     assert conn.keep_alive
     assert read_back(conn.respond(200, [])).values(b"connection") == []
@@ -748,7 +748,7 @@ def test_an_answer_to_the_head_of_a_bodiless_request_is_not_early() -> None:
 @pytest.mark.parametrize(
     "raw", [raw for raw, _ in REFUSED.values()] + [b"\x16\x03", head_of_size(600), GET[:9]]
 )
-def test_every_refusal_can_be_answered_once_and_closes(raw: bytes) -> None:
+def test_every_refusal_allows_one_response_and_closes(raw: bytes) -> None:
     conn = Connection(LIMITS)
     conn.receive_data(raw)
     if not isinstance(event := conn.next_event(), Malformed):
@@ -792,7 +792,7 @@ def test_a_refusal_during_a_stream_adds_no_second_response() -> None:
         [("connection", "keep-alive")],
     ],
 )
-def test_a_header_that_would_break_the_response_is_our_bug(
+def test_a_header_that_would_split_the_response_fails_an_assertion(
     headers: Sequence[tuple[str, str]],
 ) -> None:
     with pytest.raises(AssertionError):
@@ -801,7 +801,7 @@ def test_a_header_that_would_break_the_response_is_our_bug(
         after(GET).start_stream(200, headers)
 
 
-def test_sending_out_of_turn_is_our_bug() -> None:
+def test_sending_in_the_wrong_state_fails_an_assertion() -> None:
     conn = after(GET)
     with pytest.raises(AssertionError):
         conn.stream_data(b"x")
@@ -817,7 +817,7 @@ def test_sending_out_of_turn_is_our_bug() -> None:
         conn.receive_data(b"x")
 
 
-def test_the_repr_tells_the_state() -> None:
+def test_the_repr_has_the_state() -> None:
     conn = Connection(LIMITS)
     assert repr(conn) == (
         "<http1.Connection HEAD request=none response=IDLE num_buffered=0 keep_alive=True>"
@@ -869,7 +869,7 @@ def test_any_bytes_give_the_same_events_in_any_pieces_and_never_raise(
 
 @given(body=st.binary(max_size=32), sizes=st.lists(st.integers(1, 9), max_size=40))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_what_an_h11_client_sends_in_chunks_arrives(body: bytes, sizes: list[int]) -> None:
+def test_a_chunked_body_of_an_h11_client_is_decoded(body: bytes, sizes: list[int]) -> None:
     client = h11.Connection(h11.CLIENT)
     headers = [("Host", "x"), ("Transfer-Encoding", "chunked")]
     raw = client.send(h11.Request(method="POST", target="/", headers=headers))
@@ -894,7 +894,7 @@ def test_sse_frames() -> None:
     assert SSE_DONE == b"data: [DONE]\n\n"
 
 
-def test_a_line_break_inside_a_frame_is_our_bug() -> None:
+def test_a_line_break_inside_a_frame_fails_an_assertion() -> None:
     for bad in (b"a\nb", b"a\rb"):
         for make in (
             sse_data,
@@ -909,7 +909,7 @@ def test_a_line_break_inside_a_frame_is_our_bug() -> None:
         sse_event("a\nb", b"{}")
 
 
-def test_http1_knows_neither_asyncio_nor_sockets_nor_clocks() -> None:
+def test_the_parser_imports_neither_asyncio_nor_sockets_nor_clocks() -> None:
     tree = ast.parse(Path(parser.__file__).read_text(encoding="utf-8"))
     imported = set()
     for node in ast.walk(tree):

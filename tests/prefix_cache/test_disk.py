@@ -27,7 +27,7 @@ from mlxlite.prefix_cache.index import PrefixCache
 from mlxlite.prefix_cache.operations import Stored
 
 PLENTY = 1 << 30
-NOBODY = 10**14  # an id that no test writes
+UNUSED_ID = 10**14  # an id that no test writes
 WORDS = b"".join(token.to_bytes(4, "little") for token in range(8))
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "U8": 1, "BOOL": 1}
 STORED = Stored(2**64 - 1, 4, None, WORDS)
@@ -35,7 +35,7 @@ VALUES = {"start": 0, "leaves": {"states.0.2": None, "states.0.3": 12, "states.1
 
 
 def make_file(fill: int = 7, num_bytes: int = 24, words: bytes = WORDS) -> File:
-    """A payload of so many bytes, told apart by what fills it."""
+    """A payload of `num_bytes` bytes `fill`."""
     arrays = {
         "tokens.0.0": Array("U8", (num_bytes,), bytes([fill]) * num_bytes),
         "tokens.0.1": Array("F32", (1, 2, 0, 4), b""),
@@ -44,7 +44,7 @@ def make_file(fill: int = 7, num_bytes: int = 24, words: bytes = WORDS) -> File:
 
 
 def plain(file: File) -> tuple[Any, ...]:
-    """A file in values that compare, whatever holds its bytes."""
+    """A file as values that compare equal for any kind of buffer."""
     arrays = {name: (a.dtype, a.shape, bytes(a.data)) for name, a in file.arrays.items()}
     return file.stored, arrays, file.values
 
@@ -54,27 +54,27 @@ def size_of(file: File) -> int:
 
 
 class Shop:
-    """A store whose words are kept in a queue; the end of its thread is one of them."""
+    """A store whose callbacks fill a queue; an error of its thread does too."""
 
     def __init__(self, directory: Path, label: str = "a", max_bytes: int = PLENTY) -> None:
         self.home = directory
         self.directory = directory / label
         self.max_bytes = max_bytes
-        self.heard: SimpleQueue[Command] = SimpleQueue()
+        self.results: SimpleQueue[Command] = SimpleQueue()
         self.store = Store(directory, label, max_bytes)
-        put = self.heard.put
+        put = self.results.put
         self.store.on_fetched = lambda id: put(Fetched(id))
         self.store.on_failed = lambda id: put(Unstored(id))
         threading.excepthook = lambda args: put(Lost(repr(args.exc_value)))
 
     def next(self) -> Command:
-        return self.heard.get(timeout=30)
+        return self.results.get(timeout=30)
 
     def settle(self) -> list[Command]:
-        """All that was asked is done; what came of it. The cap holds."""
-        self.store.fetch(NOBODY, STORED)
+        """Wait for all earlier calls; return their results. Asserts the cap."""
+        self.store.fetch(UNUSED_ID, STORED)
         commands = []
-        while (command := self.next()) != Unstored(NOBODY):
+        while (command := self.next()) != Unstored(UNUSED_ID):
             assert not isinstance(command, Lost), command.error
             commands.append(command)
         files = [path for path in self.home.rglob("*") if path.is_file()]
@@ -88,7 +88,7 @@ class Shop:
 
 @pytest.fixture
 def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Shop]]:
-    """Opens a store; those that it opened before let go of their directories."""
+    """Open a store; those that it opened before unlock their directories."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # a shop sets its own
     locks: list[IO[bytes]] = []
     lock = _locked
@@ -101,7 +101,7 @@ def open_shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
     def open_one(**settings: Any) -> Shop:
         for held in locks:
-            held.close()  # as the end of its process does
+            held.close()  # as at the end of a process
         return Shop(tmp_path / "prefixes", **settings)
 
     yield open_one
@@ -135,7 +135,7 @@ def files(draw: st.DrawFn) -> File:
 
 
 @given(files())
-def test_what_is_encoded_is_decoded_and_not_a_byte_less(file: File):
+def test_decoding_returns_every_byte_that_was_encoded(file: File):
     data = b"".join(encode(file))
     assert plain(decode(data)) == plain(file)
     for wrong in (data[:-1], data + b"\0"):
@@ -156,7 +156,7 @@ def test_a_file_is_a_safetensors_file():
     assert all(isinstance(value, str) for value in meta.values())
 
 
-def test_a_byte_that_is_not_as_it_was_written_is_seen_wherever_it_is():
+def test_a_changed_byte_is_detected_at_every_position():
     data = b"".join(encode(make_file()))
     for at, byte in enumerate(data):
         for other in range(256):
@@ -165,7 +165,7 @@ def test_a_byte_that_is_not_as_it_was_written_is_seen_wherever_it_is():
                     decode(data[:at] + bytes([other]) + data[at + 1 :])
 
 
-def test_a_file_that_is_cut_off_anywhere_is_seen():
+def test_a_truncated_file_is_detected_at_every_length():
     data = b"".join(encode(make_file()))
     for size in range(len(data)):
         with pytest.raises(BrokenFile):
@@ -173,7 +173,7 @@ def test_a_file_that_is_cut_off_anywhere_is_seen():
 
 
 def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
-    """A file whose header was changed by somebody who knows the format, but not its checksum."""
+    """A file with a valid format and checksums, and a changed header."""
     _length, head, *pieces = encode(make_file())
     header = orjson.loads(head)
     change(header)
@@ -182,7 +182,7 @@ def with_header(change: Callable[[dict[str, Any]], None]) -> bytes:
 
 
 def payload(header: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change where a payload belongs."""
+    """Change the description of a payload."""
     found = json.loads(header["__metadata__"]["payload"])
     change(found["place"])
     header["__metadata__"]["payload"] = json.dumps(found)
@@ -220,13 +220,13 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
-def test_a_header_that_makes_no_sense_is_a_broken_file(change: Callable[[dict[str, Any]], Any]):
+def test_an_invalid_header_is_a_broken_file(change: Callable[[dict[str, Any]], Any]):
     with pytest.raises(BrokenFile):  # BUG: "a tree of arrays" raises orjson's TypeError
         decode(with_header(change))
 
 
 @pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
-def test_a_header_that_makes_no_sense_stops_neither_the_start_nor_the_thread(
+def test_an_invalid_header_stops_neither_the_start_nor_the_thread(
     open_shop: Callable[..., Shop], change: Callable[[dict[str, Any]], Any]
 ):
     shop = open_shop()
@@ -266,7 +266,7 @@ def test_a_header_that_claims_to_be_huge_is_a_broken_file(
 # --- write, fetch, take -------------------------------------------------------------------------
 
 
-def test_what_is_written_is_fetched_and_taken_once(open_shop: Callable[..., Shop]):
+def test_a_written_payload_is_fetched_and_taken_once(open_shop: Callable[..., Shop]):
     shop = open_shop()
     shop.store.write(1, make_file(1))
     shop.store.write(2, make_file(2, words=WORDS * 2))
@@ -277,11 +277,11 @@ def test_what_is_written_is_fetched_and_taken_once(open_shop: Callable[..., Shop
         assert file is not None
         assert plain(file) == plain(make_file(id, words=words))
         assert shop.store.take(id) is None
-    assert shop.store.take(NOBODY) is None
+    assert shop.store.take(UNUSED_ID) is None
     assert shop.settle() == []
 
 
-def test_what_is_written_again_is_what_was_written_last(open_shop: Callable[..., Shop]):
+def test_the_last_write_of_a_payload_wins(open_shop: Callable[..., Shop]):
     shop = open_shop()
     shop.store.write(1, make_file(1))
     shop.store.write(1, make_file(2))
@@ -292,7 +292,7 @@ def test_what_is_written_again_is_what_was_written_last(open_shop: Callable[...,
     assert plain(file) == plain(make_file(2))
 
 
-def test_the_next_store_finds_what_the_last_one_has_written(open_shop: Callable[..., Shop]):
+def test_a_new_store_finds_the_files_of_the_previous_one(open_shop: Callable[..., Shop]):
     shop = open_shop()
     written = {1: make_file(1), 15: make_file(2, words=WORDS[:16]), 10**12: make_file(3, words=b"")}
     for id, file in written.items():
@@ -311,20 +311,20 @@ def test_a_checkpoint_keeps_its_position(open_shop: Callable[..., Shop]):
     assert shop.store.found() == [(1, stored)]
 
 
-def test_a_file_is_gone_after_unlink_even_if_it_was_still_to_be_written(
+def test_a_file_is_removed_by_unlink_even_if_its_write_was_pending(
     open_shop: Callable[..., Shop],
 ):
     shop = open_shop()
     shop.store.write(1, make_file())
     shop.store.unlink(1)
-    shop.store.unlink(2)  # there is none
+    shop.store.unlink(2)  # no such file
     shop.store.fetch(1, STORED)
     assert shop.next() == Unstored(1)
     assert shop.settle() == []
     assert list(shop.directory.glob("*.*")) == []
 
 
-def test_a_file_that_is_not_there_or_broken_is_said_to_be_lost(
+def test_a_missing_or_broken_file_is_reported_as_failed(
     open_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ):
     shop = open_shop()
@@ -350,7 +350,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_a_file_of_another_prefix_is_said_to_be_lost(
+def test_a_file_of_another_prefix_is_reported_as_failed(
     open_shop: Callable[..., Shop], other: Stored, caplog: pytest.LogCaptureFixture
 ):
     shop = open_shop()
@@ -361,7 +361,7 @@ def test_a_file_of_another_prefix_is_said_to_be_lost(
     assert "it holds another prefix" in caplog.text
 
 
-def test_too_much_to_write_at_once_is_not_written(
+def test_writes_beyond_the_pending_limit_are_dropped(
     open_shop: Callable[..., Shop], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(disk, "MAX_PENDING_BYTES", 100)
@@ -387,7 +387,7 @@ def test_only_the_user_can_read_the_files(open_shop: Callable[..., Shop]):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_cannot_be_written_loses_the_file_and_no_more(
+def test_an_unwritable_directory_fails_only_the_write(
     open_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ):
     shop = open_shop()
@@ -400,7 +400,7 @@ def test_a_directory_that_cannot_be_written_loses_the_file_and_no_more(
     assert shop.settle() == []
 
 
-def test_a_directory_that_has_gone_loses_the_file_and_no_more(
+def test_a_removed_directory_fails_only_the_write(
     open_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ):
     shop = open_shop()
@@ -417,7 +417,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_at_once(tmp_path: Path):
         Store(tmp_path / "file", "a", PLENTY)
 
 
-def test_two_servers_do_not_keep_their_files_in_one_place(open_shop: Callable[..., Shop]):
+def test_a_directory_is_locked_against_a_second_server(open_shop: Callable[..., Shop]):
     shop = open_shop()
     with pytest.raises(OSError, match="another server"):
         Store(shop.home, "a", PLENTY)
@@ -447,7 +447,7 @@ def test_its_thread_ends_with_the_store(open_shop: Callable[..., Shop]):
 # --- what is found ------------------------------------------------------------------------------
 
 
-def test_what_is_broken_is_removed_and_what_is_foreign_is_left_alone(
+def test_broken_files_are_removed_and_foreign_files_are_left_alone(
     open_shop: Callable[..., Shop], caplog: pytest.LogCaptureFixture
 ):
     shop = open_shop()
@@ -470,8 +470,8 @@ def test_what_is_broken_is_removed_and_what_is_foreign_is_left_alone(
         assert name in caplog.text
 
 
-def test_no_two_names_are_one_id_and_no_id_is_zero(open_shop: Callable[..., Shop]):
-    """BUG: 1 and 01 are both found as 1, which the tree takes for one payload; 0 is a root's id."""
+def test_names_map_to_distinct_ids_above_zero(open_shop: Callable[..., Shop]):
+    """BUG: 1 and 01 were both found as 1, one payload for the tree; 0 is a root's id."""
     shop = open_shop()
     for name in ("1", "01", "0"):
         path = shop.directory / f"{name}.safetensors"
@@ -514,7 +514,7 @@ def aged(path: Path, seconds: int) -> None:
     os.utime(path, (seconds, seconds))
 
 
-def test_other_models_files_give_way_first_the_oldest_before_the_others(
+def test_other_models_files_are_removed_first_and_the_oldest_of_them_before_the_others(
     open_shop: Callable[..., Shop],
 ):
     size = size_of(make_file())
@@ -533,7 +533,7 @@ def test_other_models_files_give_way_first_the_oldest_before_the_others(
     assert shop.ids() == [1, 2, 3]
 
 
-def test_a_smaller_cap_lets_other_models_files_go_at_the_start(open_shop: Callable[..., Shop]):
+def test_a_smaller_cap_removes_other_models_files_at_the_start(open_shop: Callable[..., Shop]):
     other = open_shop(label="b")
     for id in (1, 2, 3):
         other.store.write(id, make_file())
@@ -544,8 +544,8 @@ def test_a_smaller_cap_lets_other_models_files_go_at_the_start(open_shop: Callab
     assert other.ids() == [2, 3]
 
 
-def test_what_is_not_ours_is_never_removed_to_make_room(open_shop: Callable[..., Shop]):
-    """BUG: `--prefix-cache-dir ~/models` would remove ~/models/some-model/model.safetensors."""
+def test_foreign_files_are_never_removed_to_make_room(open_shop: Callable[..., Shop]):
+    """BUG: `--prefix-cache-dir ~/models` removed ~/models/some-model/model.safetensors."""
     weights = open_shop().home / "some-model" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"precious" * 1000)
@@ -556,8 +556,8 @@ def test_what_is_not_ours_is_never_removed_to_make_room(open_shop: Callable[...,
     assert weights.exists()
 
 
-def test_a_leftover_of_another_models_is_removed_too(open_shop: Callable[..., Shop]):
-    """BUG: nobody removes or counts the .tmp of a label that does not come back."""
+def test_a_temporary_file_of_another_model_is_removed_too(open_shop: Callable[..., Shop]):
+    """BUG: the .tmp of a label that is not used again was neither removed nor counted."""
     other = open_shop(label="b")
     (other.directory / "1.tmp").write_bytes(b"0" * 5000)
     shop = open_shop(max_bytes=2000)

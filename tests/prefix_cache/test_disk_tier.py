@@ -1,4 +1,4 @@
-"""Prefixes that come from disk: after a restart, after eviction, and from files that are not right.
+"""Prefixes read from disk: after a restart, after eviction, and from invalid files.
 
 Whatever is on disk, every answer is what it is without a cache, to the token. The models and the
 judge are those of `test_runner`; the last test is a whole server that is killed as it writes.
@@ -39,7 +39,7 @@ from tests.e2e.test_command_line import ask, chat, free_port, running
 from tests.prefix_cache.test_texts import BLOCK, PLENTY, cacheable, some_tokens
 from tests.runner.test_model_runner import MODELS, build, build_wide, generate
 
-NOBODY = 10**14  # an id that no test writes
+UNUSED_ID = 10**14  # an id that no test writes
 
 Judge = Callable[[tuple[int, ...], int], list[int]]
 
@@ -55,7 +55,7 @@ _locks: list[IO[bytes]] = []
 
 
 @pytest.fixture(autouse=True)
-def _locks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _locks_are_freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     lock = _locked
 
     def remembered(path: Path) -> IO[bytes]:
@@ -64,18 +64,18 @@ def _locks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(disk, "_locked", remembered)
     yield
-    let_go()
+    unlock_all()
 
 
-def let_go() -> None:
-    """As the end of a process does."""
+def unlock_all() -> None:
+    """Unlock directories, as the end of a process does."""
     for lock in _locks:
         lock.close()
     _locks.clear()
 
 
 class Life:
-    """One server's life over a directory, without lane and sinks: prompts are asked in turn."""
+    """A scheduler, a runner and a store over one directory; prompts run one at a time."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Life:
     ) -> None:
         self.judge = judge
         self.directory = directory / "model"
-        let_go()
+        unlock_all()
         self.store = Store(directory, "model", disk_bytes)
         self.runner = ModelRunner(network, kv_bits=kv_bits, store=self.store)
         policy = Policy(
@@ -100,8 +100,8 @@ class Life:
             block_size=BLOCK,
         )
         self.scheduler = Scheduler(policy)
-        self.heard: SimpleQueue[Command] = SimpleQueue()
-        self.scheduler.prefix.restore(self.runner.files(self.heard.put))
+        self.results: SimpleQueue[Command] = SimpleQueue()
+        self.scheduler.prefix.restore(self.runner.files(self.results.put))
         self.scheduler.check()
         self.num_sequences = 0
         self.num_computed = 0  # of the last prompt
@@ -116,7 +116,7 @@ class Life:
     def ask(
         self, prompt: SequenceOf[int], max_tokens: int = 8, heads: SequenceOf[int] = ()
     ) -> list[int]:
-        """The answer, checked; what is written by then is on disk."""
+        """The output tokens, checked; returns after all writes."""
         self.num_sequences += 1
         sequence = make_sequence(self.num_sequences, max_tokens=max_tokens, prompt=list(prompt))
         tokens = self._drive(Add(cacheable(sequence, heads)))
@@ -126,20 +126,20 @@ class Life:
         return tokens
 
     def _drive(self, add: Add) -> list[int]:
-        """As `fakes.drive` does, and it waits for the disk when nothing else is to do."""
+        """Like `fakes.drive`, but waits for the disk when no step is possible."""
         self.scheduler.apply(add)
         tokens: list[int] = []
         is_finished = False
         self.num_computed = 0
         in_flight = None
         while True:
-            self._hear()
+            self._apply_results()
             step = self.scheduler.schedule()
             self.scheduler.check()
             if step is None and in_flight is None:
                 if is_finished:
                     return tokens
-                self._apply(self.heard.get(timeout=30))
+                self._apply(self.results.get(timeout=30))
                 continue
             self.num_computed += step.num_prefill_tokens if step else 0
             launched, outcome = self.runner.advance(step, in_flight)
@@ -157,24 +157,24 @@ class Life:
         self.scheduler.apply(command)
         self.scheduler.check()
 
-    def _hear(self) -> None:
+    def _apply_results(self) -> None:
         try:
             while True:
-                self._apply(self.heard.get_nowait())
+                self._apply(self.results.get_nowait())
         except Empty:
             return
 
     def settle(self) -> None:
-        """What the store was asked is done and was heard."""
-        self.store.fetch(NOBODY, Stored(0, 0, None, b""))
-        while (command := self.heard.get(timeout=30)) != Unstored(NOBODY):
+        """Wait for all earlier calls of the store, and apply their results."""
+        self.store.fetch(UNUSED_ID, Stored(0, 0, None, b""))
+        while (command := self.results.get(timeout=30)) != Unstored(UNUSED_ID):
             self._apply(command)
         sizes = [path.stat().st_size for path in self.directory.iterdir()]
         assert sum(sizes) <= self.stats.disk_bytes <= self.stats.max_disk_bytes
 
 
 def talk(life: Life, seed: int = 1, num_turns: int = 3) -> list[tuple[list[int], list[int]]]:
-    """A conversation; each prompt, and where its messages begin."""
+    """A conversation: each prompt and its message starts."""
     chance = random.Random(seed)
     turns = [some_tokens(chance, 25, 40)]
     asked = []
@@ -191,7 +191,7 @@ def judge_of(kind: str) -> Judge:
 
 
 def lives(kind: str, directory: Path, **settings: Any) -> Callable[[], Life]:
-    """Servers of one model, one after the other, on the same directory."""
+    """Start servers of one model on the same directory, one after the other."""
     return lambda: Life(build(kind), directory, judge=judge_of(kind), **settings)
 
 
@@ -199,7 +199,7 @@ def lives(kind: str, directory: Path, **settings: Any) -> Callable[[], Life]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_after_a_restart_a_conversation_goes_on_from_disk(kind: str, tmp_path: Path):
+def test_after_a_restart_a_conversation_continues_from_disk(kind: str, tmp_path: Path):
     start = lives(kind, tmp_path)
     asked = talk(start())
     again = start()
@@ -219,8 +219,8 @@ def test_after_a_restart_a_conversation_goes_on_from_disk(kind: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_after_a_restart_conversations_that_part_read_as_ever(kind: str, tmp_path: Path):
-    """What was split is on disk in both its parts."""
+def test_after_a_restart_diverging_conversations_have_the_same_tokens(kind: str, tmp_path: Path):
+    """Both parts of a split extent are on disk."""
     start = lives(kind, tmp_path)
     chance = random.Random(5)
     shared = some_tokens(chance, 41, 41)
@@ -237,7 +237,7 @@ def test_after_a_restart_conversations_that_part_read_as_ever(kind: str, tmp_pat
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
-def test_quantised_caches_come_back_from_disk(kind: str, bits: int, tmp_path: Path):
+def test_quantised_caches_are_restored_from_disk(kind: str, bits: int, tmp_path: Path):
     network, kv_bits = build_wide(kind), KVBits(bits, 32)
     first = Life(network, tmp_path, kv_bits=kv_bits)
     asked = talk(first)
@@ -251,7 +251,7 @@ def test_quantised_caches_come_back_from_disk(kind: str, bits: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "falcon_h1"])
-def test_a_model_in_bfloat16_comes_back_from_disk_to_the_bit(kind: str, tmp_path: Path):
+def test_bfloat16_caches_are_restored_from_disk_to_the_bit(kind: str, tmp_path: Path):
     network = narrow(kind)
     first = Life(network, tmp_path)
     asked = talk(first)
@@ -272,7 +272,7 @@ def test_a_model_in_bfloat16_comes_back_from_disk_to_the_bit(kind: str, tmp_path
 
 
 def narrow(kind: str) -> nn.Module:
-    """The model in bfloat16; the one that is shared stays as it is."""
+    """The model in bfloat16; the shared one is not changed."""
     like = build(kind)
     network = type(like)(like.args)
     network.load_weights(tree_flatten(like.parameters()))
@@ -281,10 +281,10 @@ def narrow(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_checkpoint_whose_extent_was_split_comes_back_from_disk(
+def test_a_checkpoint_whose_extent_was_split_is_restored_from_disk(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """BUG: its file says where its extent began then, and is asked where it begins now."""
+    """BUG: its file had the extent's start before the split, and was compared with the new one."""
     start = lives(kind, tmp_path)
     first = start()
     prompt = list(range(40))
@@ -298,8 +298,8 @@ def test_a_checkpoint_whose_extent_was_split_comes_back_from_disk(
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_prompt_that_parts_from_one_on_disk_alone_is_kept_too(kind: str, tmp_path: Path):
-    """BUG, with checkpoints: nothing fetches the extent that must be split, so it is never kept."""
+def test_a_prompt_that_diverges_from_one_only_on_disk_is_kept_too(kind: str, tmp_path: Path):
+    """BUG, with checkpoints: the extent to split was never fetched, so the prompt never kept."""
     start = lives(kind, tmp_path)
     prompt = list(range(40))
     start().ask(prompt, 3)
@@ -317,7 +317,7 @@ def test_after_a_restart_with_a_smaller_cap_the_directory_fits_it(tmp_path: Path
     smaller = first.stats.disk_bytes // 2
     again = lives("qwen3", tmp_path, disk_bytes=smaller)()
     assert 0 < again.stats.disk_bytes <= smaller
-    again.ask([1, 2, 3])  # a step takes what does not fit away, and `settle` asserts it
+    again.ask([1, 2, 3])  # a step removes files over the cap, as `settle` asserts
     assert again.paths()
 
 
@@ -328,7 +328,7 @@ NARROW = {"deepseek_v3": 30_000}  # its latents are small
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_gives_way_in_memory_is_read_back_from_disk(kind: str, tmp_path: Path):
+def test_payloads_evicted_from_memory_are_read_back_from_disk(kind: str, tmp_path: Path):
     chance = random.Random(3)
     life = lives(kind, tmp_path, num_bytes=NARROW.get(kind, 60_000))()
     roots = [some_tokens(chance, 20, 40) for _ in range(4)]
@@ -340,7 +340,7 @@ def test_what_gives_way_in_memory_is_read_back_from_disk(kind: str, tmp_path: Pa
     assert life.stats.num_from_disk > 0
 
 
-def test_what_gives_way_on_disk_is_gone_and_nothing_else(tmp_path: Path):
+def test_only_payloads_evicted_from_disk_lose_their_files(tmp_path: Path):
     chance = random.Random(4)
     life = lives("qwen3", tmp_path, num_bytes=70_000, disk_bytes=200_000)()
     roots = [some_tokens(chance, 20, 40) for _ in range(6)]
@@ -354,11 +354,11 @@ def test_what_gives_way_on_disk_is_gone_and_nothing_else(tmp_path: Path):
 
 
 def test_a_cleared_cache_leaves_no_file_not_even_of_a_step_in_flight(tmp_path: Path):
-    """BUG: the file of the step in flight is written after it was unlinked, and stays."""
+    """BUG: the file of the step in flight was written after its unlink, and stayed."""
     life = lives("qwen3", tmp_path)()
     sequence = cacheable(make_sequence(1, max_tokens=4, prompt=list(range(20))))
     life.scheduler.apply(Add(sequence))
-    step = life.scheduler.schedule()  # has the prompt, and what is kept of it
+    step = life.scheduler.schedule()  # has the prompt and its save
     launched, _ = life.runner.advance(step, None)
     life.scheduler.apply(ClearCache())
     last, outcome = life.runner.advance(life.scheduler.schedule(), launched)
@@ -366,8 +366,8 @@ def test_a_cleared_cache_leaves_no_file_not_even_of_a_step_in_flight(tmp_path: P
     assert outcome is not None
     life.scheduler.complete(launched.step, outcome)
     life.runner.advance(None, last)
-    life.store.fetch(NOBODY, Stored(0, 0, None, b""))
-    assert life.heard.get(timeout=30) == Unstored(NOBODY)
+    life.store.fetch(UNUSED_ID, Stored(0, 0, None, b""))
+    assert life.results.get(timeout=30) == Unstored(UNUSED_ID)
     assert life.stats.disk_bytes == 0
     assert life.paths() == []
 
@@ -377,13 +377,13 @@ def test_a_cleared_cache_leaves_no_file_not_even_of_a_step_in_flight(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mamba"])
 @pytest.mark.parametrize("at", [100, -1])
-def test_a_file_that_was_corrupted_is_computed_anew(
+def test_the_prefix_of_a_corrupted_file_is_computed_again(
     kind: str, at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """Between two lives: in its header, and where only the checksum tells.
+    """Between two servers: in the header, and where only the checksum detects it.
 
-    BUG, for mamba: a last byte is one of the extent's tokens there, as it has no arrays; what has
-    come to stand in the tree is never fetched, found to be broken and replaced. As above.
+    BUG, for mamba: an extent without arrays ends in tokens, so its last byte is one of them; the
+    restored extent was never fetched, and so never found to be broken and replaced.
     """
     start = lives(kind, tmp_path)
     first = start()
@@ -406,7 +406,7 @@ def test_a_file_that_was_corrupted_is_computed_anew(
 
 @pytest.mark.parametrize("num_at_once", [7, 512])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mamba"])
-def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
+def test_prefixes_of_files_that_vanish_or_break_at_run_time_are_computed_again(
     kind: str, num_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("mlxlite.runner.model_runner._ANEW_TOKENS", num_at_once)
@@ -431,7 +431,7 @@ def test_files_that_vanish_or_break_under_a_running_server_are_computed_anew(
 
 
 def watch_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of each pass over a prefix that was lost."""
+    """Record the tokens of each pass over a lost prefix."""
     found: list[int] = []
     resume = ModelRunner._resume
 
@@ -453,7 +453,7 @@ def watch_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def swap(paths: SequenceOf[Path]) -> None:
-    """Each file takes the next one's name."""
+    """Rename each file to the next one's name."""
     contents = [path.read_bytes() for path in paths]
     for path, data in zip(paths, [*contents[1:], contents[0]], strict=True):
         path.write_bytes(data)
@@ -461,7 +461,9 @@ def swap(paths: SequenceOf[Path]) -> None:
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("is_running", [False, True], ids=["between lives", "under a running one"])
-def test_a_file_under_anothers_name_misleads_nobody(kind: str, is_running: bool, tmp_path: Path):
+def test_a_file_under_another_name_gives_no_wrong_tokens(
+    kind: str, is_running: bool, tmp_path: Path
+):
     start = lives(kind, tmp_path)
     first = start()
     chance = random.Random(9)
@@ -478,8 +480,8 @@ def test_a_file_under_anothers_name_misleads_nobody(kind: str, is_running: bool,
         again.ask(prompt, 6)
 
 
-def test_two_servers_on_one_directory_do_not_mislead_each_other(tmp_path: Path):
-    """Where locks do not hold. Each finds what the other has written under its own names."""
+def test_two_servers_on_one_directory_give_no_wrong_tokens(tmp_path: Path):
+    """Without effective locks, each finds the other's files under its own names."""
     start = lives("qwen3", tmp_path, num_bytes=40_000)
     servers = [start(), start()]
     chance = random.Random(2)
@@ -491,12 +493,12 @@ def test_two_servers_on_one_directory_do_not_mislead_each_other(tmp_path: Path):
 
 
 def rewritten(path: Path, change: Callable[[File], File]) -> None:
-    """A file that is as it should be, checksum and all, but for what it holds."""
+    """A file with valid checksums and changed content."""
     path.write_bytes(b"".join(encode(change(decode(path.read_bytes())))))
 
 
 def cut(file: File) -> File:
-    """Of the first layer's keys one token is missing."""
+    """Remove a token from the first layer's keys."""
     (name, array), *_ = sorted(file.arrays.items())
     one, heads, length, size = array.shape
     assert one == heads - 1 == 1
@@ -540,7 +542,7 @@ CHANGES: dict[str, Callable[[File], File]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_file_that_holds_something_else_is_computed_anew(
+def test_the_prefix_of_a_file_with_other_content_is_computed_again(
     change: Callable[[File], File], tmp_path: Path
 ):
     start = lives("qwen3", tmp_path)
@@ -555,14 +557,14 @@ def test_a_file_that_holds_something_else_is_computed_anew(
 
 
 @pytest.mark.parametrize("change", [cut, shifted], ids=["a token less", "another start"])
-def test_a_file_with_other_tokens_than_it_says_is_computed_anew(
+def test_the_prefix_of_a_file_with_other_tokens_is_computed_again(
     change: Callable[[File], File], tmp_path: Path
 ):
-    """BUG, if a small one: only who can write the directory makes such a file."""
-    test_a_file_that_holds_something_else_is_computed_anew(change, tmp_path)
+    """A small BUG: such a file needs write access to the directory."""
+    test_the_prefix_of_a_file_with_other_content_is_computed_again(change, tmp_path)
 
 
-def test_files_of_another_shape_of_model_are_computed_anew(tmp_path: Path):
+def test_prefixes_of_a_model_of_another_shape_are_computed_again(tmp_path: Path):
     talk(Life(build_wide("qwen3"), tmp_path), seed=6)
     asked = talk(Life(build_wide("qwen3"), tmp_path), seed=6)
     life = lives("qwen3", tmp_path)()
@@ -581,15 +583,15 @@ def until_true(condition: Callable[[], object]) -> None:
     asyncio.run(until(condition))
 
 
-def test_a_server_that_is_killed_as_it_writes_starts_clean_and_goes_on_from_disk(tmp_path: Path):
+def test_a_server_killed_during_a_write_restarts_cleanly_and_continues_from_disk(tmp_path: Path):
     cap = 2_000_000  # about seven of these prompts
     directory = tmp_path / "prefixes"
     port = free_port()
     flags = ("--port", str(port), "--prefix-cache-dir", str(directory))
     flags += ("--prefix-cache-disk-bytes", "2MB")
 
-    def tell(content: str) -> tuple[str, int]:
-        """The answer, and how much of the prompt was not computed."""
+    def complete(content: str) -> tuple[str, int]:
+        """The response's text, and the number of cached prompt tokens."""
         messages = [{"role": "user", "content": content}]
         body = chat(messages=messages, temperature=0, max_tokens=24)
         status, answer = ask(port, "/v1/chat/completions", body)
@@ -600,32 +602,32 @@ def test_a_server_that_is_killed_as_it_writes_starts_clean_and_goes_on_from_disk
     def prompt(number: int) -> str:
         return f"{number} windows and {number} rivers. " * 3
 
-    def told(name: str) -> int:
+    def cache_stat(name: str) -> int:
         return int(ask(port, "/v1/cache")[1][name])
 
-    def talk_on() -> None:
+    def keep_asking() -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):
             for number in range(100, 10**6):
-                tell(prompt(number))
+                complete(prompt(number))
 
-    story = "Tell me a story about a river. " * 4
+    story = "Write me a story about a river. " * 4
     (tmp_path / "first").mkdir()
     (tmp_path / "second").mkdir()
     with running(tmp_path / "first", *flags) as process:
         process.until("server is listening")
-        text, num_cached = tell(story)
+        text, num_cached = complete(story)
         assert num_cached == 0
-        until_true(lambda: told("disk_bytes") > 0 and any(directory.rglob("*.safetensors")))
+        until_true(lambda: cache_stat("disk_bytes") > 0 and any(directory.rglob("*.safetensors")))
         for number in range(14):
-            tell(prompt(number))
+            complete(prompt(number))
             assert size_of(directory) <= cap
             if number % 2 == 0:
-                tell(story)  # so that it is not what gives way
-        assert told("disk_bytes") > cap / 2
-        num_asked = told("queried_tokens")
-        talker = threading.Thread(target=talk_on)
+                complete(story)  # so that it is not evicted
+        assert cache_stat("disk_bytes") > cap / 2
+        num_asked = cache_stat("queried_tokens")
+        talker = threading.Thread(target=keep_asking)
         talker.start()
-        until_true(lambda: told("queried_tokens") > num_asked + 80)
+        until_true(lambda: cache_stat("queried_tokens") > num_asked + 80)
         process.kill(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         talker.join(30)
@@ -638,12 +640,12 @@ def test_a_server_that_is_killed_as_it_writes_starts_clean_and_goes_on_from_disk
         process.until("server is listening")
         assert "is ignored" not in process.stderr
         assert not list(directory.rglob("*.tmp"))
-        again, num_cached = tell(story)
+        again, num_cached = complete(story)
         assert again == text
         assert num_cached > 0
-        assert told("disk_loads") > 0
+        assert cache_stat("disk_loads") > 0
         for number in range(200, 208):
-            tell(prompt(number))
+            complete(prompt(number))
             assert size_of(directory) <= cap
         assert "Traceback" not in process.stderr
         process.kill(signal.SIGTERM)

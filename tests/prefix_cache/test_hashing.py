@@ -1,4 +1,4 @@
-"""Blocks and their keys: the definition in the module's docstring, written out once more."""
+"""Blocks and their keys, compared with a plain implementation of the module's definition."""
 
 import random
 
@@ -19,7 +19,7 @@ from mlxlite.prefix_cache.hashing import (
 )
 
 bounded = settings(derandomize=True, max_examples=150, deadline=None, database=None)
-few = st.integers(0, 2)  # so that runs are often alike
+few = st.integers(0, 2)  # so that common prefixes are frequent
 tokens_st = st.lists(st.integers(0, 2**32 - 1), max_size=60)
 scopes = st.integers(0, 2**64 - 1)
 
@@ -42,11 +42,11 @@ def naive_keys(tokens: list[int], scope: int, size: int) -> tuple[int, ...]:
     ("data", "digest"),
     [(b"", 0xCBF29CE484222325), (b"a", 0xAF63DC4C8601EC8C), (b"foobar", 0x85944171F73967E8)],
 )
-def test_fnv_is_the_published_one(data: bytes, digest: int):
+def test_fnv1a_gives_the_published_values(data: bytes, digest: int):
     assert fnv1a(data) == digest
 
 
-def test_fnv_goes_on_from_a_state():
+def test_fnv1a_continues_from_a_state():
     assert fnv1a(b"bar", fnv1a(b"foo")) == fnv1a(b"foobar")
 
 
@@ -55,7 +55,7 @@ def test_fnv_goes_on_from_a_state():
 
 @bounded
 @given(tokens_st, scopes, st.integers(1, 9))
-def test_keys_are_what_the_definition_says(tokens: list[int], scope: int, size: int):
+def test_keys_follow_the_definition(tokens: list[int], scope: int, size: int):
     blocks = blocks_of(tuple(tokens), scope, size, (1, 2))
     assert blocks.keys == naive_keys(tokens, scope, size)
     assert blocks.words == b"".join(token.to_bytes(4, "little") for token in tokens)
@@ -63,17 +63,17 @@ def test_keys_are_what_the_definition_says(tokens: list[int], scope: int, size: 
 
 
 @pytest.mark.parametrize("size", [1, 16, 64])
-def test_keys_of_a_long_prompt_are_what_the_definition_says(size: int):
+def test_keys_of_a_long_prompt_follow_the_definition(size: int):
     tokens = random.Random(size).choices(range(150_000), k=1000)
     whole = blocks_of(tuple(tokens), 7, size)
     assert whole.keys == naive_keys(tokens, 7, size)
-    for num in (size - 1, size, 100, 930, 999):  # many more, some and none, after some and none
+    for num in (size - 1, size, 100, 930, 999):  # many, some and no new blocks
         assert extended(blocks_of(tuple(tokens[:num]), 7, size), tokens[num:]) == whole
 
 
 @bounded
 @given(st.lists(tokens_st, max_size=8), scopes, st.integers(1, 9))
-def test_blocks_that_grow_in_pieces_are_those_of_the_whole(pieces, scope: int, size: int):
+def test_blocks_extended_in_pieces_equal_those_of_the_whole(pieces, scope: int, size: int):
     whole = tuple(token for piece in pieces for token in piece)
     blocks = blocks_of((), scope, size, (3,))
     for piece in pieces:
@@ -87,7 +87,7 @@ def test_less_than_a_block_has_no_key():
     assert len(blocks_of((5, 6, 7, 8), 1, 4).keys) == 1
 
 
-def test_a_key_says_all_that_came_before_and_where():
+def test_a_key_depends_on_all_tokens_before_it_and_their_positions():
     one, two = blocks_of((1, 2, 3, 4), 0, 2), blocks_of((9, 2, 3, 4), 0, 2)
     assert one.keys[1] != two.keys[1]
     same = blocks_of((1, 2, 1, 2), 0, 2)
@@ -100,7 +100,7 @@ def test_a_key_says_all_that_came_before_and_where():
 
 @bounded
 @given(st.lists(few, max_size=40), st.lists(few, max_size=20), st.lists(few, max_size=20))
-def test_what_is_common_is_counted_in_whole_blocks(shared, one, two):
+def test_common_tokens_are_counted_in_whole_blocks(shared, one, two):
     for size in (1, 3, 4):
         a, b = blocks_of((*shared, *one), 5, size), blocks_of((*shared, *two), 5, size)
         num = 0
@@ -111,7 +111,7 @@ def test_what_is_common_is_counted_in_whole_blocks(shared, one, two):
         assert a.words[: 4 * num * size] == b.words[: 4 * num * size]
 
 
-def test_nothing_is_common_between_scopes():
+def test_scopes_have_no_common_tokens():
     tokens = tuple(range(16))
     assert num_common(blocks_of(tokens, 1, 4), blocks_of(tokens, 2, 4)) == 0
     forged = Blocks(2, 4, b"", blocks_of(tokens, 1, 4).keys)
@@ -132,7 +132,7 @@ def test_equal_units_are_counted_one_by_one(one, two, step: int):
 
 @bounded
 @given(st.binary(max_size=80), st.integers(0, 80), st.integers(1, 9))
-def test_one_changed_byte_ends_what_is_equal(data: bytes, at: int, step: int):
+def test_one_changed_byte_ends_the_common_prefix(data: bytes, at: int, step: int):
     changed = bytearray(data)
     if at < len(data):
         changed[at] ^= 1

@@ -1,7 +1,7 @@
-"""The prefix cache alone: what is found, kept, given up, and on disk.
+"""The prefix cache alone: lookup, insertion, eviction and disk.
 
-A `Shelf` does what a runner would, with tokens for arrays: it executes every operation and spells
-out every hit, so no test has to trust the cache's own books.
+A `Shelf` stands for the runner, with tokens for arrays: it executes every operation and checks the
+tokens of every hit, so that no test depends on the cache's own accounting.
 """
 
 import random
@@ -35,7 +35,7 @@ PLENTY = 1 << 30
 SLICEABLE = Memory(layers=((64, None),))
 STATEFUL = Memory(row_bytes=500, layers=((64, None), (32, 12)))
 both = pytest.mark.parametrize("memory", [SLICEABLE, STATEFUL], ids=["sliceable", "stateful"])
-# What prompts are made of: they begin alike, part inside blocks, and join at any length.
+# Parts of prompts, which share prefixes and diverge inside of blocks.
 PIECES = [[1] * 8, [1] * 5, [2] * 3, [1, 2, 3, 4], [4, 3, 2, 1, 1, 1, 1], [5] * 17]
 Tokens = list[int]
 
@@ -51,7 +51,7 @@ def num_alike(a: Tokens, b: Tokens) -> int:
 
 
 class Shelf:
-    """A cache, and what a runner and a disk keep when they do what it says."""
+    """A cache, with the payloads in memory and on disk after its operations."""
 
     def __init__(self, memory: Memory, num_bytes: int = PLENTY, disk_bytes: int = 0) -> None:
         self.memory = memory
@@ -64,7 +64,9 @@ class Shelf:
         )
         self.capacity = num_bytes
         self.sequences: dict[int, Tokens] = {}
-        self.kept: dict[int, tuple[int, Tokens]] = {}  # payload → where its tokens begin, and these
+        self.kept: dict[
+            int, tuple[int, Tokens]
+        ] = {}  # payload → the start of its tokens, and these
         self.checkpoints: set[int] = set()  # of the payloads
         self.files: dict[int, Stored] = {}
         self.fetching: list[int] = []
@@ -74,7 +76,7 @@ class Shelf:
         return blocks_of(tuple(tokens), scope, SIZE)
 
     def insert(self, tokens: Tokens, num: int | None = None, scope: int = 0) -> None:
-        """A new sequence has computed so many of its tokens."""
+        """Insert a new sequence that has computed `num` of its tokens, by default all."""
         id = len(self.sequences) + 1
         self.sequences[id] = tokens
         num = len(tokens) if num is None else num
@@ -98,7 +100,7 @@ class Shelf:
         return self.find(tokens, limit, scope).num_tokens
 
     def verify(self, hit: Hit, tokens: Tokens, limit: int) -> None:
-        """What a hit promises is there, in memory or on disk, and spells the prompt."""
+        """Assert that a hit's payloads are in memory or on disk and have the prompt's tokens."""
         assert hit.num_tokens <= limit
         at = 0
         for segment in hit.segments:
@@ -127,7 +129,7 @@ class Shelf:
         return start, tokens[start:]
 
     def work(self, num_computed: int = 0) -> None:
-        """Do what the cache says, as a runner and a store do it."""
+        """Execute the cache's operations like a runner and a store."""
         self.ops = list(self.cache.take_ops())
         for op in self.ops:
             match op:
@@ -163,7 +165,7 @@ class Shelf:
         self.check()
 
     def write(self, id: int, stored: Stored) -> None:
-        """A file says what its payload is, and those that it needs are there before it."""
+        """Write a file; assert that it describes its payload and that its parents are stored."""
         start, own = self.kept[id]
         assert stored.words[start * 4 :] == words_of(own)
         assert (stored.position is not None) == (id in self.checkpoints)
@@ -175,7 +177,7 @@ class Shelf:
 
     @property
     def num_bytes(self) -> int:
-        """What is on the shelf, by the memory's arithmetic."""
+        """The bytes of all payloads in memory."""
         total = 0
         for id, (start, own) in self.kept.items():
             total += len(own) * self.memory.token_bytes
@@ -195,7 +197,7 @@ class Shelf:
         return is_coming
 
     def deliver(self) -> None:
-        """The first of what is on its way from disk arrives, or cannot be read."""
+        """Complete the first pending read; it fails if the file is gone."""
         id = self.fetching.pop(0)
         if id in self.files:
             self.kept[id] = self.read(id)
@@ -205,7 +207,7 @@ class Shelf:
         self.work()
 
     def expected_on_disk(self, tokens: Tokens, scope: int = 0) -> int:
-        """How much of a prompt the files have, each read alone."""
+        """The prefix of a prompt that the files have, each read alone."""
         words, best = words_of(tokens), 0
         for stored in self.files.values():
             num = num_alike(tokens, np.frombuffer(stored.words, "<u4").tolist())
@@ -219,14 +221,16 @@ class Shelf:
 
 
 def expected(inserted: list[Tokens], memory: Memory, tokens: Tokens, limit: int) -> int:
-    """What a cache that forgets nothing finds, looked up one by one."""
+    """The hit of a cache without eviction, by comparing all prompts."""
     best = 0
     for other in inserted:
         num = min(num_alike(other, tokens), limit)
         if memory.has_state:
             best = max(best, len(other) if num == len(other) else 0)
         else:
-            num = min(num, len(other) // SIZE * SIZE)  # whole blocks are kept; found to the token
+            num = min(
+                num, len(other) // SIZE * SIZE
+            )  # whole blocks are kept, hits are to the token
             best = max(best, num if num >= SIZE else 0)
     return best
 
@@ -254,11 +258,11 @@ def test_whole_blocks_are_kept_and_found_to_the_token():
     for limit in range(23):
         assert shelf.length(prompt, limit) == (min(limit, 20) if limit >= SIZE else 0)
     assert shelf.length([*prompt[:11], 99, *prompt[12:]]) == 11
-    assert shelf.length([*prompt[:3], 99, *prompt[4:]]) == 0  # less than a block is not worth it
+    assert shelf.length([*prompt[:3], 99, *prompt[4:]]) == 0  # less than a block is no hit
     assert shelf.length([99, *prompt]) == 0
 
 
-def test_where_strangers_share_hits_end_at_blocks():
+def test_hits_end_at_blocks_where_tenants_share_a_cache():
     shelf = Shelf(SLICEABLE)
     shelf.cache.to_token = False
     prompt = list(range(22))
@@ -268,7 +272,7 @@ def test_where_strangers_share_hits_end_at_blocks():
     assert shelf.length([*prompt[:11], 99, *prompt[12:]]) == 8
 
 
-def test_a_block_that_is_begun_is_found_in_the_branch_that_has_most_of_it():
+def test_a_partial_block_is_matched_in_the_branch_with_the_longest_part_of_it():
     shelf = Shelf(SLICEABLE)
     head = [1, 2, 3, 4]
     for tail in ([5, 6, 7, 8], [5, 6, 9, 9], [5, 0, 0, 0]):
@@ -280,7 +284,7 @@ def test_a_block_that_is_begun_is_found_in_the_branch_that_has_most_of_it():
     assert shelf.length([*head, 5, 6, 9, 9], 5) == 5
 
 
-def test_a_beginning_of_a_block_is_not_brought_from_disk():
+def test_a_partial_block_is_not_fetched_from_disk():
     shelf = Shelf(SLICEABLE, disk_bytes=PLENTY)
     shelf.insert(list(range(8)))
     shelf.insert([*range(4), *[9] * 4])
@@ -291,18 +295,18 @@ def test_a_beginning_of_a_block_is_not_brought_from_disk():
     assert (hit.num_tokens, hit.missing) == (4, ())
 
 
-def test_with_states_it_is_found_to_the_last_place_where_they_were_kept():
+def test_with_states_a_hit_ends_at_the_last_checkpoint():
     shelf = Shelf(STATEFUL)
     prompt = list(range(40))
     for num in (8, 19, 33):
         shelf.insert(prompt, num)
     found = {limit: shelf.length(prompt, limit) for limit in (7, 8, 18, 19, 32, 33, 40)}
     assert found == {7: 0, 8: 8, 18: 8, 19: 19, 32: 19, 33: 33, 40: 33}
-    assert shelf.length([*prompt[:18], 99, *prompt[19:]]) == 8  # inside the tail of the second
+    assert shelf.length([*prompt[:18], 99, *prompt[19:]]) == 8  # inside of the tail of the second
     assert shelf.length([*prompt[:7], 99]) == 0
 
 
-def test_several_states_within_one_block_are_told_apart():
+def test_several_checkpoints_within_one_block_are_distinct():
     shelf = Shelf(STATEFUL)
     prompts = [[1, 2, 3, 4, 5, last] for last in (6, 7, 8)]
     for prompt in prompts:
@@ -318,7 +322,7 @@ def test_several_states_within_one_block_are_told_apart():
 
 @both
 @pytest.mark.parametrize("seed", range(6))
-def test_a_cache_with_room_finds_all_that_it_was_given_and_no_more(memory: Memory, seed: int):
+def test_a_cache_with_room_finds_every_inserted_prefix_and_no_more(memory: Memory, seed: int):
     chance = random.Random(seed)
     shelf, inserted = Shelf(memory), []
     for _ in range(60):
@@ -333,7 +337,7 @@ def test_a_cache_with_room_finds_all_that_it_was_given_and_no_more(memory: Memor
 
 
 @both
-def test_what_is_there_already_is_not_kept_twice(memory: Memory):
+def test_a_known_prefix_is_not_kept_twice(memory: Memory):
     shelf = Shelf(memory)
     shelf.insert(list(range(20)))
     num_bytes = shelf.cache.stats.num_bytes
@@ -343,7 +347,7 @@ def test_what_is_there_already_is_not_kept_twice(memory: Memory):
 
 
 @both
-def test_scopes_do_not_see_one_another(memory: Memory):
+def test_scopes_share_no_prefix(memory: Memory):
     shelf = Shelf(memory)
     shelf.insert(list(range(20)), scope=1)
     assert shelf.length(list(range(20)), scope=1) == 20
@@ -354,12 +358,12 @@ def test_scopes_do_not_see_one_another(memory: Memory):
     assert one.segments != two.segments
 
 
-def test_entering_counts_what_was_asked_for_and_what_was_found():
+def test_enter_counts_asked_and_hit_tokens():
     shelf = Shelf(SLICEABLE)
     shelf.insert(list(range(20)))
     shelf.enter(list(range(30)), 29)
     shelf.enter([7] * 10, 9)
-    shelf.find(list(range(20)))  # looking does not count
+    shelf.find(list(range(20)))  # `match` does not count
     assert (shelf.cache.stats.num_asked, shelf.cache.stats.num_hit) == (38, 20)
 
 
@@ -372,8 +376,8 @@ def test_without_bytes_there_is_no_cache(memory: Memory):
 
 
 @both
-def test_nothing_computed_is_nothing_kept(memory: Memory):
-    """BUG: with states, a checkpoint of no tokens is saved: a cancel before the first chunk."""
+def test_no_computed_token_is_no_payload(memory: Memory):
+    """BUG: with states, a cancel before the first chunk saved a checkpoint of no tokens."""
     shelf = Shelf(memory)
     shelf.insert(list(range(20)), 0)
     assert shelf.ops == []
@@ -383,7 +387,7 @@ def test_nothing_computed_is_nothing_kept(memory: Memory):
 # --- sharing ----------------------------------------------------------------------------------
 
 
-def test_a_shared_prefix_is_stored_once_whatever_hangs_off_it():
+def test_a_shared_prefix_is_stored_once_for_all_its_continuations():
     shelf = Shelf(SLICEABLE)
     system = list(range(400))
     for user in range(20):
@@ -394,7 +398,7 @@ def test_a_shared_prefix_is_stored_once_whatever_hangs_off_it():
         assert shelf.length([*system, *[1000 + user] * 8]) == 408
 
 
-def test_an_extent_is_cut_where_another_prompt_branches_off():
+def test_an_extent_is_split_where_another_prompt_branches_off():
     shelf = Shelf(SLICEABLE)
     shelf.insert([1] * 16)
     shelf.insert([1] * 8 + [2] * 4)
@@ -404,7 +408,7 @@ def test_an_extent_is_cut_where_another_prompt_branches_off():
     assert shelf.length([1] * 8 + [3] * 4) == 8
 
 
-def test_a_cut_leaves_each_state_with_its_tokens():
+def test_a_split_leaves_each_checkpoint_with_its_tokens():
     shelf = Shelf(STATEFUL)
     prompt = list(range(32))
     for num in (32, 6, 8, 10, 18):  # the first is the extent, the others lie within it
@@ -416,7 +420,7 @@ def test_a_cut_leaves_each_state_with_its_tokens():
 
 # --- forgery ----------------------------------------------------------------------------------
 
-# Two blocks with one FNV-1a-64 digest, as a lattice reduction finds them in a moment.
+# Two blocks with one FNV-1a-64 digest, found by lattice reduction in moments.
 FORGED = ("25000000000000000000000000000000", "21037d030e190e08041d0303081a0504")
 
 
@@ -424,7 +428,7 @@ def forged(index: int) -> Tokens:
     return np.frombuffer(bytes.fromhex(FORGED[index]), "<u4").tolist()
 
 
-def test_the_forgery_is_one():
+def test_the_forged_block_has_the_same_key_and_other_tokens():
     one, two = (bytes.fromhex(text) for text in FORGED)
     assert one != two
     assert fnv1a(one) == fnv1a(two)
@@ -434,7 +438,7 @@ def test_the_forgery_is_one():
 
 
 @both
-def test_a_forged_block_never_finds_anothers_payload(memory: Memory):
+def test_a_forged_block_never_matches_another_payload(memory: Memory):
     shelf = Shelf(memory)
     mine, theirs = (forged(i) + [7] * 8 for i in (0, 1))
     shelf.insert(mine)
@@ -446,7 +450,7 @@ def test_a_forged_block_never_finds_anothers_payload(memory: Memory):
 
 
 @both
-def test_a_forged_block_within_an_extent_is_found_only_up_to_it(memory: Memory):
+def test_a_match_ends_before_a_forged_block_within_an_extent(memory: Memory):
     shelf = Shelf(memory)
     mine, theirs = ([1] * 8 + forged(i) + [7] * 8 for i in (0, 1))
     shelf.insert(mine, 8)
@@ -460,7 +464,7 @@ def test_a_forged_block_within_an_extent_is_found_only_up_to_it(memory: Memory):
 
 
 @both
-def test_keys_that_are_alike_by_hand_find_nothing_either(memory: Memory):
+def test_equal_keys_with_other_tokens_match_nothing(memory: Memory):
     shelf = Shelf(memory)
     mine = shelf.blocks(list(range(20)))
     shelf.sequences |= {1: list(range(20)), 2: [9] * 20}
@@ -475,11 +479,11 @@ def test_keys_that_are_alike_by_hand_find_nothing_either(memory: Memory):
     assert shelf.cache.match(later, 20).num_tokens == (0 if memory.has_state else 8)
 
 
-# --- give way ---------------------------------------------------------------------------------
+# --- eviction ---------------------------------------------------------------------------------
 
 
 def bytes_of(memory: Memory, *prompts: Tokens) -> int:
-    """What a cache of these prompts takes."""
+    """The bytes of a cache of these prompts."""
     shelf = Shelf(memory)
     for prompt in prompts:
         shelf.insert(prompt)
@@ -487,7 +491,7 @@ def bytes_of(memory: Memory, *prompts: Tokens) -> int:
 
 
 @both
-def test_who_was_not_used_for_longest_goes_first(memory: Memory):
+def test_the_least_recently_used_prefix_is_evicted_first(memory: Memory):
     prompts = [[i] * 12 for i in range(3)]
     shelf = Shelf(memory, bytes_of(memory, *prompts) + 1024)
     for prompt in prompts:
@@ -500,7 +504,7 @@ def test_who_was_not_used_for_longest_goes_first(memory: Memory):
 
 
 @both
-def test_a_shared_beginning_outlives_what_hangs_off_it(memory: Memory):
+def test_a_shared_prefix_outlives_its_continuations(memory: Memory):
     system = list(range(100, 140))
     shelf = Shelf(memory, bytes_of(memory, system, *[[*system, *[i] * 12] for i in range(3)]) + 99)
     shelf.insert(system)
@@ -514,7 +518,7 @@ def test_a_shared_beginning_outlives_what_hangs_off_it(memory: Memory):
 
 @both
 @pytest.mark.parametrize("seed", range(4))
-def test_no_parent_goes_before_its_children(memory: Memory, seed: int):
+def test_no_parent_is_evicted_before_its_children(memory: Memory, seed: int):
     chance = random.Random(seed)
     shelf = Shelf(memory)
     prompts = [some_prompt(chance) for _ in range(25)]
@@ -535,7 +539,7 @@ def test_no_parent_goes_before_its_children(memory: Memory, seed: int):
     assert shelf.cache.stats.num_bytes == 0
 
 
-def test_a_prompt_that_is_too_long_keeps_its_beginning():
+def test_of_a_prompt_that_does_not_fit_the_first_blocks_are_kept():
     shelf = Shelf(SLICEABLE, 20_000)
     prompt = list(range(2000))
     shelf.insert(prompt)
@@ -545,8 +549,8 @@ def test_a_prompt_that_is_too_long_keeps_its_beginning():
     assert 100 <= shelf.length(prompt) < 2000
 
 
-def test_what_can_never_be_kept_drives_nothing_out():
-    """BUG: `_make_room` evicts everything, and then there is no room all the same."""
+def test_a_prefix_that_can_never_fit_evicts_nothing():
+    """BUG: everything was evicted, without making enough room."""
     shelf = Shelf(STATEFUL, 20_000)
     shelf.insert([1] * 12)
     shelf.insert(list(range(2000)))
@@ -555,7 +559,7 @@ def test_what_can_never_be_kept_drives_nothing_out():
 
 
 @both
-def test_a_smaller_room_holds_until_the_next_shrink(memory: Memory):
+def test_a_smaller_limit_holds_until_the_next_shrink(memory: Memory):
     shelf = Shelf(memory, 50_000)
     for i in range(10):
         shelf.insert([i] * 40)
@@ -564,7 +568,7 @@ def test_a_smaller_room_holds_until_the_next_shrink(memory: Memory):
     for i in range(10, 20):
         shelf.insert([i] * 40)
         assert shelf.cache.stats.num_bytes <= 6000
-    shelf.cache.shrink(PLENTY)  # no more than there ever was
+    shelf.cache.shrink(PLENTY)  # at most the first limit
     shelf.work()
     for i in range(20, 40):
         shelf.insert([i] * 40)
@@ -575,7 +579,7 @@ def test_a_smaller_room_holds_until_the_next_shrink(memory: Memory):
 
 
 @both
-def test_a_lost_payload_takes_along_what_hangs_off_it(memory: Memory):
+def test_losing_a_payload_removes_everything_below_it(memory: Memory):
     shelf = Shelf(memory)
     system = [1] * 8
     shelf.insert(system)
@@ -594,7 +598,7 @@ def test_a_lost_payload_takes_along_what_hangs_off_it(memory: Memory):
     assert shelf.length(system) == 8
 
 
-def test_a_lost_state_leaves_the_others():
+def test_losing_a_checkpoint_leaves_the_others():
     shelf = Shelf(STATEFUL)
     prompt = list(range(20))
     for num in (8, 19):
@@ -607,7 +611,7 @@ def test_a_lost_state_leaves_the_others():
 
 
 @both
-def test_clear_forgets_memory_and_disk(memory: Memory):
+def test_clear_removes_memory_and_files(memory: Memory):
     shelf = Shelf(memory, disk_bytes=PLENTY)
     for i in range(6):
         shelf.insert([1] * 8 + [i] * 8, scope=i % 2)
@@ -622,7 +626,7 @@ def test_clear_forgets_memory_and_disk(memory: Memory):
 
 
 @both
-def test_a_reset_runner_leaves_what_is_on_disk(memory: Memory):
+def test_a_reset_of_the_runner_leaves_the_files(memory: Memory):
     shelf = Shelf(memory, disk_bytes=PLENTY)
     shelf.insert([1] * 16)
     shelf.cache.forget_held()
@@ -631,11 +635,11 @@ def test_a_reset_runner_leaves_what_is_on_disk(memory: Memory):
     hit = shelf.find([1] * 16)
     assert hit.num_tokens == 16
     assert set(hit.missing) == set(shelf.files)
-    assert shelf.enter([1] * 16) == Hit()  # nobody has fetched it
+    assert shelf.enter([1] * 16) == Hit()  # not fetched
 
 
 @both
-def test_a_reset_runner_without_a_disk_leaves_nothing(memory: Memory):
+def test_a_reset_of_the_runner_without_a_disk_leaves_nothing(memory: Memory):
     shelf = Shelf(memory)
     for i in range(4):
         shelf.insert([1] * 8 + [i] * 8)
@@ -648,7 +652,7 @@ def test_a_reset_runner_without_a_disk_leaves_nothing(memory: Memory):
 
 
 @both
-def test_what_leaves_memory_can_be_had_from_disk(memory: Memory):
+def test_an_evicted_payload_can_be_fetched_from_disk(memory: Memory):
     shelf = Shelf(memory, disk_bytes=PLENTY)
     prompt = list(range(22))
     shelf.insert(prompt)
@@ -662,8 +666,8 @@ def test_what_leaves_memory_can_be_had_from_disk(memory: Memory):
     assert hit.missing
     shelf.cache.shrink(PLENTY)
     assert shelf.fetch(hit)
-    assert shelf.find(prompt).missing == hit.missing  # on its way is not there
-    assert shelf.fetch(hit)  # and is not asked for twice
+    assert shelf.find(prompt).missing == hit.missing  # reading is not held
+    assert shelf.fetch(hit)  # no second read
     assert sorted(shelf.fetching) == sorted(hit.missing)
     while shelf.fetching:
         shelf.deliver()
@@ -673,7 +677,7 @@ def test_what_leaves_memory_can_be_had_from_disk(memory: Memory):
 
 
 def on_disk_only(memory: Memory, num_bytes: int, *prompts: Tokens) -> Shelf:
-    """A shelf whose prompts have all left memory, and then has so many bytes."""
+    """A shelf with all prompts only on disk, then limited to `num_bytes` of memory."""
     shelf = Shelf(memory, disk_bytes=PLENTY)
     for prompt in prompts:
         shelf.insert(prompt)
@@ -686,7 +690,7 @@ def on_disk_only(memory: Memory, num_bytes: int, *prompts: Tokens) -> Shelf:
 
 
 @both
-def test_what_does_not_fit_is_not_fetched(memory: Memory):
+def test_a_payload_that_does_not_fit_is_not_fetched(memory: Memory):
     shelf = on_disk_only(memory, 4000, [1] * 100)
     assert not shelf.fetch(shelf.find([1] * 100))
     assert shelf.fetching == []
@@ -694,7 +698,7 @@ def test_what_does_not_fit_is_not_fetched(memory: Memory):
 
 
 @both
-def test_what_gave_way_on_its_way_is_dropped_when_it_comes(memory: Memory):
+def test_a_payload_evicted_during_its_read_is_dropped_after_it(memory: Memory):
     shelf = on_disk_only(memory, PLENTY, [1] * 40)
     assert shelf.fetch(shelf.find([1] * 40))
     shelf.cache.shrink(2048)
@@ -706,8 +710,8 @@ def test_what_gave_way_on_its_way_is_dropped_when_it_comes(memory: Memory):
 
 
 @both
-def test_what_is_asked_for_again_after_it_gave_way_is_there_when_it_comes(memory: Memory):
-    """BUG: two readings are on their way, and the second arrival drops what the first brought."""
+def test_a_payload_fetched_again_after_eviction_is_held_after_the_first_read(memory: Memory):
+    """BUG: of two reads in progress, the second dropped the payload of the first."""
     shelf = on_disk_only(memory, PLENTY, [1] * 40)
     assert shelf.fetch(shelf.find([1] * 40))
     shelf.cache.shrink(2048)
@@ -721,8 +725,8 @@ def test_what_is_asked_for_again_after_it_gave_way_is_there_when_it_comes(memory
 
 
 @pytest.mark.parametrize("is_read", [True, False])
-def test_a_file_may_give_way_to_others_while_it_is_read(is_read: bool):
-    """BUG: `check` does not know what is on its way and has no file any more."""
+def test_a_file_may_be_unlinked_for_others_while_it_is_read(is_read: bool):
+    """BUG: `check` failed for a payload whose file was unlinked during its read."""
     shelf = Shelf(SLICEABLE, disk_bytes=60_000)  # three files
     shelf.insert([1] * 12)
     shelf.cache.forget_held()
@@ -745,7 +749,7 @@ def test_a_file_may_give_way_to_others_while_it_is_read(is_read: bool):
 
 
 @both
-def test_arrivals_and_failures_of_what_is_gone_are_void(memory: Memory):
+def test_reads_and_failures_of_removed_payloads_have_no_effect(memory: Memory):
     shelf = on_disk_only(memory, PLENTY, [1] * 12)
     assert shelf.fetch(shelf.find([1] * 12))
     coming = list(shelf.fetching)
@@ -766,7 +770,7 @@ def test_arrivals_and_failures_of_what_is_gone_are_void(memory: Memory):
 
 
 @both
-def test_what_cannot_be_read_is_forgotten_and_what_cannot_be_written_is_not(memory: Memory):
+def test_an_unreadable_payload_is_removed_and_an_unwritable_one_stays_in_memory(memory: Memory):
     shelf = Shelf(memory, disk_bytes=PLENTY)
     shelf.insert([1] * 12)
     first = shelf.find([1] * 12).segments[0].extent
@@ -783,8 +787,8 @@ def test_what_cannot_be_read_is_forgotten_and_what_cannot_be_written_is_not(memo
 
 
 @both
-def test_what_branches_off_a_file_that_nobody_fetched_is_kept(memory: Memory):
-    """BUG: only what is in memory is cut, so the file shuts out all that begin like it."""
+def test_a_branch_off_an_extent_that_is_only_on_disk_is_kept(memory: Memory):
+    """BUG: only extents in memory are split, so one on disk blocked all its branches."""
     shelf = on_disk_only(memory, PLENTY, [1] * 40)
     other = [1] * 20 + [2] * 20
     shelf.insert(other)
@@ -792,8 +796,8 @@ def test_what_branches_off_a_file_that_nobody_fetched_is_kept(memory: Memory):
 
 
 @both
-def test_memory_that_is_full_of_names_on_disk_forgets_these_too(memory: Memory):
-    """BUG: what is only on disk has a place in the index, counts, and never gives way for it."""
+def test_nodes_of_payloads_on_disk_are_removed_when_they_fill_memory(memory: Memory):
+    """BUG: nodes of payloads on disk count as memory, and were never evicted."""
     shelf = Shelf(memory, 40_000, PLENTY)
     for i in range(100):
         shelf.insert([i] * 12)
@@ -809,7 +813,7 @@ def test_memory_that_is_full_of_names_on_disk_forgets_these_too(memory: Memory):
 
 @both
 @pytest.mark.parametrize("seed", range(3))
-def test_the_disk_never_holds_more_than_its_cap_and_no_orphans(memory: Memory, seed: int):
+def test_the_disk_stays_within_its_cap_and_has_no_orphans(memory: Memory, seed: int):
     chance = random.Random(seed)
     shelf = Shelf(memory, disk_bytes=300_000)
     for _ in range(120):
@@ -842,8 +846,8 @@ def test_a_file_too_large_for_the_disk_is_kept_in_memory_alone(memory: Memory):
 @both
 @pytest.mark.parametrize("disk_bytes", [250_000, PLENTY])
 @pytest.mark.parametrize("seed", range(3))
-def test_another_process_finds_what_the_files_have(memory: Memory, disk_bytes: int, seed: int):
-    """BUG: a state inside an extent comes before the extent, which is longer, and is removed."""
+def test_a_new_process_finds_every_stored_prefix(memory: Memory, disk_bytes: int, seed: int):
+    """BUG: a checkpoint inside an extent was restored before the longer extent, and removed."""
     chance = random.Random(seed)
     shelf = Shelf(memory, 200_000, disk_bytes)
     for _ in range(80):
@@ -856,8 +860,8 @@ def test_another_process_finds_what_the_files_have(memory: Memory, disk_bytes: i
     chance.shuffle(found)
     again.cache.restore(found)
     again.work()
-    assert again.ops == []  # all of them hang together
-    assert again.cache.stats.disk_bytes <= shelf.cache.stats.disk_bytes  # bounds, from the sizes
+    assert again.ops == []  # every file has its parents
+    assert again.cache.stats.disk_bytes <= shelf.cache.stats.disk_bytes  # upper bounds
     for _ in range(60):
         prompt, scope = some_prompt(chance), chance.randrange(2)
         length = again.length(prompt, scope=scope)
@@ -868,9 +872,9 @@ def test_another_process_finds_what_the_files_have(memory: Memory, disk_bytes: i
     assert again.fetch(hit)
     while again.fetching:
         again.deliver()
-    length = again.enter(prompt).num_tokens  # with what is in memory now of the block after it
+    length = again.enter(prompt).num_tokens  # may now include a partial block
     assert 0 < hit.num_tokens <= length <= hit.num_tokens + (0 if memory.has_state else SIZE - 1)
-    again.insert([*prompt, 77, 77, 77, 77])  # new ids do not meet old ones
+    again.insert([*prompt, 77, 77, 77, 77])  # new ids differ from old ones
     assert again.length([*prompt, 77, 77, 77, 77]) >= len(prompt) // SIZE * SIZE
 
 
@@ -916,15 +920,15 @@ def test_broken_files_are_removed(memory: Memory, what: str):
     assert shelf.length([1] * 8) == (0 if memory.has_state else 8)
 
 
-def test_states_are_no_use_to_a_model_that_has_none():
+def test_checkpoints_are_removed_for_a_model_without_states():
     words = words_of([1] * 12)
     shelf = restored(SLICEABLE, Stored(0, 0, None, words), Stored(0, 0, 12, words))
     assert shelf.ops == [Unlink(2)]
 
 
 @both
-def test_the_second_file_of_the_same_is_removed(memory: Memory):
-    """BUG: a second state takes the place of the first, which then is in no tree."""
+def test_the_second_file_of_a_payload_is_removed(memory: Memory):
+    """BUG: a second checkpoint replaced the first, which then was in no tree."""
     words = words_of([1] * 12)
     extents = [Stored(0, 0, None, words)] * 2
     states = [Stored(0, 0, 12, words)] * 2 if memory.has_state else []
@@ -950,7 +954,9 @@ def test_files_beyond_the_cap_are_removed(memory: Memory):
 
 @both
 @pytest.mark.parametrize("seed", range(4))
-def test_files_with_any_damage_are_taken_or_removed_and_mislead_nobody(memory: Memory, seed: int):
+def test_damaged_files_are_restored_or_removed_and_never_give_a_wrong_hit(
+    memory: Memory, seed: int
+):
     chance = random.Random(seed)
     shelf = Shelf(memory, disk_bytes=PLENTY)
     for _ in range(40):
@@ -988,9 +994,9 @@ few_scopes = st.sampled_from((0, 0, 0, 1 << 63))
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens in whatever order, books are right, bytes in bounds and hits true.
+    """In any order of events, accounting is exact, bytes are within limits and hits are true.
 
-    BUG: found those that the tests above have alone: names on disk, and arrivals of one id twice.
+    BUG: it found two that tests above reproduce: nodes on disk, and two reads of one id.
     """
 
     shelf: Shelf
@@ -1070,7 +1076,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.shelf.cache.stats.num_bytes == 0
 
     @invariant()
-    def books_are_right(self) -> None:
+    def accounting_is_exact(self) -> None:
         if hasattr(self, "shelf"):
             self.shelf.check()
 

@@ -1,4 +1,4 @@
-"""With a warm prefix cache every answer is what it is cold, to the token, for each kind of cache.
+"""A warm prefix cache gives the same tokens as a cold one, for each kind of KV cache.
 
 Conversations go on, branch off, are edited in the middle, come at once and are cancelled; blocks
 are small, so that hits end inside windows, inside extents and at checkpoints.
@@ -39,7 +39,7 @@ def cacheable(sequence: Sequence, heads: SequenceOf[int] = (), scope: int = 0) -
 
 
 class Chat:
-    """One server's life: a scheduler and a runner, over which prompts are asked in turn."""
+    """A scheduler and a runner; prompts run one at a time."""
 
     def __init__(self, kind: str, *, num_bytes: int = PLENTY, max_rows: int = 4, chunk: int = 2048):
         self.kind = kind
@@ -84,7 +84,7 @@ def some_tokens(chance: random.Random, low: int, high: int) -> list[int]:
 
 @pytest.mark.parametrize("chunk", [5, 2048])
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_conversation_with_edits_reads_as_if_nothing_were_cached(kind: str, chunk: int):
+def test_a_conversation_with_edits_has_the_tokens_of_a_cold_cache(kind: str, chunk: int):
     chance = random.Random(len(kind) * chunk)
     chat = Chat(kind, chunk=chunk)
     turns = [some_tokens(chance, 9, 30)]
@@ -102,7 +102,7 @@ def test_a_conversation_with_edits_reads_as_if_nothing_were_cached(kind: str, ch
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_many_at_once_with_one_beginning_read_as_each_alone(kind: str):
+def test_concurrent_prompts_with_a_shared_prefix_have_the_tokens_of_each_alone(kind: str):
     chance = random.Random(7)
     chat = Chat(kind, max_rows=3, chunk=16)
     shared = some_tokens(chance, 70, 70)
@@ -128,7 +128,7 @@ def test_many_at_once_with_one_beginning_read_as_each_alone(kind: str):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_small_cache_forgets_but_does_not_mislead(kind: str):
+def test_a_small_cache_evicts_and_gives_no_wrong_tokens(kind: str):
     chance = random.Random(3)
     chat = Chat(kind, num_bytes=60_000)
     roots = [some_tokens(chance, 20, 40) for _ in range(4)]

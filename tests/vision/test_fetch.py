@@ -1,4 +1,4 @@
-"""Remote images: which addresses a fetch may touch, and that no response costs more than it may.
+"""Remote images: the addresses that a fetch may connect to, and the limits of a response.
 
 Fetches run over a network of scripts with a clock of their own; a few tests run over real sockets,
 which the scripts must resemble.
@@ -28,7 +28,7 @@ REMOTE = Limits(allow_remote=True)
 
 
 def png(width: int, height: int) -> bytes:
-    """Noise, the same each time: a PNG of about as many bytes as its pixels have."""
+    """A PNG of reproducible noise, of about as many bytes as its pixels have."""
     pixels = random.Random(1).randbytes(3 * width * height)
     file = BytesIO()
     Image.frombytes("RGB", (width, height), pixels).save(file, "PNG")
@@ -66,7 +66,7 @@ def test_an_address_is_public(address: str) -> None:
 
 
 @given(st.ip_addresses())
-def test_no_address_of_ours_is_public_in_any_wrapping(ip: Any) -> None:
+def test_no_private_address_is_public_in_any_ipv6_embedding(ip: Any) -> None:
     if ip.version == 4 and not is_public(str(ip)):
         inside = int(ip)
         for wrapped in (f"::ffff:{ip}", f"::{ip}", f"64:ff9b::{ip}"):
@@ -80,11 +80,11 @@ def test_no_address_of_ours_is_public_in_any_wrapping(ip: Any) -> None:
 
 PUBLIC = "93.184.215.14"
 URL = "http://example.com/cat.png"
-Script = Sequence[bytes | float | OSError]  # bytes that come, seconds that pass, what fails
+Script = Sequence[bytes | float | OSError]  # bytes to receive, seconds to wait, an error
 
 
 class FakeWire:
-    """A connection whose other end follows a script, and is silent after it."""
+    """A connection that receives a script, and then nothing."""
 
     def __init__(self, script: Script, clock: Clock) -> None:
         self.sent = b""
@@ -121,7 +121,7 @@ class FakeWire:
 
 @dataclass
 class FakeNetwork:
-    """Names and their addresses, and what is said at each address, one script a connection."""
+    """Names and their addresses, and a script for each connection to an address."""
 
     names: dict[str, list[str]] = field(default_factory=lambda: {"example.com": [PUBLIC]})
     scripts: dict[str, list[Script]] = field(default_factory=dict)
@@ -187,7 +187,7 @@ def failure(url: str, fake: FakeNetwork, limits: Limits = REMOTE) -> str:
 UNREACHABLE = "has no public address to be fetched from"
 
 
-def test_a_picture_is_fetched_from_the_address_that_was_looked_up_once() -> None:
+def test_an_image_is_fetched_from_the_address_resolved_once() -> None:
     fake = saying([answer()])
     assert fetch("http://EXAMPLE.com/a%20b.png?q=ü#top", fake).pixels.size == (16, 16)
     assert (fake.resolved, fake.dialled) == (["example.com"], [(PUBLIC, 80)])
@@ -201,12 +201,12 @@ def test_a_picture_is_fetched_from_the_address_that_was_looked_up_once() -> None
     )
 
 
-def test_a_picture_that_was_fetched_is_the_one_that_was_sent() -> None:
+def test_a_fetched_image_has_the_bytes_that_were_sent() -> None:
     source = Source(PNG, None, PARAM)
     assert fetch(URL, saying([answer()])).digest == load([source], LIMITS)[0].digest
 
 
-def test_nothing_is_fetched_unless_the_operator_wants_it() -> None:
+def test_nothing_is_fetched_unless_remote_images_are_allowed() -> None:
     fake = saying([answer()])
     assert "--allow-remote-images" in failure(URL, fake, LIMITS)
     assert (fake.resolved, fake.dialled) == ([], [])
@@ -219,7 +219,7 @@ def test_a_secure_fetch_is_secured_for_the_name_in_the_url() -> None:
     assert b"Host: example.com\r\n" in fake.wires[0].sent
 
 
-def test_a_port_is_named_where_it_is_not_the_schemes() -> None:
+def test_the_host_header_has_a_port_that_is_not_the_default() -> None:
     fake = saying([answer()], [answer()])
     fetch("https://example.com:8443/", fake)
     fetch("http://example.com:443/", fake)
@@ -260,11 +260,11 @@ def test_an_address_in_a_url_needs_no_name_server() -> None:
         "http://[2002:7f00:1::]/",
         "http://[fe80::1]/",
         "http://metadata.google.internal/",
-        "http://nobody-knows-this.example/",
+        "http://unknown.example/",
         "http://1.2.3/",
     ],
 )
-def test_what_is_private_or_unknown_is_refused_in_one_voice(url: str) -> None:
+def test_private_and_unknown_addresses_have_the_same_error(url: str) -> None:
     names = {"localhost": ["::1", "127.0.0.1"], "metadata.google.internal": ["169.254.169.254"]}
     fake = FakeNetwork(names=names)
     assert failure(url, fake) == UNREACHABLE
@@ -272,15 +272,15 @@ def test_what_is_private_or_unknown_is_refused_in_one_voice(url: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "0177.0.0.1", "127.1", "1.2.3.4.", "0x"])
-def test_a_number_is_no_name_whatever_a_name_server_says_of_it(host: str) -> None:
+def test_a_numeric_host_is_never_resolved(host: str) -> None:
     fake = saying([answer()], names={host: [PUBLIC]})
     assert failure(f"http://{host}/", fake) == UNREACHABLE
     assert (fake.resolved, fake.dialled) == ([], [])
 
 
-def test_this_machine_is_refused_by_its_name_whatever_its_own_files_say_of_it() -> None:
+def test_localhost_is_refused_by_name() -> None:
     with pytest.raises(ImageError, match=UNREACHABLE):
-        load([source_of("http://localhost/", PARAM)], REMOTE)  # no fake: nothing is dialled
+        load([source_of("http://localhost/", PARAM)], REMOTE)  # without a fake: nothing is dialled
 
 
 @pytest.mark.parametrize("private", ["10.0.0.1", "::1", "::ffff:10.0.0.1", "not an address"])
@@ -291,7 +291,7 @@ def test_one_private_address_among_public_ones_is_enough(private: str) -> None:
         assert fake.dialled == []
 
 
-def test_another_address_is_dialled_where_one_does_not_answer_and_those_of_ipv4_first() -> None:
+def test_further_addresses_are_dialled_after_a_failure_ipv4_first() -> None:
     addresses = ["2606:4700::1111", "1.1.1.1", PUBLIC, "8.8.8.8"]
     fake = saying([answer()], names={"example.com": addresses})
     fetch(URL, fake)
@@ -335,7 +335,7 @@ def test_a_redirect_is_followed_as_a_url_of_its_own(status: str) -> None:
         ("/a b", "leads to a URL that is not fetched"),
     ],
 )
-def test_a_redirect_to_what_is_not_fetched_is_not_fetched(location: str, message: str) -> None:
+def test_a_redirect_to_a_refused_url_is_refused(location: str, message: str) -> None:
     fake = saying([moved(location)])
     assert failure(URL, fake) == message
     assert len(fake.dialled) == 1
@@ -347,7 +347,7 @@ def test_a_redirect_is_read_as_utf_8() -> None:
     assert fake.wires[1].sent.startswith(b"GET /%C3%BC.png HTTP/1.1\r\n")
 
 
-def test_a_name_that_turns_private_on_the_way_is_refused() -> None:
+def test_a_redirect_to_a_name_that_became_private_is_refused() -> None:
     fake = saying([moved("/again")])
     resolve = iter([[PUBLIC], ["127.0.0.1"]])
     network = replace(fake.network, resolve=lambda *_: next(resolve))
@@ -370,12 +370,12 @@ def test_redirects_are_followed_three_times() -> None:
 
 
 @pytest.mark.parametrize("status", ["404 Not here", "500 secret", "204 No", "206 Part", "304 Old"])
-def test_any_other_status_is_told_and_nothing_else_of_the_answer(status: str) -> None:
-    said = failure(URL, saying([answer(b"", status, "X-Secret: secret")]))
-    assert said == f"could not be fetched: the answer was {status[:3]}"
+def test_any_other_status_is_the_only_part_of_a_response_in_the_error(status: str) -> None:
+    error = failure(URL, saying([answer(b"", status, "X-Secret: secret")]))
+    assert error == f"could not be fetched: the answer was {status[:3]}"
 
 
-def test_a_redirect_that_leads_nowhere_is_a_status_like_others() -> None:
+def test_a_redirect_without_a_location_is_an_error_status() -> None:
     assert failure(URL, saying([answer(b"x", "302 Found")])).endswith("the answer was 302")
 
 
@@ -399,17 +399,17 @@ def test_a_redirect_that_leads_nowhere_is_a_status_like_others() -> None:
         [b"HTTP/1.1 200 OK\r\n", ConnectionResetError("secret")],
     ],
 )
-def test_an_answer_that_is_broken_is_not_repeated(script: Script) -> None:
+def test_a_broken_response_is_not_quoted(script: Script) -> None:
     assert failure(URL, saying(script)) == "could not be fetched"
 
 
-def test_an_answer_that_is_no_picture_is_not_repeated() -> None:
+def test_a_response_that_is_no_image_is_not_quoted() -> None:
     assert failure(URL, saying([answer(b"root:x:0:0")])) == (
         "is no picture in PNG, JPEG, WebP, GIF or BMP"
     )
 
 
-def test_interim_answers_are_passed_over() -> None:
+def test_interim_responses_are_skipped() -> None:
     fetch(URL, saying([b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 3, answer()]))
 
 
@@ -427,7 +427,7 @@ def test_a_length_that_is_too_large_is_refused_before_the_body() -> None:
     assert failure(URL, saying(script), limits) == "is larger than 1 MiB"
 
 
-def test_a_body_that_is_too_large_is_refused_though_no_length_says_so() -> None:
+def test_a_body_that_is_too_large_is_refused_without_a_length_too() -> None:
     limits = replace(REMOTE, max_bytes=1 << 20)
     script: Script = [b"HTTP/1.1 200 OK\r\n\r\n", *[bytes(1 << 16)] * 17, OSError("not read")]
     assert failure(URL, saying(script), limits) == "is larger than 1 MiB"
@@ -456,21 +456,21 @@ LATE = "took longer than 15 s to fetch"
         [14.9, moved(URL)],
     ],
 )
-def test_a_slow_server_is_left_at_the_deadline(script: Script) -> None:
+def test_a_fetch_from_a_slow_server_ends_at_the_deadline(script: Script) -> None:
     fake = saying(script, [1.0, answer()])
     began = fake.clock.now
     assert failure(URL, fake) == LATE
     assert fake.clock.now - began <= REMOTE.total_s + 1
 
 
-def test_a_server_that_never_stops_sending_is_left_at_the_deadline() -> None:
+def test_a_fetch_of_an_endless_response_ends_at_the_deadline() -> None:
     fake = saying([b"HTTP/1.1 200 OK\r\n\r\n", *[b"x"] * 10])
-    network = replace(fake.network, now=iter(range(0, 1000, 3)).__next__)  # each look costs 3 s
+    network = replace(fake.network, now=iter(range(0, 1000, 3)).__next__)  # each call adds 3 s
     with pytest.raises(ImageError, match=LATE):
         load([source_of(URL, PARAM)], REMOTE, network)
 
 
-def test_slow_names_and_dials_count_too() -> None:
+def test_resolving_and_connecting_count_toward_the_deadline() -> None:
     fake = saying(names={"example.com": [f"8.8.8.{i}" for i in range(5)]}, resolve_s=4.0)
     assert failure(URL, fake) == LATE
     assert fake.clock.now <= 1000 + REMOTE.total_s
@@ -479,7 +479,7 @@ def test_slow_names_and_dials_count_too() -> None:
     assert fake.clock.now == 1000 + REMOTE.connect_s
 
 
-def test_all_pictures_of_a_request_share_one_deadline() -> None:
+def test_all_images_of_a_request_share_one_deadline() -> None:
     fake = saying([6.0, answer()], [6.0, answer()], [6.0, answer()])
     sources = [source_of(URL, f"p{i}") for i in range(3)]
     assert len(load(sources[:2], REMOTE, fake.network)) == 2
@@ -502,7 +502,7 @@ def test_a_handshake_that_fails_closes_the_connection() -> None:
 
 
 @contextmanager
-def listening(said: bytes) -> Iterator[tuple[int, list[bytes]]]:
+def listening(response: bytes) -> Iterator[tuple[int, list[bytes]]]:
     """A server on a real socket that answers one request."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -513,7 +513,7 @@ def listening(said: bytes) -> Iterator[tuple[int, list[bytes]]]:
             with connection:
                 connection.settimeout(20)
                 asked.append(connection.recv(65536))
-                connection.sendall(said)
+                connection.sendall(response)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -521,7 +521,7 @@ def listening(said: bytes) -> Iterator[tuple[int, list[bytes]]]:
         thread.join(20)
 
 
-def test_a_real_socket_serves_a_fetch_as_the_scripts_do() -> None:
+def test_a_fetch_works_over_a_real_socket() -> None:
     fake = FakeNetwork()
     with listening(answer(png(300, 300))) as (port, asked):
 
@@ -536,7 +536,7 @@ def test_a_real_socket_serves_a_fetch_as_the_scripts_do() -> None:
     assert fake.dialled == [(PUBLIC, 80)]
 
 
-def test_a_real_server_without_a_certificate_is_not_believed() -> None:
+def test_a_server_without_a_valid_certificate_is_refused() -> None:
     with listening(b"no TLS") as (port, _):
 
         def dial(_address: str, _port: int, timeout_s: float) -> Any:
@@ -547,11 +547,13 @@ def test_a_real_server_without_a_certificate_is_not_believed() -> None:
             load([source_of("https://example.com/", PARAM)], REMOTE, network)
 
 
-def test_the_systems_names_are_looked_up_within_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_resolver_runs_within_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Network().resolve("localhost", 80, 20.0)
     assert found
     assert not any(map(is_public, found))
-    assert Network().resolve("a" * 64 + ".example", 80, 20.0) == []  # no name has such a part
+    assert (
+        Network().resolve("a" * 64 + ".example", 80, 20.0) == []
+    )  # invalid: a label has at most 63 characters
     is_over = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_over.wait(20) and [])
     assert Network().resolve("example.com", 80, 0.001) == []

@@ -1,4 +1,4 @@
-"""Images: which bytes may become one, and which pixels they become."""
+"""Images: accepted bytes, and the pixels that they decode to."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ from mlxlite.vision.images import (
 PARAM = "messages[0].content[1].image_url"
 LIMITS = Limits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-GRID = [[RED, GREEN], [BLUE, WHITE]]  # a picture of four quarters, row by row
+GRID = [[RED, GREEN], [BLUE, WHITE]]  # an image of four quarters, row by row
 
 
 def grid(side: int = 8) -> Image.Image:
@@ -50,7 +50,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def noise(width: int, height: int) -> Image.Image:
-    """Something that does not compress, the same each time."""
+    """Reproducible bytes that do not compress."""
     return Image.frombytes("RGB", (width, height), random.Random(1).randbytes(3 * width * height))
 
 
@@ -61,18 +61,18 @@ def source(data: bytes, detail: str = "auto") -> Source:
     return Source(data, None, PARAM, detail)
 
 
-def picture(data: bytes, detail: str = "auto", limits: Limits = LIMITS) -> LoadedImage:
+def loaded(data: bytes, detail: str = "auto", limits: Limits = LIMITS) -> LoadedImage:
     (loaded,) = load([source(data, detail)], limits)
     assert loaded.pixels.mode == "RGB"
     return loaded
 
 
 def pixel(data: bytes, x: int = 0, y: int = 0) -> Any:
-    return picture(data).pixels.getpixel((x, y))
+    return loaded(data).pixels.getpixel((x, y))
 
 
 def refusal(data: bytes, limits: Limits = LIMITS) -> str:
-    """What a client is told of bytes that are no picture for us."""
+    """The error for bytes that are not accepted as an image."""
     with pytest.raises(ImageError) as caught:
         load([source(data)], limits)
     assert caught.value.param == PARAM
@@ -137,12 +137,12 @@ def test_a_data_uri_that_is_no_base64_is_refused_by_name(uri: str) -> None:
 def test_a_data_uri_of_50_mb_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "binascii", None)  # whoever decodes fails
+    monkeypatch.setattr(images, "binascii", None)  # decoding would fail
     text = "A" * (50_000_000 // 3 * 4)
     assert "larger than 32 MiB" in bad_source("data:image/png;base64," + text)
 
 
-def test_what_the_parser_takes_at_most_is_what_it_says() -> None:
+def test_the_parsers_size_limit_is_exact() -> None:
     assert len(source_of_base64("AAAA" * (MAX_BYTES // 3), PARAM).data or b"") == MAX_BYTES // 3 * 3
     with pytest.raises(ImageError):
         source_of_base64("AAAA" * (MAX_BYTES // 3 + 2), PARAM)
@@ -196,7 +196,7 @@ def test_only_data_and_the_web_are_sources(url: str) -> None:
         "https://example.com/" + "x" * MAX_URL,
     ],
 )
-def test_a_url_that_nobody_should_fetch_is_refused_before_it_is_asked_for(url: str) -> None:
+def test_a_url_that_is_never_fetched_is_refused_at_parsing(url: str) -> None:
     assert PARAM in bad_source(url)
 
 
@@ -205,7 +205,7 @@ def test_a_url_that_nobody_should_fetch_is_refused_before_it_is_asked_for(url: s
     [
         "http://example.com",
         "HTTPS://EXAMPLE.com:8443/a%20b/ü.png?q=1&r=/#top",
-        "http://127.0.0.1:1024/",  # whether it is fetched is seen when it is
+        "http://127.0.0.1:1024/",  # checked when it is fetched
         "http://[2606:4700::1]/",
         "http://xn--bcher-kva.example./",
     ],
@@ -215,7 +215,7 @@ def test_a_url_is_kept_as_it_is(url: str) -> None:
 
 
 @given(st.text() | st.text().map("data:".__add__) | st.text().map("http://".__add__))
-def test_a_source_is_read_or_refused_whatever_it_says(value: str) -> None:
+def test_any_text_is_a_source_or_an_image_error(value: str) -> None:
     with suppress(ImageError):
         found = source_of(value, PARAM)
         assert (found.data is None) != (found.url is None)
@@ -227,7 +227,7 @@ def test_a_source_is_read_or_refused_whatever_it_says(value: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_each_format_is_decoded_by_its_content(kind: str) -> None:
     options = {"WEBP": {"lossless": True}, "JPEG": {"subsampling": 0, "quality": 95}}
-    pixels = picture(encoded(grid(), kind, **options.get(kind, {}))).pixels
+    pixels = loaded(encoded(grid(), kind, **options.get(kind, {}))).pixels
     assert pixels.size == (16, 16)
     for y, row in enumerate(GRID):
         for x, colour in enumerate(row):
@@ -244,11 +244,11 @@ PS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     [SVG, b"<?xml version='1.0'?>" + SVG, PS, b"%PDF-1.7", b"\0", b"x" * 100, b"GIF", b"\x89PNG"]
     + [encoded(grid(), kind) for kind in ("TIFF", "ICO", "PPM", "TGA", "JPEG2000", "PCX", "DDS")],
 )
-def test_nothing_else_reaches_a_decoder(data: bytes) -> None:
+def test_other_formats_reach_no_decoder(data: bytes) -> None:
     assert refusal(data) == "is no picture in PNG, JPEG, WebP, GIF or BMP"
 
 
-def test_a_format_that_is_not_ours_is_refused_though_it_could_be_decoded() -> None:
+def test_a_format_outside_the_list_is_refused_even_if_pillow_decodes_it() -> None:
     tiff = encoded(grid(), "TIFF")
     assert Image.open(BytesIO(tiff)).format == "TIFF"
     assert "no picture" in refusal(tiff)
@@ -256,9 +256,9 @@ def test_a_format_that_is_not_ours_is_refused_though_it_could_be_decoded() -> No
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_picture_that_is_cut_short_is_refused(kind: str, share: float) -> None:
+def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
     data = encoded(noise(64, 64), kind)
-    assert picture(data).pixels.size == (64, 64)
+    assert loaded(data).pixels.size == (64, 64)
     assert refusal(data[: int(len(data) * share)]) in (
         "cannot be decoded: it is broken or cut short",
         "is no picture in PNG, JPEG, WebP, GIF or BMP",
@@ -280,7 +280,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (9_500, 9_500), (8_001, 8_000), (300, 213_334)])
-def test_a_bomb_is_refused_for_what_its_header_says(size: tuple[int, int]) -> None:
+def test_a_bomb_is_refused_by_the_size_in_its_header(size: tuple[int, int]) -> None:
     assert refusal(bomb(*size)[:60]) == "has more than 64000000 pixels"
 
 
@@ -290,30 +290,30 @@ def test_a_whole_bomb_of_400_megapixels_is_small_and_refused() -> None:
     assert refusal(data) == "has more than 64000000 pixels"
 
 
-def test_as_many_pixels_as_are_allowed_are_decoded() -> None:
+def test_an_image_of_exactly_the_pixel_limit_is_decoded() -> None:
     limits = replace(LIMITS, max_source_pixels=64 * 100, max_pixels=64)
-    assert picture(bomb(64, 100), limits=limits).pixels.size == (6, 10)
+    assert loaded(bomb(64, 100), limits=limits).pixels.size == (6, 10)
     assert "has more than 6400 pixels" in refusal(bomb(65, 100), limits)
 
 
-def test_a_picture_is_at_most_so_many_times_as_long_as_wide() -> None:
-    assert picture(bomb(1, 200)).pixels.size == (1, 200)
+def test_the_aspect_ratio_is_bounded() -> None:
+    assert loaded(bomb(1, 200)).pixels.size == (1, 200)
     assert "200 times as long as wide" in refusal(bomb(1, 201))
     assert "200 times as long as wide" in refusal(bomb(402, 2))
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (6000, 31), (1265, 1265)])
-def test_a_large_picture_is_scaled_down_in_its_proportions(size: tuple[int, int]) -> None:
-    width, height = picture(bomb(*size)).pixels.size
+def test_a_large_image_is_scaled_down_in_its_proportions(size: tuple[int, int]) -> None:
+    width, height = loaded(bomb(*size)).pixels.size
     assert width * height <= 1_600_000
     if size[0] * size[1] > 1_600_000:
         assert width * height > 0.95 * 1_600_000
     assert abs(width / height / (size[0] / size[1]) - 1) < 0.05
 
 
-def test_a_small_picture_keeps_its_size() -> None:
-    assert picture(bomb(1, 1)).pixels.size == (1, 1)
-    assert picture(bomb(1264, 1264)).pixels.size == (1264, 1264)
+def test_a_small_image_keeps_its_size() -> None:
+    assert loaded(bomb(1, 1)).pixels.size == (1, 1)
+    assert loaded(bomb(1264, 1264)).pixels.size == (1264, 1264)
 
 
 @pytest.mark.parametrize(
@@ -323,21 +323,21 @@ def test_a_small_picture_keeps_its_size() -> None:
 def test_low_detail_is_at_most_512_pixels_a_side(
     size: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
-    assert picture(bomb(*size), "low").pixels.size == scaled
-    assert picture(bomb(*size), "high").pixels.size == size
+    assert loaded(bomb(*size), "low").pixels.size == scaled
+    assert loaded(bomb(*size), "high").pixels.size == size
 
 
-def test_a_jpeg_that_is_scaled_shows_what_it_showed() -> None:
-    pixels = picture(encoded(grid(1600), "JPEG")).pixels
+def test_a_scaled_jpeg_keeps_its_colours() -> None:
+    pixels = loaded(encoded(grid(1600), "JPEG")).pixels
     assert pixels.size == (1264, 1264)
     found: Any = pixels.getpixel((900, 300))
     assert max(abs(a - b) for a, b in zip(found, GREEN, strict=True)) < 6
 
 
-def test_a_jpeg_that_is_scaled_stays_sharp() -> None:
+def test_a_scaled_jpeg_stays_sharp() -> None:
     image = Image.new("L", (8000, 8000))
     image.paste(255, (4004, 0, 8000, 8000))  # no eighth of a size can have its edge there
-    pixels = picture(encoded(image, "JPEG")).pixels
+    pixels = loaded(encoded(image, "JPEG")).pixels
     row: list[Any] = [pixels.getpixel((x, 600)) for x in range(1264)]
     grey = [x for x, (value, _, _) in enumerate(row) if 20 <= value < 236]
     assert grey == [632]
@@ -358,12 +358,12 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_a_camera_that_was_turned_is_turned_back(orientation: int, kind: str) -> None:
+def test_an_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = grid(16).resize((32, 64))
     options = {"lossless": True} if kind == "WEBP" else {}
-    pixels = picture(encoded(image, kind, exif=exif, **options)).pixels
+    pixels = loaded(encoded(image, kind, exif=exif, **options)).pixels
     width, height = pixels.size
     assert pixels.size == ((64, 32) if orientation >= 5 else (32, 64))
     corners: list[Any] = [pixels.getpixel((x, y)) for y in (4, height - 5) for x in (4, width - 5)]
@@ -371,41 +371,41 @@ def test_a_camera_that_was_turned_is_turned_back(orientation: int, kind: str) ->
         assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 12
 
 
-def test_a_picture_is_turned_when_it_is_scaled_too() -> None:
+def test_an_exif_orientation_is_applied_to_scaled_images_too() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (4000, 2000), RED), "JPEG", exif=exif)
-    width, height = picture(data).pixels.size
+    width, height = loaded(data).pixels.size
     assert height > 1.9 * width
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_is_none_turns_nothing(orientation: int) -> None:
+def test_an_invalid_orientation_is_ignored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert pixel(encoded(grid(), "PNG", exif=exif)) == RED
 
 
-def test_broken_notes_of_a_camera_do_not_spoil_a_picture() -> None:
+def test_broken_exif_is_ignored() -> None:
     data = encoded(grid(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff broken")
     assert pixel(data) == RED
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_what_is_transparent_is_white(mode: str) -> None:
+def test_transparent_pixels_are_white(mode: str) -> None:
     image = Image.new(mode, (2, 1), (0, 0, 0, 0) if mode == "RGBA" else (0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255) if mode == "RGBA" else (0, 255))
     assert pixel(encoded(image)) == WHITE
     assert pixel(encoded(image), 1) == (0, 0, 0)
 
 
-def test_what_is_half_transparent_is_half_white() -> None:
+def test_half_transparent_pixels_are_half_white() -> None:
     assert pixel(encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 128)))) == (255, 127, 127)
 
 
-def test_what_is_transparent_stays_white_when_it_is_scaled() -> None:
+def test_transparent_pixels_stay_white_when_scaled() -> None:
     image = Image.new("RGBA", (2000, 2000), (255, 0, 0, 0))
-    assert picture(encoded(image)).pixels.getcolors() == [(1264 * 1264, WHITE)]
+    assert loaded(encoded(image)).pixels.getcolors() == [(1264 * 1264, WHITE)]
 
 
 @pytest.mark.parametrize("transparency", [0, b"\0\xff"])
@@ -429,7 +429,7 @@ def test_one_transparent_colour_is_white(mode: str, clear: Any) -> None:
     assert pixel(encoded(image)) != WHITE
 
 
-def test_a_palette_is_its_colours() -> None:
+def test_a_palette_image_has_its_colours() -> None:
     assert pixel(encoded(grid().quantize(4)), 12, 4) == GREEN
 
 
@@ -451,7 +451,7 @@ def test_colours_of_16_bits_are_colours_of_8() -> None:
     assert pixel(head + chunk(b"IDAT", row) + chunk(b"IEND", b"")) == (255, 128, 0)
 
 
-def test_cmyk_is_shown_in_rgb() -> None:
+def test_cmyk_is_converted_to_rgb() -> None:
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
     assert Image.open(BytesIO(data)).mode == "CMYK"
     found: Any = pixel(data)
@@ -459,7 +459,7 @@ def test_cmyk_is_shown_in_rgb() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_what_moves_is_its_first_frame(kind: str) -> None:
+def test_an_animation_is_its_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN, BLUE)]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -476,7 +476,7 @@ BROKEN += [encoded(grid(4).quantize(4), kind) for kind in ("PNG", "GIF")]
     st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=8),
     st.integers(0, 2000),
 )
-def test_broken_bytes_are_a_picture_or_an_error_for_the_client(
+def test_broken_bytes_are_an_image_or_an_image_error(
     data: bytes, changes: list[tuple[int, int]], end: int
 ) -> None:
     broken = bytearray(data[: end or None])
@@ -488,7 +488,7 @@ def test_broken_bytes_are_a_picture_or_an_error_for_the_client(
         assert found.pixels.mode == "RGB"
 
 
-def test_a_decoder_without_memory_is_an_error_for_the_client(
+def test_a_decoder_without_memory_is_an_image_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -498,7 +498,9 @@ def test_a_decoder_without_memory_is_an_error_for_the_client(
     assert "cannot be decoded" in refusal(PNG)
 
 
-def test_without_pillow_a_client_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pillow_the_error_names_the_missing_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "pip install 'mlxlite[vision]'" in refusal(PNG)
     assert load([], LIMITS) == ()
@@ -507,13 +509,13 @@ def test_without_pillow_a_client_is_told_what_is_missing(monkeypatch: pytest.Mon
 # --- limits and digests -------------------------------------------------------------------------
 
 
-def test_pictures_come_in_the_order_of_their_sources() -> None:
+def test_images_are_in_the_order_of_their_sources() -> None:
     colours = [RED, GREEN, BLUE]
     sources = [source(encoded(Image.new("RGB", (1, 1), colour))) for colour in colours]
     assert [one.pixels.getpixel((0, 0)) for one in load(sources, LIMITS)] == colours
 
 
-def test_the_first_picture_that_is_too_many_is_named_before_any_is_decoded() -> None:
+def test_the_first_image_over_the_limit_is_named_before_any_is_decoded() -> None:
     sources = [replace(source(b"broken"), param=f"p{i}") for i in range(4)]
     with pytest.raises(ImageError, match="at most 2 pictures") as caught:
         load(sources, replace(LIMITS, max_images=2))
@@ -523,25 +525,25 @@ def test_the_first_picture_that_is_too_many_is_named_before_any_is_decoded() -> 
         load([source(PNG)] * 17, LIMITS)
 
 
-def test_a_picture_has_at_most_so_many_bytes() -> None:
-    assert picture(PNG, limits=replace(LIMITS, max_bytes=len(PNG))).pixels.size == (16, 16)
+def test_the_bytes_of_an_image_are_bounded() -> None:
+    assert loaded(PNG, limits=replace(LIMITS, max_bytes=len(PNG))).pixels.size == (16, 16)
     assert "is larger than" in refusal(PNG, replace(LIMITS, max_bytes=len(PNG) - 1))
     assert refusal(bytes((20 << 20) + 1)) == "is larger than 20 MiB"
 
 
-def test_a_digest_is_of_the_bytes_and_of_what_becomes_of_them() -> None:
+def test_a_digest_depends_on_the_bytes_and_on_the_scaling() -> None:
     other = encoded(grid(), "BMP")
     seen = {
-        picture(PNG).digest,
-        picture(other).digest,
-        picture(PNG, "low").digest,
-        picture(PNG, limits=replace(LIMITS, max_pixels=100)).digest,
+        loaded(PNG).digest,
+        loaded(other).digest,
+        loaded(PNG, "low").digest,
+        loaded(PNG, limits=replace(LIMITS, max_pixels=100)).digest,
     }
     assert len(seen) == 4
     assert all(len(digest) == hashlib.sha256().digest_size for digest in seen)
-    assert picture(PNG).digest == picture(PNG, "high").digest  # the same pixels
-    assert picture(PNG).digest == picture(PNG, limits=replace(LIMITS, max_images=1)).digest
+    assert loaded(PNG).digest == loaded(PNG, "high").digest  # the same pixels
+    assert loaded(PNG).digest == loaded(PNG, limits=replace(LIMITS, max_images=1)).digest
 
 
-def test_what_is_printed_of_a_source_is_not_its_bytes() -> None:
+def test_the_repr_of_a_source_omits_its_bytes() -> None:
     assert "PNG" not in repr(source(PNG))

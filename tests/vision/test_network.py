@@ -1,4 +1,4 @@
-"""Rows with pictures and rows without, in one batch, read as mlx-vlm reads each alone.
+"""Rows with images and rows without, in one batch, have the tokens of mlx-vlm for each alone.
 
 Greedy, float32, for a checkpoint of each kind that pictures make harder: positions that count rows
 and columns (qwen3_vl, qwen3_5), states of the first layers (qwen3_vl), recurrent layers (qwen3_5),
@@ -40,7 +40,7 @@ from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
 from mlxlite.vision.images import ImageError
-from mlxlite.vision.network import SEEN_BYTES, VisionNetwork
+from mlxlite.vision.network import FEATURE_BYTES, VisionNetwork
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
@@ -65,7 +65,7 @@ class Picture:
 
 
 def messages_of(*turns: SequenceOf[Part]) -> list[dict[str, Any]]:
-    """A chat: the user's turns and the assistant's, one after the other."""
+    """A chat, alternating user and assistant messages."""
     return [
         {
             "role": "assistant" if i % 2 else "user",
@@ -84,7 +84,7 @@ def pictures_of(*turns: SequenceOf[Part]) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One as this server loads it, and as mlx-vlm does."""
+    """A checkpoint as loaded by this server and by mlx-vlm."""
 
     name: str
     network: Any
@@ -101,7 +101,7 @@ class Checkpoint:
         return replace(prompt, blocks=blocks_of(prompt.names(), 0, BLOCK, prompt.message_starts))
 
     def expected(self, *turns: SequenceOf[Part], num: int = NUM_TOKENS) -> list[int]:
-        """mlx-vlm's own tokens, as it makes them alone."""
+        """The tokens that mlx-vlm generates, alone."""
         pictures = [Picture(pixels).digest for pixels in pictures_of(*turns)]
         key = repr((messages_of(*turns), pictures))
         if len(self.known.get(key, ())) < num:
@@ -188,19 +188,21 @@ TWO = [[picture(3), "and", picture(4, 64, 112), "differ in what?"]]
 TEXT = [["Hello, how are you today?"]]
 
 
-def test_the_model_sees(checkpoint: Checkpoint):
+def test_the_answer_depends_on_the_image(checkpoint: Checkpoint):
     assert checkpoint.model.vision_unavailable_reason is None
 
 
 @pytest.mark.parametrize("chunk", [5, 16, 2048])
-def test_alone_each_reads_as_mlx_vlm_has_it(checkpoint: Checkpoint, chunk: int):
+def test_each_row_alone_has_the_tokens_of_mlx_vlm(checkpoint: Checkpoint, chunk: int):
     for turns in (ONE, OTHER, TWO, TEXT):
         server = checkpoint.server(chunk=chunk)
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
 
 
 @pytest.mark.parametrize("chunk", [7, 2048])
-def test_pictures_and_text_in_one_batch_read_as_each_alone(checkpoint: Checkpoint, chunk: int):
+def test_rows_with_and_without_images_in_one_batch_have_the_tokens_of_each_alone(
+    checkpoint: Checkpoint, chunk: int
+):
     server = checkpoint.server(chunk=chunk)
     asked = [ONE, OTHER, TWO, TEXT]
     sequences = [server.sequence(checkpoint.prompt(*turns), 40) for turns in asked]
@@ -210,7 +212,7 @@ def test_pictures_and_text_in_one_batch_read_as_each_alone(checkpoint: Checkpoin
         assert run.tokens(sequence.id) == checkpoint.expected(*turns, num=40)
 
 
-def test_rows_that_come_and_go_do_not_disturb_the_others(checkpoint: Checkpoint):
+def test_rows_that_join_and_leave_do_not_change_the_others(checkpoint: Checkpoint):
     server = checkpoint.server(chunk=9, max_rows=3)
     wanted = [ONE, TEXT, OTHER, TWO, ONE, TEXT]
     lengths = [12, 3, 9, 12, 5, 12]
@@ -232,7 +234,7 @@ def test_rows_that_come_and_go_do_not_disturb_the_others(checkpoint: Checkpoint)
 # --- what is kept -----------------------------------------------------------------------------
 
 
-def test_a_second_question_about_a_picture_looks_no_more(checkpoint: Checkpoint):
+def test_a_second_question_about_an_image_does_not_encode_it_again(checkpoint: Checkpoint):
     server = checkpoint.server()
     first = [picture(1), "What is in the picture?"]
     server.ask(checkpoint.prompt(first))
@@ -246,7 +248,7 @@ def test_a_second_question_about_a_picture_looks_no_more(checkpoint: Checkpoint)
     assert not any(step.looks for step in server.steps)
 
 
-def test_another_picture_of_the_same_size_shares_nothing_from_its_first_token_on(
+def test_another_image_of_the_same_size_shares_no_prefix_from_its_first_token_on(
     checkpoint: Checkpoint,
 ):
     server = checkpoint.server()
@@ -262,7 +264,7 @@ def test_another_picture_of_the_same_size_shares_nothing_from_its_first_token_on
     assert server.network.num_encoded == 2
 
 
-def test_a_picture_after_other_words_is_not_looked_at_again(checkpoint: Checkpoint):
+def test_an_image_after_other_text_is_not_encoded_again(checkpoint: Checkpoint):
     server = checkpoint.server()
     for words in ("One: ", "Something else altogether: "):
         turns = [[words, picture(5), "?"]]
@@ -271,7 +273,7 @@ def test_a_picture_after_other_words_is_not_looked_at_again(checkpoint: Checkpoi
 
 
 @pytest.mark.parametrize("chunk", [6, 2048])
-def test_a_picture_is_added_to_a_conversation_that_has_one(checkpoint: Checkpoint, chunk: int):
+def test_an_image_is_added_to_a_conversation_with_one(checkpoint: Checkpoint, chunk: int):
     server = checkpoint.server(chunk=chunk)
     turns: list[list[Part]] = [[picture(1), "What is this?"]]
     for seed in (2, 3):
@@ -281,7 +283,7 @@ def test_a_picture_is_added_to_a_conversation_that_has_one(checkpoint: Checkpoin
     assert server.network.num_encoded == 3
 
 
-def test_a_prefix_that_ends_inside_a_picture_is_gone_on_from(checkpoint: Checkpoint):
+def test_a_cached_prefix_may_end_inside_an_image(checkpoint: Checkpoint):
     turns = [["Say: ", picture(6, 128, 128), "?"]]
     prompt = checkpoint.prompt(*turns)
     image = prompt.images[0]
@@ -294,14 +296,14 @@ def test_a_prefix_that_ends_inside_a_picture_is_gone_on_from(checkpoint: Checkpo
         assert server.ask(prompt) == checkpoint.expected(*turns)
         num_hit = server.scheduler.prefix.stats.num_hit
         num_inside += image.start < num_hit < image.stop
-    # Where attention looks ahead in pictures, nothing before the last one's end is gone on from.
+    # With bidirectional attention in images, no prefix ends before the last one's end.
     assert (num_inside > 0) == (checkpoint.name != "gemma4")
 
 
 # --- as any other sequence --------------------------------------------------------------------
 
 
-def test_several_answers_to_one_picture_cost_one_look_and_one_prefill(checkpoint: Checkpoint):
+def test_several_choices_about_one_image_cost_one_encoding_and_one_prefill(checkpoint: Checkpoint):
     server = checkpoint.server()
     turns = [["Look at ", picture(2, 128, 64), " and say " + "what you see " * 6]]
     prompt = checkpoint.prompt(*turns)
@@ -315,9 +317,7 @@ def test_several_answers_to_one_picture_cost_one_look_and_one_prefill(checkpoint
 
 
 @pytest.mark.parametrize("has_cache", [True, False])
-def test_who_gives_way_in_the_middle_goes_on_as_if_nothing_had_been(
-    checkpoint: Checkpoint, has_cache: bool
-):
+def test_a_preempted_row_resumes_with_the_same_tokens(checkpoint: Checkpoint, has_cache: bool):
     for tick in (2, 4, 6, 9, 15):
         server = checkpoint.server(max_rows=1, chunk=16, cache=has_cache << 30)
         prompt = checkpoint.prompt(*ONE)
@@ -328,7 +328,7 @@ def test_who_gives_way_in_the_middle_goes_on_as_if_nothing_had_been(
         assert run.tokens(high.id) == checkpoint.expected(*TEXT, num=3)
 
 
-def test_what_was_kept_and_is_lost_is_computed_again(checkpoint: Checkpoint):
+def test_a_lost_prefix_is_computed_again(checkpoint: Checkpoint):
     server = checkpoint.server()
     turns = [*ONE, ["A thing."], ["And?"]]
     server.ask(checkpoint.prompt(*ONE))
@@ -377,26 +377,26 @@ def test_a_network_that_fails_in_an_unknown_way_costs_its_own_sequence_only(
         assert "IndexError" in (end.error or "")
 
 
-def test_what_is_kept_of_pictures_is_bounded(checkpoint: Checkpoint):
+def test_the_cached_features_are_bounded(checkpoint: Checkpoint):
     server = checkpoint.server(cache=0)
     server.network.max_bytes = 1  # only the newest
     for seed in (1, 2, 1):
         turns = [[picture(seed), "?"]]
         assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
     assert server.network.num_encoded == 3
-    assert len(server.network._seen) == 1
-    server.network.max_bytes = SEEN_BYTES
+    assert len(server.network._cached) == 1
+    server.network.max_bytes = FEATURE_BYTES
 
 
-def test_a_reset_forgets_pictures_too(checkpoint: Checkpoint):
+def test_a_reset_clears_the_cached_features(checkpoint: Checkpoint):
     server = checkpoint.server()
     server.ask(checkpoint.prompt(*ONE))
     server.runner.reset()
-    assert not server.network._seen
+    assert not server.network._cached
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "smolvlm"])
-def test_keys_and_values_may_be_kept_in_few_bits(name: str, checkpoints: dict[str, Checkpoint]):
+def test_keys_and_values_may_be_quantised(name: str, checkpoints: dict[str, Checkpoint]):
     checkpoint = checkpoints[name]
     runner = ModelRunner(checkpoint.network, kv_bits=KVBits(8, 32))
 
@@ -412,7 +412,7 @@ def test_keys_and_values_may_be_kept_in_few_bits(name: str, checkpoints: dict[st
     assert tokens(ONE, TEXT, TWO) == [tokens(turns)[0] for turns in (ONE, TEXT, TWO)]
 
 
-def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
+def test_text_embeddings_are_computed_or_refused(checkpoint: Checkpoint):
     server = checkpoint.server()
     inputs = [tuple(range(9)), tuple(range(20))]
     if checkpoint.name == "smolvlm":
@@ -428,7 +428,7 @@ def test_embeddings_of_text_are_to_be_had_or_refused(checkpoint: Checkpoint):
 # --- what is refused --------------------------------------------------------------------------
 
 
-def test_a_template_that_leaves_a_picture_out_is_a_clear_error(checkpoint: Checkpoint):
+def test_a_template_that_omits_an_image_is_a_clear_error(checkpoint: Checkpoint):
     template = "{{ messages[0].content[0].type }}"
     chat_template = replace(checkpoint.model.chat_template, source=template)
     messages = messages_of([picture(1), "?"])
@@ -450,10 +450,10 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Pat
         if (path / name).exists():
             own = json.loads((path / name).read_text())
             (path / name).write_text(json.dumps(own | {"auto_map": auto}))
-    assert load(Config(model=str(path)))[1].id  # with or without pictures, but never run
+    assert load(Config(model=str(path)))[1].id  # with or without images, but never run
 
 
-def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
+def test_without_mlx_vlm_text_is_served_and_images_have_an_error_naming_the_package(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("mlxlite.models.load._has_mlx_vlm", lambda: False)
@@ -471,7 +471,7 @@ def test_without_mlx_vlm_the_text_is_served_and_pictures_say_what_to_install(
     assert run.tokens(1) == checkpoint.expected(*TEXT)
 
 
-def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
+def test_cached_images_of_one_prompt_need_only_their_sizes(
     checkpoint: Checkpoint,
 ):
     @dataclass(frozen=True)
@@ -481,7 +481,7 @@ def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
 
         @property
         def pixels(self) -> Any:
-            raise AssertionError("nobody should look")
+            raise AssertionError("the tower must not run")
 
     server = checkpoint.server(cache=0)
     reader = checkpoint.model.chat_template.image_reader
@@ -503,7 +503,9 @@ def test_of_pictures_that_were_read_together_only_the_sizes_are_needed_again(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_comes_and_goes_each_reads_as_alone(checkpoint: Checkpoint, seed: int):
+def test_rows_in_any_order_of_events_have_the_tokens_of_each_alone(
+    checkpoint: Checkpoint, seed: int
+):
     chance = random.Random(seed)
     server = checkpoint.server(
         chunk=chance.choice([6, 20, 2048]),

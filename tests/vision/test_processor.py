@@ -1,4 +1,4 @@
-"""Prompts with images, by a processor that is a fake: places, what is kept, what is refused."""
+"""Prompts with images, by a fake processor: token ranges, cached results, refusals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ def read(text: str, *digests: bytes, reader: Reader | None = None) -> Any:
     return reader.read(text, "i.", [FakeImage(digest) for digest in digests])
 
 
-def test_an_image_is_where_its_tokens_are():
+def test_the_range_of_an_image_is_that_of_its_tokens():
     prompt = read("a i b i.", b"large", b"small")
     assert prompt.tokens == (1, 1, 9, 9, 9, 1, 1, 1, 9, 1)
     assert [(i.start, i.stop, i.digest) for i in prompt.images] == [
@@ -74,12 +74,12 @@ def test_each_image_has_inputs_of_its_own():
     assert first.inputs.arrays["pixel_values"].shape == (1, 2)
 
 
-def test_attention_that_looks_ahead_makes_all_images_one_chunk():
+def test_bidirectional_attention_makes_all_images_one_chunk():
     reader = Reader(FakeProcessor(), IMAGE, is_unbroken=True)
     assert read("a i b.", b"large", reader=reader).unbroken == 5
 
 
-def test_an_image_that_was_read_is_not_decoded_again():
+def test_a_processed_image_is_not_decoded_again():
     inner = FakeProcessor()
     reader = Reader(inner, IMAGE, is_unbroken=False)
     first, again = FakeImage(b"large"), FakeImage(b"large")
@@ -99,15 +99,13 @@ def test_an_image_that_was_read_is_not_decoded_again():
         ("an i and i.", "refused the pictures: StopIteration"),
     ],
 )
-def test_a_template_that_does_not_fit_its_images_is_an_error_for_the_client(
-    text: str, message: str
-):
+def test_a_template_that_does_not_match_its_images_is_an_image_error(text: str, message: str):
     with pytest.raises(ImageError, match=message) as caught:
         read(text, b"small")
     assert caught.value.param is None
 
 
-def test_the_results_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch):
+def test_the_cached_results_are_bounded(monkeypatch: pytest.MonkeyPatch):
     class Processor:
         image_processor = staticmethod(lambda images: {"pixel_values": np.zeros(1000)})
 
@@ -118,6 +116,6 @@ def test_the_results_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch):
     for i in range(5):
         cache.key = (b"%d" % i,)
         made = cache([])
-        made.pop("pixel_values")  # the processor may change what it gets
+        made.pop("pixel_values")  # the processor may modify the result
         assert "pixel_values" in cache([])
     assert cache.digests() == {b"3", b"4"}
