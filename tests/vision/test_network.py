@@ -342,15 +342,15 @@ def test_a_tower_that_fails_costs_its_own_sequence_only(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ):
     server = checkpoint.server()
-    look = VisionNetwork._look
+    encode = VisionNetwork._encode
 
     def fail(self: VisionNetwork, inputs: Any) -> Any:
         if inputs is prompts[1].images[0].inputs:
             raise RuntimeError("[malloc] Unable to allocate")
-        return look(self, inputs)
+        return encode(self, inputs)
 
     prompts = [checkpoint.prompt(*turns) for turns in (ONE, OTHER, TEXT)]
-    monkeypatch.setattr(VisionNetwork, "_look", fail)
+    monkeypatch.setattr(VisionNetwork, "_encode", fail)
     sequences = [server.sequence(prompt) for prompt in prompts]
     run = server.drive({0: [Add(sequence) for sequence in sequences]})
     assert run.tokens(sequences[0].id) == checkpoint.expected(*ONE)
