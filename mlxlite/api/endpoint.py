@@ -12,7 +12,7 @@ Handler = Callable[[Service, Exchange, bytes], None]
 JSON = "application/json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A method of a path; `{id}` in the path is the rest of it.
 

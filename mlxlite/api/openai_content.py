@@ -5,17 +5,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
+from mlxlite.api import readers
 from mlxlite.api.conversation import _ROLES, SHOWS, Message, Part, Role, ToolCall, bounded, turn
-from mlxlite.api.readers import (
-    Reader,
-    json_object,
-    one_of,
-    parse,
-    parts,
-    text,
-    unsupported_type,
-    wrong,
-)
 from mlxlite.http.errors import APIError, Cause, bad, clip
 from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
 
@@ -34,14 +25,16 @@ def image_errors() -> Iterator[None]:
 
 def messages_of(value: Any, param: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise wrong(param, "an array", value)
+        raise readers.wrong(param, "an array", value)
     if not value:
         raise bad(f"'{param}' must hold at least one message.", param)
     return tuple(bounded(_message(item, f"{param}[{i}]") for i, item in enumerate(value)))
 
 
 def _message(value: Any, param: str) -> Message:
-    fields = {name: item for name, item in json_object(value, param).items() if item is not None}
+    fields = {
+        name: item for name, item in readers.json_object(value, param).items() if item is not None
+    }
     if (given_role := fields.get("role")) not in _ROLES:  # Role() would quote it, at any depth
         raise bad(f"'{param}.role' must be one of {', '.join(_ROLES)}.", f"{param}.role")
     role = Role(given_role)
@@ -58,7 +51,7 @@ def _message(value: Any, param: str) -> Message:
             raise bad(f"'{param}.content' is required.", f"{param}.content")
 
     def given(name: str) -> str | None:
-        return text(fields[name], f"{param}.{name}") if name in fields else None
+        return readers.text(fields[name], f"{param}.{name}") if name in fields else None
 
     return replace(
         said,
@@ -78,11 +71,11 @@ def _parts(value: Any, param: str, *, may_show: bool) -> Iterator[Part]:
         for i, item in enumerate(value):
             yield _part(item, f"{param}[{i}]", may_show=may_show)
     elif value is not None:
-        raise wrong(param, "a string or an array of parts", value)
+        raise readers.wrong(param, "a string or an array of parts", value)
 
 
 def _part(value: Any, param: str, *, may_show: bool) -> Part:
-    part = json_object(value, param)
+    part = readers.json_object(value, param)
     match part.get("type"):
         case "image_url" | "input_image" if not may_show:
             message = "only messages of users and tools may hold pictures."
@@ -92,9 +85,9 @@ def _part(value: Any, param: str, *, may_show: bool) -> Part:
         case "input_image":
             return input_image(part, param)
         case "text" | "input_text" | "output_text":
-            return text(part.get("text"), f"{param}.text")
+            return readers.text(part.get("text"), f"{param}.text")
         case "refusal":
-            return text(part.get("refusal"), f"{param}.refusal")
+            return readers.text(part.get("refusal"), f"{param}.refusal")
         case str(kind):
             raise bad(f"content parts of type {clip(kind)!r} are not supported.", f"{param}.type")
     raise bad(f"'{param}.type' must be a string.", f"{param}.type")
@@ -106,9 +99,9 @@ def _image_url(value: Any, param: str) -> Source:
         with image_errors():
             return source_of(value, param)
     if not isinstance(value, dict):
-        raise wrong(param, "a string or an object", value)
+        raise readers.wrong(param, "a string or an object", value)
     detail = _detail(value.get("detail"), f"{param}.detail")
-    url = text(value.get("url"), f"{param}.url")
+    url = readers.text(value.get("url"), f"{param}.url")
     with image_errors():
         return source_of(url, param, detail)
 
@@ -120,7 +113,7 @@ def input_image(part: Mapping[str, Any], param: str) -> Source:
         raise APIError(Cause.UNSUPPORTED, message, param=f"{param}.file_id")
     detail = _detail(part.get("detail"), f"{param}.detail")
     param = f"{param}.image_url"
-    url = text(part.get("image_url"), param)
+    url = readers.text(part.get("image_url"), param)
     with image_errors():
         return source_of(url, param, detail)
 
@@ -133,25 +126,25 @@ def _detail(value: Any, param: str) -> str:
 
 def _tool_calls(value: Any, param: str) -> tuple[ToolCall, ...]:
     if not isinstance(value, list):
-        raise wrong(param, "an array", value)
+        raise readers.wrong(param, "an array", value)
     return tuple(_tool_call(item, f"{param}[{i}]") for i, item in enumerate(value))
 
 
 def _tool_call(value: Any, param: str) -> ToolCall:
-    call = json_object(value, param)
-    function = json_object(call.get("function"), f"{param}.function")
+    call = readers.json_object(value, param)
+    function = readers.json_object(call.get("function"), f"{param}.function")
     arguments = function.get("arguments") or {}
     if not isinstance(arguments, str | dict):
-        raise wrong(f"{param}.function.arguments", "a string or an object", arguments)
+        raise readers.wrong(f"{param}.function.arguments", "a string or an object", arguments)
     if isinstance(arguments, str):
         with suppress(ValueError):  # a model's own broken call stays text
-            value = parse(arguments.encode())
+            value = readers.parse(arguments.encode())
             arguments = value if isinstance(value, dict) else arguments
-    name = text(function.get("name"), f"{param}.function.name")
-    return ToolCall(text(call.get("id") or "", f"{param}.id"), name, arguments)
+    name = readers.text(function.get("name"), f"{param}.function.name")
+    return ToolCall(readers.text(call.get("id") or "", f"{param}.id"), name, arguments)
 
 
-NO_PICTURES: Final[Mapping[str, Reader]] = {}
+NO_PICTURES: Final[Mapping[str, readers.Reader]] = {}
 _TEXT_PARTS: Final = {  # type → where its text is
     "text": "text",
     "input_text": "text",
@@ -162,18 +155,20 @@ _TEXT_PARTS: Final = {  # type → where its text is
 }
 
 
-def said_of(value: Any, param: str, pictures: Mapping[str, Reader] = NO_PICTURES) -> Iterator[Part]:
+def said_of(
+    value: Any, param: str, pictures: Mapping[str, readers.Reader] = NO_PICTURES
+) -> Iterator[Part]:
     """A string, or parts of text, and of the pictures that there may be: type → its reader."""
     if isinstance(value, str):
         yield value
         return
-    for kind, part, name in parts(value, param):
+    for kind, part, name in readers.parts(value, param):
         if (read := pictures.get(kind)) is not None:
             yield read(part, name)
         elif (key := _TEXT_PARTS.get(kind)) is not None:
-            yield text(part.get(key), f"{name}.{key}")
+            yield readers.text(part.get(key), f"{name}.{key}")
         else:
-            raise unsupported_type(kind, name)
+            raise readers.unsupported_type(kind, name)
 
 
 def texts_of(value: Any, param: str) -> str:
@@ -182,4 +177,4 @@ def texts_of(value: Any, param: str) -> str:
 
 
 def role_of(value: Any, param: str, *roles: Role) -> Role:
-    return Role(one_of(*(role.value for role in roles))(value, param))
+    return Role(readers.one_of(*(role.value for role in roles))(value, param))

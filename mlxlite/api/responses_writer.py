@@ -15,17 +15,7 @@ from mlxlite.api.writers import Call, Collected, Envelope, TokenBytes, logprobs_
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import sse_event
-from mlxlite.output.events import (
-    Done,
-    ParserEvent,
-    Progress,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallArguments,
-    ToolCallEnd,
-    ToolCallInvalid,
-    ToolCallStart,
-)
+from mlxlite.output import events
 
 _STATUSES: Final = {
     FinishReason.STOP: "completed",
@@ -182,25 +172,25 @@ class ResponsesWriter:
         created = self._event("response.created", response=self._response("in_progress"))
         return created + self._event("response.in_progress", response=self._response("in_progress"))
 
-    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
-        if isinstance(event, Progress):
+    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+        if isinstance(event, events.Progress):
             return b""  # the dialect has no event for it
         self._logprobs += logprobs_json(event.logprobs, self._token_bytes)
         match event:
-            case TextDelta(text) if text:
+            case events.TextDelta(text) if text:
                 return self._say(text)
-            case ReasoningDelta(text) if text:
+            case events.ReasoningDelta(text) if text:
                 return self._open("reasoning", "rs_") + self._text_delta(text)
-            case ToolCallArguments(text):
+            case events.ToolCallArguments(text):
                 return self._text_delta(text)
-            case ToolCallEnd(arguments):
+            case events.ToolCallEnd(arguments):
                 self._items[-1].finish_call(arguments)
                 return self._close("completed")
-            case ToolCallInvalid(text):
+            case events.ToolCallInvalid(text):
                 self._items[-1].invalid_text = text
                 return self._close("incomplete")
         head = self._say("") if self._has_logprobs_to_write else b""
-        if isinstance(event, ToolCallStart):
+        if isinstance(event, events.ToolCallStart):
             call = Call(event.id, event.name, "")
             head += self._add("function_call", "fc_" + event.id.removeprefix("call_"), call)
         return head
@@ -209,7 +199,7 @@ class ResponsesWriter:
     def _has_logprobs_to_write(self) -> bool:
         return bool(self._logprobs) and self._open_kind == "message"
 
-    def _end(self, done: Done, usage: Usage) -> dict[str, Any]:
+    def _end(self, done: events.Done, usage: Usage) -> dict[str, Any]:
         """The finished response, which is remembered, and all its items as one turn."""
         status = _STATUSES[done.reason]
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
@@ -228,7 +218,7 @@ class ResponsesWriter:
         self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
         return response
 
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+    def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
         """An empty answer has its message too; one that was cancelled ends as incomplete."""
         has_completed = done.reason is FinishReason.STOP
         head = b"" if self._items else self._open("message", "msg_")
@@ -253,12 +243,12 @@ class ResponsesWriter:
         """The response that a stream would have ended with: reasoning, then text, then calls."""
         (choice,) = choices
         assert choice.done is not None
-        self.event(0, ReasoningDelta(choice.reasoning))
-        self.event(0, TextDelta(choice.text, logprobs=tuple(choice.drawn)))
+        self.event(0, events.ReasoningDelta(choice.reasoning))
+        self.event(0, events.TextDelta(choice.text, logprobs=tuple(choice.drawn)))
         for call in choice.calls:
-            self.event(0, ToolCallStart(call.id, call.name))
-            self.event(0, ToolCallArguments(call.arguments))
-            self.event(0, ToolCallEnd(call.arguments))
+            self.event(0, events.ToolCallStart(call.id, call.name))
+            self.event(0, events.ToolCallArguments(call.arguments))
+            self.event(0, events.ToolCallEnd(call.arguments))
         self.done(0, choice.done, total)
         assert self.body is not None
         return self.body

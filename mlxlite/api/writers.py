@@ -15,18 +15,7 @@ import orjson
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import SSE_DONE, sse_data, sse_field
-from mlxlite.output.events import (
-    Delta,
-    Done,
-    Event,
-    ParserEvent,
-    Progress,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallEnd,
-    ToolCallInvalid,
-    ToolCallStart,
-)
+from mlxlite.output import events
 
 MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
 
@@ -60,7 +49,7 @@ _FINISH_REASONS: Final = {
 }
 
 
-def finish_reason(done: Done | None) -> str:
+def finish_reason(done: events.Done | None) -> str:
     assert done is not None
     if done.num_calls and done.reason is FinishReason.STOP:
         return "tool_calls"
@@ -137,8 +126,8 @@ class Collected:
     thoughts: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     drawn: list[tuple[int, Logprobs]] = field(default_factory=list)
-    done: Done | None = None
-    _open: ToolCallStart | None = None
+    done: events.Done | None = None
+    _open: events.ToolCallStart | None = None
 
     @property
     def text(self) -> str:
@@ -148,20 +137,20 @@ class Collected:
     def reasoning(self) -> str:
         return "".join(self.thoughts)
 
-    def take(self, event: Event) -> None:
+    def take(self, event: events.Event) -> None:
         match event:
-            case TextDelta(text) | ToolCallInvalid(text):
+            case events.TextDelta(text) | events.ToolCallInvalid(text):
                 self.texts.append(text)
-            case ReasoningDelta(text):
+            case events.ReasoningDelta(text):
                 self.thoughts.append(text)
-            case ToolCallStart():
+            case events.ToolCallStart():
                 self._open = event
-            case ToolCallEnd(arguments):
+            case events.ToolCallEnd(arguments):
                 assert self._open is not None
                 self.calls.append(Call(self._open.id, self._open.name, arguments))
-            case Done():
+            case events.Done():
                 self.done = event
-        if isinstance(event, Delta):
+        if isinstance(event, events.Delta):
             self.drawn += event.logprobs
 
 
@@ -172,11 +161,11 @@ class Writer(Protocol):
         """The frames that leave before the first token."""
         ...
 
-    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
         """The frames of one event of the choice `index`; may be empty."""
         ...
 
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+    def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
         """The end of a choice, complete or cancelled; the last one has the usage of all."""
         ...
 
@@ -235,14 +224,16 @@ class OpenAIWriter(ABC):
         self._options = options or StreamOptions()
         mark = "\0"
         self._frames = [
-            frame(self._chunk(i, self._choice_delta(i, TextDelta(mark)))).split(orjson.dumps(mark))
+            frame(self._chunk(i, self._choice_delta(i, events.TextDelta(mark)))).split(
+                orjson.dumps(mark)
+            )
             for i in range(num_choices)
         ]
 
     # --- the hooks ----------------------------------------------------------------------------
 
     @abstractmethod
-    def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+    def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
         """A chunk's choice: its one member with text; None: an empty one."""
 
     @abstractmethod
@@ -265,14 +256,14 @@ class OpenAIWriter(ABC):
         chunk = self._envelope.as_json(self.chunk_name) | {"choices": [choice]}
         return chunk | {"usage": None} if self._options.include_usage else chunk
 
-    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
-        if isinstance(event, Progress):
+    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+        if isinstance(event, events.Progress):
             return self._progress(index, event)
         if not event.logprobs:
-            if isinstance(event, TextDelta) and not self._options.has_extras:
+            if isinstance(event, events.TextDelta) and not self._options.has_extras:
                 head, tail = self._frames[index]
                 return head + orjson.dumps(event.text) + tail
-            if isinstance(event, ToolCallEnd | ToolCallInvalid):
+            if isinstance(event, events.ToolCallEnd | events.ToolCallInvalid):
                 return b""  # OpenAI has no chunk for the end of a call
         chunk = self._chunk(index, self._choice_delta(index, event))
         if event.logprobs:
@@ -283,7 +274,7 @@ class OpenAIWriter(ABC):
             chunk["timings"] = timings_json(event.usage)
         return frame(chunk)
 
-    def _progress(self, index: int, progress: Progress) -> bytes:
+    def _progress(self, index: int, progress: events.Progress) -> bytes:
         """llama-server's `prompt_progress`."""
         usage = progress.usage
         chunk = self._chunk(index, self._choice_delta(index, None))
@@ -295,7 +286,7 @@ class OpenAIWriter(ABC):
         }
         return frame(chunk)
 
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+    def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
         """The finish chunk; the last one carries the usage and timings of all choices.
 
         With `include_usage` only a separate chunk has the usage, or clients that add up would

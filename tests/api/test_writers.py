@@ -13,13 +13,14 @@ from openai.types import CompletionUsage, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import mlxlite
+from mlxlite.api.answer import failure, total_usage
 from mlxlite.api.endpoints import admin
 from mlxlite.api.endpoints.admin import (
     cache_stats,
     model_list,
 )
 from mlxlite.api.endpoints.chat_completions import ChatWriter
-from mlxlite.api.generate import context_exceeded, failure, total_usage
+from mlxlite.api.generate import context_exceeded
 from mlxlite.api.service import ModelCard
 from mlxlite.api.writers import (
     MIN_LOGPROB,

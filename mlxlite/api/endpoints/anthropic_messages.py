@@ -6,12 +6,12 @@ the answer ends.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any, Final
 
 import orjson
 
+from mlxlite.api import readers
 from mlxlite.api.constraints import ToolUse, json_schema
 from mlxlite.api.conversation import (
     Message,
@@ -36,22 +36,6 @@ from mlxlite.api.fields import (
 )
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
 from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
-from mlxlite.api.readers import (
-    flag,
-    integer,
-    json_object,
-    need,
-    nested,
-    number,
-    of_kind,
-    one_of,
-    only,
-    parse_object,
-    parts,
-    text,
-    unsupported_type,
-    wrong,
-)
 from mlxlite.api.render import render_chat
 from mlxlite.api.request import (
     GENERATION_FIELDS,
@@ -71,17 +55,7 @@ from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
 from mlxlite.models.interface import Model
-from mlxlite.output.events import (
-    Done,
-    ParserEvent,
-    Progress,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallArguments,
-    ToolCallEnd,
-    ToolCallInvalid,
-    ToolCallStart,
-)
+from mlxlite.output import events
 from mlxlite.vision.images import Source, source_of, source_of_base64
 
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
@@ -91,7 +65,7 @@ MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
 
 def _turns(value: Any, param: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise wrong(param, "an array", value)
+        raise readers.wrong(param, "an array", value)
     if not value:
         raise bad(f"'{param}' must hold at least one message.", param)
     turns = (one for i, item in enumerate(value) for one in _turn(item, f"{param}[{i}]"))
@@ -100,7 +74,7 @@ def _turns(value: Any, param: str) -> tuple[Message, ...]:
 
 def _turn(value: Any, param: str) -> list[Message]:
     """One message of Anthropic's; results of tools are messages of their own."""
-    given = json_object(value, param)
+    given = readers.json_object(value, param)
     role = role_of(given.get("role"), f"{param}.role", Role.USER, Role.ASSISTANT, Role.SYSTEM)
     content, name = given.get("content"), f"{param}.content"
     if isinstance(content, str) or role is Role.SYSTEM:
@@ -113,7 +87,9 @@ def _turn(value: Any, param: str) -> list[Message]:
 def _user(content: Any, param: str) -> list[Message]:
     """What is said between results is one turn."""
     turns: list[Message] = []
-    for is_result, run in groupby(parts(content, param), lambda part: part[0] == "tool_result"):
+    for is_result, run in groupby(
+        readers.parts(content, param), lambda part: part[0] == "tool_result"
+    ):
         if is_result:
             turns += [_tool_result(block, name) for _, block, name in run]
         else:
@@ -124,64 +100,66 @@ def _user(content: Any, param: str) -> list[Message]:
 def _said(kind: str, block: Mapping[str, Any], param: str) -> Part:
     match kind:
         case "text":
-            return text(block.get("text"), f"{param}.text")
+            return readers.text(block.get("text"), f"{param}.text")
         case "image":
             return _image(block, param)
-    raise unsupported_type(kind, param)
+    raise readers.unsupported_type(kind, param)
 
 
 def _image(block: Mapping[str, Any], param: str) -> Source:
     """What it is called (`media_type`) is not believed; its bytes say what it is."""
     param = f"{param}.source"
-    given = json_object(block.get("source"), param)
+    given = readers.json_object(block.get("source"), param)
     with image_errors():
-        match text(given.get("type"), f"{param}.type"):
+        match readers.text(given.get("type"), f"{param}.type"):
             case "base64":
-                text(given.get("media_type") or "", f"{param}.media_type")
-                return source_of_base64(text(given.get("data"), f"{param}.data"), param)
+                readers.text(given.get("media_type") or "", f"{param}.media_type")
+                return source_of_base64(readers.text(given.get("data"), f"{param}.data"), param)
             case "url":
-                return source_of(text(given.get("url"), f"{param}.url"), param)
+                return source_of(readers.text(given.get("url"), f"{param}.url"), param)
             case kind:
-                raise unsupported_type(kind, param)
+                raise readers.unsupported_type(kind, param)
 
 
 def _tool_result(block: Mapping[str, Any], param: str) -> Message:
     """A failure is told in words: templates have no field for it."""
     content = "" if block.get("content") is None else block["content"]
     said = list(said_of(content, f"{param}.content", {"image": _image}))
-    if (error := block.get("is_error")) is not None and flag(error, f"{param}.is_error"):
+    if (error := block.get("is_error")) is not None and readers.flag(error, f"{param}.is_error"):
         first = said.pop(0) if said and isinstance(said[0], str) else ""
         said.insert(0, f"Error: {first}")
-    id = text(block.get("tool_use_id"), f"{param}.tool_use_id")
+    id = readers.text(block.get("tool_use_id"), f"{param}.tool_use_id")
     return turn(Role.TOOL, said, tool_call_id=id)
 
 
 def _assistant(content: Any, param: str) -> Message:
     texts, thoughts, calls = [], [], []
-    for kind, block, name in parts(content, param):
+    for kind, block, name in readers.parts(content, param):
         match kind:
             case "text":
-                texts.append(text(block.get("text"), f"{name}.text"))
+                texts.append(readers.text(block.get("text"), f"{name}.text"))
             case "thinking":
-                thoughts.append(text(block.get("thinking"), f"{name}.thinking"))
+                thoughts.append(readers.text(block.get("thinking"), f"{name}.thinking"))
             case "tool_use":
-                id = text(block.get("id"), f"{name}.id")
-                arguments = json_object(block.get("input"), f"{name}.input")
-                calls.append(ToolCall(id, text(block.get("name"), f"{name}.name"), arguments))
+                id = readers.text(block.get("id"), f"{name}.id")
+                arguments = readers.json_object(block.get("input"), f"{name}.input")
+                calls.append(
+                    ToolCall(id, readers.text(block.get("name"), f"{name}.name"), arguments)
+                )
             case "redacted_thinking":
-                text(block.get("data"), f"{name}.data")  # no one but Anthropic can read it
+                readers.text(block.get("data"), f"{name}.data")  # no one but Anthropic can read it
             case _:
-                raise unsupported_type(kind, name)
+                raise readers.unsupported_type(kind, name)
     said = "\n".join(texts) if texts or not calls else None
     reasoning = "\n".join(filter(None, thoughts)) or None
     return Message(Role.ASSISTANT, said, reasoning=reasoning, tool_calls=tuple(calls))
 
 
-_read_thinking: Final = nested(
+_read_thinking: Final = readers.nested(
     {
-        "type": one_of("disabled", "enabled", "adaptive"),
-        "budget_tokens": integer(MIN_THINKING, 2**31 - 1),
-        "display": only("summarized"),
+        "type": readers.one_of("disabled", "enabled", "adaptive"),
+        "budget_tokens": readers.integer(MIN_THINKING, 2**31 - 1),
+        "display": readers.only("summarized"),
     },
     "type",
 )
@@ -190,20 +168,20 @@ _read_thinking: Final = nested(
 def _thinking(value: Any, param: str) -> dict[str, Any]:
     thinking: dict[str, Any] = _read_thinking(value, param)
     if thinking["type"] == "enabled":
-        need(thinking, param, "budget_tokens")
+        readers.need(thinking, param, "budget_tokens")
     return thinking
 
 
 def _tool(value: Any, param: str) -> Tool:
     """A function of the client's own: of the other tools Anthropic keeps what they do."""
-    return function_of(of_kind("custom", value, param, "custom"), param, "input_schema")
+    return function_of(readers.of_kind("custom", value, param, "custom"), param, "input_schema")
 
 
-_read_choice: Final = nested(
+_read_choice: Final = readers.nested(
     {
-        "type": one_of("auto", "any", "tool", "none"),
-        "name": text,
-        "disable_parallel_tool_use": flag,
+        "type": readers.one_of("auto", "any", "tool", "none"),
+        "name": readers.text,
+        "disable_parallel_tool_use": readers.flag,
     },
     "type",
 )
@@ -213,23 +191,23 @@ def _tool_choice(value: Any, param: str) -> tuple[Any, bool]:
     """The choice as a chat has it, and whether several calls may follow one another."""
     given = _read_choice(value, param)
     if given["type"] == "tool":
-        need(given, param, "name")
+        readers.need(given, param, "name")
     words = {"any": "required", "tool": {"name": given.get("name")}}
     choice = words.get(given["type"], given["type"])
     return choice, not given.get("disable_parallel_tool_use")
 
 
-_read_format: Final = nested(
-    {"type": one_of("json_schema"), "schema": json_schema}, "type", "schema"
+_read_format: Final = readers.nested(
+    {"type": readers.one_of("json_schema"), "schema": json_schema}, "type", "schema"
 )
 _ALL: Final = ("all", {"type": "all"})
 
 
 def _edits(value: Any, param: str) -> None:
     """Claude Code asks for all thoughts to be kept, which they are."""
-    for kind, edit, name in parts(value, param):
+    for kind, edit, name in readers.parts(value, param):
         if not kind.startswith("clear_thinking") or edit.get("keep") not in _ALL:
-            raise unsupported_type(kind, name)
+            raise readers.unsupported_type(kind, name)
 
 
 FIELDS: Final[Mapping[str, Field]] = {
@@ -237,23 +215,23 @@ FIELDS: Final[Mapping[str, Field]] = {
     **TEMPLATE_FIELDS,
     "messages": supported(_turns, "text, image, thinking, tool_use and tool_result blocks"),
     "system": supported(texts_of, "a string or text blocks"),
-    "max_tokens": supported(integer(1, 2**31 - 1), "required, but not to count tokens"),
-    "temperature": supported(number(0, 1), "0 is greedy; default: the model's, else 1"),
+    "max_tokens": supported(readers.integer(1, 2**31 - 1), "required, but not to count tokens"),
+    "temperature": supported(readers.number(0, 1), "0 is greedy; default: the model's, else 1"),
     "thinking": supported(
         _thinking,
         "`enable_thinking` for the chat template; `budget_tokens` is checked but not enforced",
     ),
     "output_config": supported(
-        nested({"effort": effort, "format": _read_format}),
+        readers.nested({"effort": effort, "format": _read_format}),
         "`effort` is an argument of the chat template; `format` json_schema needs the extra "
         "`grammar`",
     ),
-    "metadata": no_op(json_object),
-    "service_tier": no_op(text),
-    "inference_geo": no_op(text),
-    "cache_control": no_op(json_object, "prefixes are cached anyway"),
+    "metadata": no_op(readers.json_object),
+    "service_tier": no_op(readers.text),
+    "inference_geo": no_op(readers.text),
+    "cache_control": no_op(readers.json_object, "prefixes are cached anyway"),
     "context_management": no_op(
-        nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
+        readers.nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
     ),
     "speed": unsupported("standard"),
     "tools": supported(array_of(_tool), "functions; Anthropic's own tools are refused"),
@@ -279,12 +257,12 @@ COUNT_FIELDS: Final[Mapping[str, Field]] = {
 
 def parse_messages(body: bytes) -> ChatRequest:
     """Validate a Messages body. Raises APIError 400 naming the field at fault."""
-    return _request(read_fields(parse_object(body), FIELDS, "messages", "max_tokens"))
+    return _request(read_fields(readers.parse_object(body), FIELDS, "messages", "max_tokens"))
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
     """A body that only makes a prompt. Raises APIError 400."""
-    return _request(read_fields(parse_object(body), COUNT_FIELDS, "messages"))
+    return _request(read_fields(readers.parse_object(body), COUNT_FIELDS, "messages"))
 
 
 def _request(given: Given) -> ChatRequest:
@@ -338,7 +316,7 @@ def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
     return orjson.dumps(answer)
 
 
-def _end(done: Done) -> dict[str, str | None]:
+def _end(done: events.Done) -> dict[str, str | None]:
     """Null for an answer that was cancelled: Anthropic has no word for it."""
     reason, stop = None, None
     if done.reason is FinishReason.LENGTH:
@@ -381,7 +359,9 @@ class MessagesWriter:
         self._num_blocks = 0
         self._kind = ""  # of the block that is open
 
-    def _message(self, content: list[Any], usage: Usage, done: Done | None) -> dict[str, Any]:
+    def _message(
+        self, content: list[Any], usage: Usage, done: events.Done | None
+    ) -> dict[str, Any]:
         end = {"stop_reason": None, "stop_sequence": None} if done is None else _end(done)
         return {
             "id": self._envelope.id,
@@ -419,26 +399,26 @@ class MessagesWriter:
         message = self._message([], Usage(num_prompt=self._num_prompt), None)
         return _frame("message_start", message=message) + _frame("ping")
 
-    def event(self, index: int, event: ParserEvent | Progress) -> bytes:
+    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
         """The end of a call that did not parse is the end of its block too."""
         match event:
-            case TextDelta(text) if text:
+            case events.TextDelta(text) if text:
                 head = self._need({"type": "text", "text": ""})
                 return head + self._piece("text_delta", text=text)
-            case ReasoningDelta(text) if text:
+            case events.ReasoningDelta(text) if text:
                 head = self._need({"type": "thinking", "thinking": "", "signature": ""})
                 return head + self._piece("thinking_delta", thinking=text)
-            case ToolCallStart(id, name):
+            case events.ToolCallStart(id, name):
                 return self._open(_use(id, name, {}))
-            case ToolCallArguments(text):
+            case events.ToolCallArguments(text):
                 return self._piece("input_json_delta", partial_json=text)
-            case ToolCallEnd() | ToolCallInvalid():
+            case events.ToolCallEnd() | events.ToolCallInvalid():
                 return self._close()
-            case Progress():
+            case events.Progress():
                 return _frame("ping")
         return b""
 
-    def done(self, index: int, done: Done, total: Usage | None) -> bytes:
+    def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
         last = _frame("message_delta", delta=_end(done), usage=_usage(total or done.usage))
         return self._close() + last + _frame("message_stop")
 
@@ -475,10 +455,6 @@ async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
     exchange.respond(200, orjson.dumps({"input_tokens": num_tokens}))
 
 
-def _handle_count(service: Service, exchange: Exchange, body: bytes) -> None:
-    in_task(service, exchange, partial(_count, service, exchange, body))
-
-
 ENDPOINTS: Final = (
     Endpoint(
         method="POST",
@@ -497,6 +473,6 @@ ENDPOINTS: Final = (
         fields=COUNT_FIELDS,
         required=("messages",),
         error_body=anthropic_error,
-        handle=_handle_count,
+        handle=in_task(_count),
     ),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from mlxlite.api import readers, writers
 from mlxlite.api.constraints import (
     CONSTRAINT_FIELDS,
     ToolUse,
@@ -23,7 +24,6 @@ from mlxlite.api.fields import (
 )
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
-from mlxlite.api.readers import flag, one_of, parse_object
 from mlxlite.api.request import (
     COMPLETION_FIELDS,
     MAX_TOP_LOGPROBS,
@@ -36,28 +36,10 @@ from mlxlite.api.request import (
     sole_constraint,
     template_kwargs,
 )
-from mlxlite.api.writers import (
-    Call,
-    Collected,
-    Envelope,
-    OpenAIWriter,
-    StreamOptions,
-    TokenBytes,
-    call_json,
-    finish_reason,
-    frame,
-    logprobs_json,
-)
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model
-from mlxlite.output.events import (
-    ParserEvent,
-    ReasoningDelta,
-    TextDelta,
-    ToolCallArguments,
-    ToolCallStart,
-)
+from mlxlite.output import events
 
 FIELDS: Final[Mapping[str, Field]] = {
     "messages": supported(
@@ -71,11 +53,14 @@ FIELDS: Final[Mapping[str, Field]] = {
         effort, "an argument of the chat template; `none` also sets `enable_thinking` to false"
     ),
     "reasoning_format": supported(
-        one_of("auto", "none", "split", "deepseek"), "`none`: in the content; else apart from it"
+        readers.one_of("auto", "none", "split", "deepseek"),
+        "`none`: in the content; else apart from it",
     ),
-    "continue_final_message": supported(flag, "a trailing assistant message is continued anyway"),
-    "add_generation_prompt": supported(flag, "false only with `continue_final_message`"),
-    "logprobs": supported(flag, "of the drawn tokens, before any sampling setting"),
+    "continue_final_message": supported(
+        readers.flag, "a trailing assistant message is continued anyway"
+    ),
+    "add_generation_prompt": supported(readers.flag, "false only with `continue_final_message`"),
+    "logprobs": supported(readers.flag, "of the drawn tokens, before any sampling setting"),
     "top_logprobs": supported(TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
     "tools": supported(tool_list, "functions; how they are called is the model's own format"),
     "tool_choice": supported(
@@ -83,7 +68,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     ),
     "functions": supported(function_list, "the older form of `tools`"),
     "function_call": supported(tool_choice, "the older form of `tool_choice`"),
-    "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
+    "parallel_tool_calls": supported(readers.flag, "false: the answer ends after its first call"),
     "modalities": unsupported(["text"]),
     "verbosity": unsupported("medium"),
     **unsupported_each("echo", False),
@@ -93,7 +78,7 @@ FIELDS: Final[Mapping[str, Field]] = {
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
-    given = read_fields(parse_object(body), FIELDS, "messages")
+    given = read_fields(readers.parse_object(body), FIELDS, "messages")
     options = shared_options(given)
     options["sampling"] |= _logprobs(given)
     use = _tool_use(given)
@@ -150,7 +135,7 @@ def _continues(given: Given) -> bool | None:
     return False if prompted else wanted
 
 
-class ChatWriter(OpenAIWriter):
+class ChatWriter(writers.OpenAIWriter):
     """A chat completion. Each choice has its role's chunk, its text's, and one that finishes it."""
 
     object_name = "chat.completion"
@@ -159,9 +144,9 @@ class ChatWriter(OpenAIWriter):
 
     def __init__(
         self,
-        envelope: Envelope,
-        token_bytes: TokenBytes,
-        options: StreamOptions | None = None,
+        envelope: writers.Envelope,
+        token_bytes: writers.TokenBytes,
+        options: writers.StreamOptions | None = None,
         *,
         num_choices: int = 1,
         has_logprobs: bool = False,
@@ -172,30 +157,34 @@ class ChatWriter(OpenAIWriter):
 
     def begin(self) -> bytes:
         role = {"delta": {"role": "assistant", "content": ""}}
-        return b"".join(frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
+        return b"".join(writers.frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
 
-    def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+    def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
         return {"delta": self._delta(index, event)}
 
-    def _delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
+    def _delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
         match event:
-            case TextDelta(text):
+            case events.TextDelta(text):
                 return {"content": text}
-            case ReasoningDelta(text):
+            case events.ReasoningDelta(text):
                 return {"reasoning_content": text, "reasoning": text}
-            case ToolCallStart(id, name):
+            case events.ToolCallStart(id, name):
                 self._num_calls[index] += 1
                 number = self._num_calls[index] - 1
-                return {"tool_calls": [{"index": number} | call_json(Call(id, name, ""))]}
-            case ToolCallArguments(text):
+                return {
+                    "tool_calls": [
+                        {"index": number} | writers.call_json(writers.Call(id, name, ""))
+                    ]
+                }
+            case events.ToolCallArguments(text):
                 more = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
                 return {"tool_calls": [more]}
         return {}
 
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
-        return {"content": logprobs_json(drawn, self._token_bytes)}
+        return {"content": writers.logprobs_json(drawn, self._token_bytes)}
 
-    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
+    def _choice_whole(self, index: int, choice: writers.Collected) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": choice.text if choice.text or not choice.calls else None,
@@ -204,18 +193,18 @@ class ChatWriter(OpenAIWriter):
         if reasoning := choice.reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if choice.calls:
-            message["tool_calls"] = [call_json(call) for call in choice.calls]
+            message["tool_calls"] = [writers.call_json(call) for call in choice.calls]
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(index, choice.drawn) if self._has_logprobs else None,
-            "finish_reason": finish_reason(choice.done),
+            "finish_reason": writers.finish_reason(choice.done),
             "stop_reason": choice.done.stop if choice.done is not None else None,
         }
 
 
 def _writer(
-    envelope: Envelope, request: ChatRequest, model: Model, prompts: Sequence[Prompt]
+    envelope: writers.Envelope, request: ChatRequest, model: Model, prompts: Sequence[Prompt]
 ) -> ChatWriter:
     return ChatWriter(
         envelope,

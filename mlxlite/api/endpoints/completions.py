@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
+from mlxlite.api import writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Field, read_fields, supported, unsupported
@@ -19,16 +20,6 @@ from mlxlite.api.request import (
     sole_constraint,
 )
 from mlxlite.api.service import Service
-from mlxlite.api.writers import (
-    MIN_LOGPROB,
-    Collected,
-    Envelope,
-    OpenAIWriter,
-    StreamOptions,
-    TokenBytes,
-    finish_reason,
-    frame,
-)
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.connection import Exchange
@@ -99,16 +90,16 @@ def _render(model: Model, request: CompletionRequest, _config: Config) -> list[P
     return [Prompt(encode(model, text, "prompt")) for text in request.prompts]
 
 
-class CompletionWriter(OpenAIWriter):
+class CompletionWriter(writers.OpenAIWriter):
     """A text completion, streamed or whole; `echoes` is the text that each choice begins with."""
 
     object_name = chunk_name = "text_completion"
 
     def __init__(
         self,
-        envelope: Envelope,
-        token_bytes: TokenBytes,
-        options: StreamOptions,
+        envelope: writers.Envelope,
+        token_bytes: writers.TokenBytes,
+        options: writers.StreamOptions,
         *,
         echoes: Sequence[str],
     ) -> None:
@@ -120,7 +111,7 @@ class CompletionWriter(OpenAIWriter):
 
     def begin(self) -> bytes:
         chunks = (self._chunk(i, {"text": echo}) for i, echo in enumerate(self._echoes) if echo)
-        return b"".join(map(frame, chunks))
+        return b"".join(map(writers.frame, chunks))
 
     def _choice_delta(self, index: int, event: ParserEvent | None) -> dict[str, Any]:
         return {"text": event.text if isinstance(event, TextDelta) else ""}
@@ -133,9 +124,9 @@ class CompletionWriter(OpenAIWriter):
             self._num_chars[index] += len(self._decoders[index].decode(self._token_bytes(token)))
         return {
             "tokens": [self._spell(token) for token, _ in drawn],
-            "token_logprobs": [max(item.drawn, MIN_LOGPROB) for _, item in drawn],
+            "token_logprobs": [max(item.drawn, writers.MIN_LOGPROB) for _, item in drawn],
             "top_logprobs": [
-                {self._spell(token): max(value, MIN_LOGPROB) for token, value in item.top}
+                {self._spell(token): max(value, writers.MIN_LOGPROB) for token, value in item.top}
                 for _, item in drawn
             ],
             "text_offset": offsets,
@@ -144,17 +135,17 @@ class CompletionWriter(OpenAIWriter):
     def _spell(self, token: int) -> str:
         return self._token_bytes(token).decode("utf-8", "replace")
 
-    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
+    def _choice_whole(self, index: int, choice: writers.Collected) -> dict[str, Any]:
         return {
             "index": index,
             "text": self._echoes[index] + choice.text,
             "logprobs": self._logprobs(index, choice.drawn) if choice.drawn else None,
-            "finish_reason": finish_reason(choice.done),
+            "finish_reason": writers.finish_reason(choice.done),
         }
 
 
 def _writer(
-    envelope: Envelope, request: CompletionRequest, model: Model, _prompts: Sequence[Prompt]
+    envelope: writers.Envelope, request: CompletionRequest, model: Model, _prompts: Sequence[Prompt]
 ) -> CompletionWriter:
     echoes = [echo for echo in request.echoes for _ in range(request.num_choices)]
     return CompletionWriter(envelope, model.token_bytes, request.stream_options, echoes=echoes)

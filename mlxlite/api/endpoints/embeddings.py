@@ -116,10 +116,6 @@ async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
         exchange.respond(200, await service.in_thread(len(body), work))
 
 
-def _handle(service: Service, exchange: Exchange, body: bytes) -> None:
-    in_task(service, exchange, lambda: _embed(service, exchange, body))
-
-
 ENDPOINTS: Final = (
     Endpoint(
         method="POST",
@@ -128,6 +124,6 @@ ENDPOINTS: Final = (
         fields=FIELDS,
         required=("input",),
         answer_schema="Embeddings",
-        handle=_handle,
+        handle=in_task(_embed),
     ),
 )

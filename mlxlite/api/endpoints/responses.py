@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 
+from mlxlite.api import readers
 from mlxlite.api.constraints import ToolUse, response_format
 from mlxlite.api.conversation import (
     SHOWS,
@@ -34,24 +35,6 @@ from mlxlite.api.fields import (
 )
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import NO_PICTURES, input_image, role_of, said_of, texts_of
-from mlxlite.api.readers import (
-    Reader,
-    flag,
-    integer,
-    json_object,
-    need,
-    nested,
-    of_kind,
-    one_of,
-    only,
-    parse,
-    parse_object,
-    parts,
-    shallow,
-    text,
-    unsupported_type,
-    wrong,
-)
 from mlxlite.api.request import (
     GENERATION_FIELDS,
     MAX_TOKENS,
@@ -82,7 +65,7 @@ MAX_METADATA = 16  # pairs, OpenAI's bound
 def _arguments(value: Any, param: str) -> Any:
     """The parsed object, or a model's own broken call as its text."""
     try:
-        arguments = parse((text(value, param) or "{}").encode())
+        arguments = readers.parse((readers.text(value, param) or "{}").encode())
     except ValueError:
         return value
     return arguments if isinstance(arguments, dict) else value
@@ -95,10 +78,10 @@ def _input(value: Any, param: str) -> tuple[Message, ...]:
     if isinstance(value, list):  # the easy form of a message has no type
         value = [{"type": "message"} | item if isinstance(item, dict) else item for item in value]
     turns: list[Message] = []
-    for kind, item, name in parts(value, param):
+    for kind, item, name in readers.parts(value, param):
         reader = _ITEMS.get(kind)
         if reader is None:
-            raise unsupported_type(kind, name)
+            raise readers.unsupported_type(kind, name)
         _add(turns, reader(item, name))
     if not turns:
         raise bad(f"'{param}' must hold at least one message.", param)
@@ -127,14 +110,14 @@ def _item_message(item: Mapping[str, Any], param: str) -> Message:
 
 
 def _item_call(item: Mapping[str, Any], param: str) -> Message:
-    id, name = (text(item.get(key), f"{param}.{key}") for key in ("call_id", "name"))
+    id, name = (readers.text(item.get(key), f"{param}.{key}") for key in ("call_id", "name"))
     arguments = _arguments(item.get("arguments"), f"{param}.arguments")
     return Message(Role.ASSISTANT, None, tool_calls=(ToolCall(id, name, arguments),))
 
 
 def _item_output(item: Mapping[str, Any], param: str) -> Message:
     output = said_of(item.get("output"), f"{param}.output", _PICTURES)
-    id = text(item.get("call_id"), f"{param}.call_id")
+    id = readers.text(item.get("call_id"), f"{param}.call_id")
     return turn(Role.TOOL, output, tool_call_id=id)
 
 
@@ -146,7 +129,7 @@ def _item_reasoning(item: Mapping[str, Any], param: str) -> Message | None:
     return None
 
 
-_PICTURES: Final[Mapping[str, Reader]] = {"input_image": input_image}
+_PICTURES: Final[Mapping[str, readers.Reader]] = {"input_image": input_image}
 _ITEMS: Final[Mapping[str, Callable[[Mapping[str, Any], str], Message | None]]] = {
     "message": _item_message,
     "function_call": _item_call,
@@ -158,46 +141,48 @@ _LOGPROBS: Final = "message.output_text.logprobs"
 
 def _include(value: Any, param: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise wrong(param, "an array of strings", value)
+        raise readers.wrong(param, "an array of strings", value)
     for i, name in enumerate(value):
-        if text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
+        if readers.text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
             message = f"{clip(name)!r} is not supported in '{param}'."
             raise APIError(Cause.UNSUPPORTED, message, param=param)
     return tuple(value)
 
 
 def _metadata(value: Any, param: str) -> dict[str, str]:
-    pairs = json_object(value, param)
+    pairs = readers.json_object(value, param)
     if len(pairs) > MAX_METADATA:
         raise bad(f"'{param}' may hold at most {MAX_METADATA} pairs.", param)
-    return {name: text(item, f"{param}.{clip(name)}") for name, item in pairs.items()}
+    return {name: readers.text(item, f"{param}.{clip(name)}") for name, item in pairs.items()}
 
 
 def _tool(value: Any, param: str) -> Tool:
     """Flat; of OpenAI's own tools only OpenAI has what they do."""
-    return function_of(of_kind("function", value, param), param)
+    return function_of(readers.of_kind("function", value, param), param)
 
 
 def _tool_choice(value: Any, param: str) -> Any:
     """In a chat's words: a word, or the name of a function."""
     if isinstance(value, str):
-        return one_of("none", "auto", "required")(value, param)
-    return {"name": text(of_kind("function", value, param).get("name"), f"{param}.name")}
+        return readers.one_of("none", "auto", "required")(value, param)
+    return {
+        "name": readers.text(readers.of_kind("function", value, param).get("name"), f"{param}.name")
+    }
 
 
-_FORMAT: Final[Mapping[str, Reader]] = {
-    "type": one_of("text", "json_object", "json_schema"),
-    "name": text,
-    "description": text,
-    "schema": shallow,  # it is repeated even where the type has no use for it
-    "strict": flag,
+_FORMAT: Final[Mapping[str, readers.Reader]] = {
+    "type": readers.one_of("text", "json_object", "json_schema"),
+    "name": readers.text,
+    "description": readers.text,
+    "schema": readers.shallow,  # it is repeated even where the type has no use for it
+    "strict": readers.flag,
 }
 
 
 def _format(value: Any, param: str) -> dict[str, Any]:
     """What is echoed of it."""
-    wanted: dict[str, Any] = nested(_FORMAT, "type")(value, param)
-    need(wanted, param, *(("name", "schema") if wanted["type"] == "json_schema" else ()))
+    wanted: dict[str, Any] = readers.nested(_FORMAT, "type")(value, param)
+    readers.need(wanted, param, *(("name", "schema") if wanted["type"] == "json_schema" else ()))
     return wanted
 
 
@@ -207,23 +192,25 @@ FIELDS: Final[Mapping[str, Field]] = {
     "input": supported(
         _input, "a string or items: messages, images in them, calls and their outputs, reasoning"
     ),
-    "instructions": supported(text, "a system message before all others"),
-    "previous_response_id": supported(text, "the conversation to continue, if still stored"),
-    "store": supported(flag, "default true; the oldest are dropped first"),
+    "instructions": supported(readers.text, "a system message before all others"),
+    "previous_response_id": supported(
+        readers.text, "the conversation to continue, if still stored"
+    ),
+    "store": supported(readers.flag, "default true; the oldest are dropped first"),
     "max_output_tokens": replace(MAX_TOKENS, alias_of="max_tokens"),
     "stop": STOP,
     "stream_options": supported(stream_options, "no padding"),
     "include": supported(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
     "top_logprobs": supported(TOP_LOGPROBS, f"needs `{_LOGPROBS}` in `include`"),
     "reasoning": supported(
-        nested(
-            {"effort": effort, "mode": only("standard")}
-            | dict.fromkeys(("summary", "generate_summary", "context"), only("auto"))
+        readers.nested(
+            {"effort": effort, "mode": readers.only("standard")}
+            | dict.fromkeys(("summary", "generate_summary", "context"), readers.only("auto"))
         ),
         "`effort` is an argument of the chat template",
     ),
     "text": supported(
-        nested({"format": _format, "verbosity": only("medium")}),
+        readers.nested({"format": _format, "verbosity": readers.only("medium")}),
         "`format`: text, json_object, json_schema; needs the extra `grammar`; no `verbosity`",
     ),
     "metadata": supported(_metadata, "repeated in the answer"),
@@ -233,16 +220,19 @@ FIELDS: Final[Mapping[str, Field]] = {
     "tool_choice": supported(
         _tool_choice, "`required` and a name are enforced where the model's calls are JSON"
     ),
-    "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
-    "max_tool_calls": supported(integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"),
+    "parallel_tool_calls": supported(readers.flag, "false: the answer ends after its first call"),
+    "max_tool_calls": supported(
+        readers.integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"
+    ),
     "context_management": unsupported([]),
     **unsupported_each("conversation prompt moderation"),
     "n": ONE_CHOICE,
-    "prompt_cache_options": no_op(json_object),
+    "prompt_cache_options": no_op(readers.json_object),
     **dict.fromkeys(
-        ("user", "safety_identifier", "prompt_cache_key"), supported(text, "repeated in the answer")
+        ("user", "safety_identifier", "prompt_cache_key"),
+        supported(readers.text, "repeated in the answer"),
     ),
-    **dict.fromkeys(("service_tier", "prompt_cache_retention"), no_op(text)),
+    **dict.fromkeys(("service_tier", "prompt_cache_retention"), no_op(readers.text)),
 }
 
 
@@ -268,7 +258,7 @@ class ResponsesRequest(ChatRequest):
 
 def parse_responses(body: bytes) -> ResponsesRequest:
     """Validate a Responses body. Raises APIError 400 naming the field at fault."""
-    value = parse_object(body)
+    value = readers.parse_object(body)
     given = read_fields(value, FIELDS, "input")
     options = shared_options(given, "max_output_tokens")
     options["sampling"] |= _logprobs(given)

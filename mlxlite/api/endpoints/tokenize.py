@@ -167,7 +167,7 @@ ENDPOINTS: Final = (
         path="/tokenize",
         summary="A text's tokens",
         fields=TOKENIZE_FIELDS,
-        handle=lambda *request: in_task(request[0], request[1], lambda: _answer_tokens(*request)),
+        handle=in_task(_answer_tokens),
     ),
     Endpoint(
         method="POST",
@@ -175,6 +175,6 @@ ENDPOINTS: Final = (
         summary="Tokens' text",
         fields=DETOKENIZE_FIELDS,
         required=("tokens",),
-        handle=lambda *request: in_task(request[0], request[1], lambda: _answer_text(*request)),
+        handle=in_task(_answer_text),
     ),
 )

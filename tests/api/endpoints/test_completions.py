@@ -15,6 +15,7 @@ import pytest
 from openai.types import Completion, CreateEmbeddingResponse
 from tables import arrived, with_value
 
+from mlxlite.api.answer import failure, total_usage
 from mlxlite.api.conversation import Message, Role
 from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.api.endpoints.completions import (
@@ -42,7 +43,6 @@ from mlxlite.api.endpoints.tokenize import (
     tokenized,
 )
 from mlxlite.api.fields import Field, Use, markdown
-from mlxlite.api.generate import failure, total_usage
 from mlxlite.api.readers import MAX_PROMPTS
 from mlxlite.api.writers import (
     MIN_LOGPROB,
