@@ -10,7 +10,7 @@ from mlxlite.api.conversation import Tool, array_of, function_of
 from mlxlite.api.fields import Field, Given, supported
 from mlxlite.api.readers import json_object, parse, shallow, text, wrong
 from mlxlite.http.errors import APIError, Cause, bad, clip
-from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +55,9 @@ class ToolUse:
         tools = self.callable
         if not self.is_forced and not any(tool.is_strict for tool in tools):
             return []
-        listed = [
-            {"name": tool.name, "parameters": tool.parameters}
-            if tool.is_strict or self.is_forced
-            else {"name": tool.name, "parameters": {"type": "object"}}
-            for tool in tools
-        ]
+        schemas = tuple(tool.schema(is_strict=self.is_forced or tool.is_strict) for tool in tools)
         is_single = not self.is_parallel or isinstance(self.choice, dict)
-        wanted = {"tools": listed, "is_single": is_single, "is_auto": not self.is_forced}
-        constraint = Constraint(Kind.TOOLS, orjson.dumps(wanted).decode())
+        constraint = CallConstraint(schemas, is_single, self.is_forced)
         return [(constraint, self.param if self.is_forced else "tools")]
 
 
@@ -95,22 +89,22 @@ def json_schema(value: Any, param: str) -> Constraint:
             value = parse(value.encode())
         except ValueError:
             raise bad(f"'{param}' is no JSON, or of too many values.", param) from None
-    return Constraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
+    return TextConstraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
 
 
 def regex(value: Any, param: str) -> Constraint:
-    return Constraint(Kind.REGEX, _filled(value, param))
+    return TextConstraint(Kind.REGEX, _filled(value, param))
 
 
 def grammar(value: Any, param: str) -> Constraint:
-    return Constraint(Kind.GRAMMAR, _filled(value, param))
+    return TextConstraint(Kind.GRAMMAR, _filled(value, param))
 
 
 def choice(value: Any, param: str) -> Constraint:
     if not isinstance(value, list) or not value:
         raise wrong(param, "an array of strings", value)
     options = [text(item, f"{param}[{i}]") for i, item in enumerate(value)]
-    return Constraint(Kind.CHOICE, orjson.dumps(options).decode())
+    return TextConstraint(Kind.CHOICE, orjson.dumps(options).decode())
 
 
 def structured_outputs(value: Any, param: str) -> Constraint | None:

@@ -14,8 +14,11 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Final, TypeAlias
 
+import orjson
+
 from mlxlite.api.readers import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
 from mlxlite.http.errors import bad
+from mlxlite.output.grammar import ToolSchema
 from mlxlite.vision.images import MAX_IMAGES, Source
 
 MAX_TOOLS = 128  # OpenAI's
@@ -36,6 +39,11 @@ class Tool:
     def as_template(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description}
         return {"type": "function", "function": function | {"parameters": self.parameters}}
+
+    def schema(self, *, is_strict: bool) -> ToolSchema:
+        """Its arguments, as a grammar enforces them; any object unless they must match."""
+        parameters = self.parameters if is_strict else {"type": "object"}
+        return ToolSchema(self.name, orjson.dumps(parameters).decode())
 
 
 def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool:
@@ -103,13 +111,14 @@ SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictur
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call in the history. `arguments` is the parsed object, or the text if it is none."""
+    """A call of a tool: in a history with the parsed arguments, else with their JSON text."""
 
     id: str
     name: str
     arguments: Any
 
-    def as_template(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
+        """OpenAI's form, which chat templates read too."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -171,7 +180,7 @@ class Message:
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
-            message["tool_calls"] = [call.as_template() for call in self.tool_calls]
+            message["tool_calls"] = [call.as_json() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message

@@ -29,35 +29,28 @@ _COUNT: Final = {"type": "integer", "minimum": 0}
 _LIST: Final = {"type": "array", "items": {"type": "object"}}
 _USAGE: Final = _object(
     "prompt_tokens total_tokens",
-    prompt_tokens=_COUNT,
-    completion_tokens=_COUNT,
-    total_tokens=_COUNT,
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _COUNT),
 )
-_CHOICES: Final = {
-    "type": "array",
-    "items": _object("index finish_reason logprobs", index=_COUNT, finish_reason=_STRING),
-}
+
+
+def _completion(kind: str) -> dict[str, Any]:
+    choice = _object("index finish_reason logprobs", index=_COUNT, finish_reason=_STRING)
+    return _object(
+        "id object created model choices usage",
+        id=_STRING,
+        object={"const": kind},
+        created=_COUNT,
+        model=_STRING,
+        choices={"type": "array", "items": choice},
+        usage=_USAGE,
+    )
+
+
 SCHEMAS: Final[Mapping[str, Any]] = {
     "Object": {"type": "object"},
     "Text": _STRING,
-    "ChatCompletion": _object(
-        "id object created model choices usage",
-        id=_STRING,
-        object={"const": "chat.completion"},
-        created=_COUNT,
-        model=_STRING,
-        choices=_CHOICES,
-        usage=_USAGE,
-    ),
-    "Completion": _object(
-        "id object created model choices usage",
-        id=_STRING,
-        object={"const": "text_completion"},
-        created=_COUNT,
-        model=_STRING,
-        choices=_CHOICES,
-        usage=_USAGE,
-    ),
+    "ChatCompletion": _completion("chat.completion"),
+    "Completion": _completion("text_completion"),
     "Response": _object(
         "id object created_at model status output",
         id=_STRING,
@@ -80,27 +73,12 @@ SCHEMAS: Final[Mapping[str, Any]] = {
         "error",
         error=_object(
             "message type",
-            message=_STRING,
-            type=_STRING,
-            param=_STRING_OR_NULL,
-            code=_STRING_OR_NULL,
+            **dict.fromkeys(("message", "type"), _STRING),
+            **dict.fromkeys(("param", "code"), _STRING_OR_NULL),
         ),
     ),
 }
-_ERRORS: Final = (
-    "400",
-    "401",
-    "403",
-    "404",
-    "405",
-    "408",
-    "413",
-    "415",
-    "429",
-    "500",
-    "501",
-    "503",
-)
+_ERRORS: Final = tuple(map(str, (400, 401, 403, 404, 405, 408, 413, 415, 429, 500, 501, 503)))
 
 
 def openapi_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
@@ -109,13 +87,7 @@ def openapi_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
     def handle(_service: Service, exchange: Exchange, _body: bytes) -> None:
         exchange.respond(200, document((*endpoints, own)))
 
-    own = Endpoint(
-        method="GET",
-        path="/openapi.json",
-        summary="This document",
-        handle=handle,
-        is_open=True,
-    )
+    own = Endpoint("GET", "/openapi.json", "This document", handle, is_open=True)
     return own
 
 
@@ -124,17 +96,10 @@ def document(endpoints: Sequence[Endpoint]) -> bytes:
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)
-    return orjson.dumps(
-        {
-            "openapi": "3.1.0",
-            "info": {"title": "mlxlite", "version": __version__},
-            "paths": paths,
-            "components": {
-                "schemas": SCHEMAS,
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            },
-        }
-    )
+    keys = {"key": {"type": "http", "scheme": "bearer"}}
+    components = {"schemas": SCHEMAS, "securitySchemes": keys}
+    about = {"openapi": "3.1.0", "info": {"title": "mlxlite", "version": __version__}}
+    return orjson.dumps({**about, "paths": paths, "components": components})
 
 
 def _operation(endpoint: Endpoint) -> dict[str, Any]:
@@ -142,22 +107,18 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.is_stream:
         answer[EVENTS] = {}  # a schema would be of the whole stream, or of each event: tools differ
     error = {"description": "An error", "content": {JSON: {"schema": _ref("Error")}}}
-    shown: dict[str, Any] = {
-        "summary": endpoint.summary,
-        "responses": {"200": {"description": "The answer", "content": answer}}
-        | dict.fromkeys(_ERRORS, error),
-    }
+    responses = {"200": {"description": "The answer", "content": answer}}
+    responses |= dict.fromkeys(_ERRORS, error)
     if endpoint.path == "/health":
-        shown["responses"]["503"] = {"description": "Not now", "content": answer}
+        responses["503"] = {"description": "Not now", "content": answer}
+    shown: dict[str, Any] = {"summary": endpoint.summary, "responses": responses}
     if not endpoint.is_open:
         shown["security"] = [{"key": []}, {}]
     if "{id}" in endpoint.path:
-        id = {"name": "id", "in": "path", "required": True, "schema": _STRING}
-        shown["parameters"] = [id]
+        shown["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": _STRING}]
     if endpoint.fields is not None:
-        body = {"schema": _body(endpoint.fields, endpoint.required)}
-        is_needed = bool(endpoint.required)
-        shown["requestBody"] = {"required": is_needed, "content": {JSON: body}}
+        body = {JSON: {"schema": _body(endpoint.fields, endpoint.required)}}
+        shown["requestBody"] = {"required": bool(endpoint.required), "content": body}
     return shown
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api.conversation import Message, Role, ToolCall
-from mlxlite.api.writers import Call, Collected, Envelope, TokenBytes, logprobs_json
+from mlxlite.api.writers import Collected, Envelope, TokenBytes, logprobs_json
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import sse_event
@@ -47,7 +47,7 @@ class _Item:
 
     kind: str
     id: str
-    call: Call | None = None
+    call: ToolCall | None = None
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     status: str = "in_progress"
@@ -130,7 +130,7 @@ class ResponsesWriter:
         place = {} if item.call is not None else {"content_index": 0}
         return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
 
-    def _add(self, kind: str, id: str, call: Call | None = None) -> bytes:
+    def _add(self, kind: str, id: str, call: ToolCall | None = None) -> bytes:
         """A new item, once the one that is open is closed."""
         head = self._close("completed")
         self._items.append(_Item(kind, id, call))
@@ -191,7 +191,7 @@ class ResponsesWriter:
                 return self._close("incomplete")
         head = self._say("") if self._has_logprobs_to_write else b""
         if isinstance(event, events.ToolCallStart):
-            call = Call(event.id, event.name, "")
+            call = ToolCall(event.id, event.name, "")
             head += self._add("function_call", "fc_" + event.id.removeprefix("call_"), call)
         return head
 
@@ -205,7 +205,7 @@ class ResponsesWriter:
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response = self._response(status, incomplete_details=details, usage=_usage(usage))
         self.body = orjson.dumps(response)
-        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[Call]()
+        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[ToolCall]()
         for item in self._items:
             if item.invalid_text:  # for the model, what it has written is text
                 texts["message"] += item.invalid_text

@@ -1,8 +1,8 @@
 """Answers as JSON: what the dialects' writers share, and OpenAI's two kinds of completions. Pure.
 
-A `Writer` turns one answer's events into bytes, streamed or whole. Streamed or not, an answer is
-made of the same events: `Collected` folds them, in the one place where that is done. Nothing here
-knows a clock, a socket or a model.
+A `Writer` turns one answer's events into bytes. Streamed or not, an answer is made of the same
+events: `Collected` folds them, and nothing else does. Nothing here knows a clock, a socket or a
+model.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
+from mlxlite.api.conversation import ToolCall
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import SSE_DONE, sse_data, sse_field
@@ -20,12 +21,9 @@ from mlxlite.output import events
 MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
 
 
-# --- the answer -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What every part of one answer repeats. `created` is in Unix seconds."""
+    """The fields that every part of one answer repeats. `created` is in Unix seconds."""
 
     id: str
     created: int
@@ -54,20 +52,6 @@ def finish_reason(done: events.Done | None) -> str:
     if done.num_calls and done.reason is FinishReason.STOP:
         return "tool_calls"
     return _FINISH_REASONS[done.reason]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A complete call of a tool. `arguments` is a JSON object as text."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-def call_json(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
@@ -124,7 +108,7 @@ class Collected:
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     drawn: list[tuple[int, Logprobs]] = field(default_factory=list)
     done: events.Done | None = None
     _open: events.ToolCallStart | None = None
@@ -147,7 +131,7 @@ class Collected:
                 self._open = event
             case events.ToolCallEnd(arguments):
                 assert self._open is not None
-                self.calls.append(Call(self._open.id, self._open.name, arguments))
+                self.calls.append(ToolCall(self._open.id, self._open.name, arguments))
             case events.Done():
                 self.done = event
         if isinstance(event, events.Delta):
@@ -178,12 +162,9 @@ class Writer(Protocol):
         ...
 
 
-# --- OpenAI's completions -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """What a stream carries beside its text, where it was asked for."""
+    """The parts of a stream beside its text, where the request asks for them."""
 
     include_usage: bool = False  # in a chunk of its own at the end
     continuous_usage: bool = False  # and in every one
@@ -191,17 +172,15 @@ class StreamOptions:
 
     @property
     def has_extras(self) -> bool:
-        """True if every chunk has more than its text."""
         return self.continuous_usage or self.timings_per_token
 
 
 def frame(payload: Mapping[str, Any]) -> bytes:
-    """OpenAI's frame of a stream."""
     return sse_data(orjson.dumps(payload))
 
 
 class OpenAIWriter(ABC):
-    """An answer of chunks: chat and text completions, which differ in their choices alone.
+    """An answer in OpenAI's chunks: chat and text completions differ in their choices alone.
 
     The frame around a piece of text never changes, so it is built once for each choice: a token
     costs one JSON string.
@@ -223,31 +202,22 @@ class OpenAIWriter(ABC):
         self._token_bytes = token_bytes
         self._options = options or StreamOptions()
         mark = "\0"
-        self._frames = [
-            frame(self._chunk(i, self._choice_delta(i, events.TextDelta(mark)))).split(
-                orjson.dumps(mark)
-            )
-            for i in range(num_choices)
-        ]
-
-    # --- the hooks ----------------------------------------------------------------------------
+        texts = (self._choice_delta(i, events.TextDelta(mark)) for i in range(num_choices))
+        frames = (frame(self._chunk(i, text)) for i, text in enumerate(texts))
+        self._frames = [whole.split(orjson.dumps(mark)) for whole in frames]
 
     @abstractmethod
     def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
-        """A chunk's choice: its one member with text; None: an empty one."""
+        """The part of a chunk's choice that holds an event's text; empty for None."""
 
     @abstractmethod
-    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]:
-        """A choice of a whole answer."""
+    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
-        """A choice's `logprobs`, in the endpoint's form."""
+    def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]: ...
 
     @abstractmethod
     def begin(self) -> bytes: ...
-
-    # --- chunks -------------------------------------------------------------------------------
 
     def _chunk(
         self, index: int, delta: dict[str, Any], finish_reason: str | None = None
@@ -275,10 +245,9 @@ class OpenAIWriter(ABC):
         return frame(chunk)
 
     def _progress(self, index: int, progress: events.Progress) -> bytes:
-        """llama-server's `prompt_progress`."""
         usage = progress.usage
         chunk = self._chunk(index, self._choice_delta(index, None))
-        chunk["prompt_progress"] = {
+        chunk["prompt_progress"] = {  # llama-server's
             "total": usage.num_prompt,
             "cache": usage.num_cached,
             "processed": progress.num_computed,
@@ -316,5 +285,4 @@ class OpenAIWriter(ABC):
 
 def stream_failure(error: APIError) -> bytes:
     """Both forms: OpenAI's clients read the data line, the launching app the other."""
-    frames = sse_data(error.body()) + sse_field("error", error.line())
-    return frames + SSE_DONE
+    return sse_data(error.body()) + sse_field("error", error.line()) + SSE_DONE

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from mlxlite.engine.sequence import Matcher
 
@@ -30,15 +31,42 @@ class Kind(Enum):
     REGEX = "regex"
     CHOICE = "choice"  # a JSON array of strings
     GRAMMAR = "grammar"  # GBNF or Lark
-    TOOLS = "tools"  # {"tools": [{"name", "parameters"}], "is_single"}
 
 
 @dataclass(frozen=True, slots=True)
-class Constraint:
-    """What an answer must match."""
+class TextConstraint:
+    """A schema, expression or grammar that an answer must match, as llguidance reads it."""
 
     kind: Kind
     text: str
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSchema:
+    """A tool's name, and the JSON Schema of its arguments as text."""
+
+    name: str
+    parameters: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallConstraint:
+    """Calls of these tools: one or more, or after any text where they are not forced."""
+
+    tools: tuple[ToolSchema, ...]
+    is_single: bool = False
+    is_forced: bool = True
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(tool.name) + len(tool.parameters) for tool in self.tools)
+
+
+Constraint = TextConstraint | CallConstraint
 
 
 class ConstraintError(ValueError):
@@ -112,7 +140,7 @@ class Grammars:
             import llguidance
         except ImportError:
             raise ConstraintError(MISSING) from None
-        if len(constraint.text) > MAX_GRAMMAR_CHARS:
+        if constraint.num_chars > MAX_GRAMMAR_CHARS:
             raise ConstraintError(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
         limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
         words, source = self._words, self._source(constraint)
@@ -137,55 +165,51 @@ class Grammars:
         from llguidance import LLMatcher, grammar_from
 
         try:
-            match constraint.kind:
-                case Kind.JSON:
-                    bounds = cast("Any", dict(_JSON_OPTIONS))
-                    read = LLMatcher.grammar_from_json_schema
-                    return str(read(constraint.text, overrides=bounds))
-                case Kind.REGEX:
-                    return str(LLMatcher.grammar_from_regex(constraint.text))
-                case Kind.CHOICE:
-                    return str(grammar_from("choice", constraint.text))
-                case Kind.GRAMMAR:
-                    return str(grammar_from("gbnf", constraint.text))
-                case Kind.TOOLS:
-                    return str(LLMatcher.grammar_from_lark(self._calls(constraint.text)))
+            match constraint:
+                case CallConstraint():
+                    return str(LLMatcher.grammar_from_lark(self._calls(constraint)))
+                case TextConstraint(Kind.JSON, text):
+                    options = cast("Any", dict(_JSON_OPTIONS))
+                    return str(LLMatcher.grammar_from_json_schema(text, overrides=options))
+                case TextConstraint(Kind.REGEX, text):
+                    return str(LLMatcher.grammar_from_regex(text))
+                case TextConstraint(Kind.CHOICE, text):
+                    return str(grammar_from("choice", text))
+                case TextConstraint(_, text):  # Kind.GRAMMAR
+                    return str(grammar_from("gbnf", text))
         except (ValueError, RecursionError) as error:
             raise ConstraintError(" ".join(str(error).split())[:300]) from None
 
-    def _calls(self, text: str) -> str:
-        """A Lark grammar of one or more calls, of what `tools.constraint_of` has put into `text`.
-
-        Raises ConstraintError for a model whose calls are no JSON between two markers.
-        """
+    def _calls(self, calls: CallConstraint) -> str:
+        """The Lark grammar of calls. Raises ConstraintError where a model's calls are no JSON."""
         begin, end = self._call_markers
         if not begin or not end:
             raise ConstraintError("the format of this model's tool calls cannot be enforced")
-        given = json.loads(text)
-        schemas = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool["name"]},
-                    "arguments": tool["parameters"],
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-                "x-guidance": dict(_JSON_OPTIONS),
-            }
-            for tool in given["tools"]
-        ]
-        bodies = " | ".join(f"c{i}" for i in range(len(schemas)))
-        rules = [f"c{i}: %json {json.dumps(schema)}" for i, schema in enumerate(schemas)]
+        bodies = " | ".join(f"c{i}" for i in range(len(calls.tools)))
+        rules = [f"c{i}: %json {_call_schema(tool)}" for i, tool in enumerate(calls.tools)]
         first, last = ("".join(f" <[{id}]>" for id in ids) for ids in (begin, end))
         call = f"call:{first} gap ({bodies}) gap{last}"
-        calls = "call" if given["is_single"] else "call (gap call)*"
-        start = f"start: gap {calls}"
-        if given["is_auto"]:  # text first, and a call only where its marker comes
+        several = "call" if calls.is_single else "call (gap call)*"
+        start = f"start: gap {several}"
+        if not calls.is_forced:  # text first, and a call only where its marker comes
             mark = json.dumps(self._tokenizer.decode(list(begin)))  # not spelt out either
             words = f"WORDS: /(.|\\n)*/ & ~(/(.|\\n)*/ {mark} /(.|\\n)*/)"
-            start = f"start: WORDS ({calls})?\n{words}"
+            start = f"start: WORDS ({several})?\n{words}"
         return "\n".join([start, call, r"gap: /[ \n]{0,4}/", *rules])
+
+
+def _call_schema(tool: ToolSchema) -> str:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"const": tool.name},
+            "arguments": orjson.Fragment(tool.parameters),
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+        "x-guidance": dict(_JSON_OPTIONS),
+    }
+    return orjson.dumps(schema).decode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
 import mlxlite
-from mlxlite.api.conversation import MAX_TOOLS, stable
+from mlxlite.api.conversation import MAX_TOOLS, ToolCall, stable
 from mlxlite.api.endpoints.chat_completions import ChatWriter, parse_chat
 from mlxlite.api.request import ChatRequest
-from mlxlite.api.writers import Call, Collected, Envelope, StreamOptions
+from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.output.events import (
@@ -28,7 +28,7 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint
 from mlxlite.output.tool_arguments import coerced
 
 USER = {"role": "user", "content": "Hello"}
@@ -53,12 +53,18 @@ def names(request: ChatRequest) -> list[str]:
     return [tool.name for tool in request.tools]
 
 
-def enforced(**fields: Any) -> tuple[dict[str, Any], str]:
-    """What calls must look like, and the field that says so."""
-    constraint = chat(**fields).constraint
-    assert constraint is not None
-    assert constraint[0].kind is Kind.TOOLS
-    return json.loads(constraint[0].text), constraint[1]
+def enforced(**fields: Any) -> tuple[CallConstraint, str]:
+    """The constraint on calls, and the field that asks for it."""
+    found = chat(**fields).constraint
+    assert found is not None
+    constraint, name = found
+    assert isinstance(constraint, CallConstraint)
+    return constraint, name
+
+
+def schemas(given: CallConstraint) -> dict[str, Any]:
+    """The arguments of each tool."""
+    return {tool.name: json.loads(tool.parameters) for tool in given.tools}
 
 
 # --- tools --------------------------------------------------------------------------------------
@@ -222,10 +228,10 @@ def test_none_hides_strict_tools_too():
 def test_required_enforces_one_call_or_more_of_any_tool():
     given, name = enforced(tools=TWO, tool_choice="required")
     assert name == "tool_choice"
-    assert [tool["name"] for tool in given["tools"]] == ["f", "g"]
-    assert (given["is_single"], given["is_auto"]) == (False, False)
+    assert list(schemas(given)) == ["f", "g"]
+    assert (given.is_single, given.is_forced) == (False, True)
     given, _ = enforced(tools=TWO, tool_choice="required", parallel_tool_calls=False)
-    assert given["is_single"]
+    assert given.is_single
 
 
 @pytest.mark.parametrize("choice", [{"type": "function", "function": {"name": "g"}}, {"name": "g"}])
@@ -233,8 +239,8 @@ def test_a_named_function_is_the_only_tool_and_called_once(choice: Any):
     request = chat(tools=TWO, tool_choice=choice)
     assert names(request) == ["g"]
     given, _ = enforced(tools=TWO, tool_choice=choice)
-    assert [tool["name"] for tool in given["tools"]] == ["g"]
-    assert given["is_single"]
+    assert list(schemas(given)) == ["g"]
+    assert given.is_single
 
 
 @pytest.mark.parametrize("choice", ["required", {"name": "f"}])
@@ -270,7 +276,7 @@ def test_function_call_is_the_older_tool_choice():
     assert names(chat(functions=functions, function_call={"name": "g"})) == ["g"]
     given, name = enforced(functions=functions, function_call={"name": "g"})
     assert name == "function_call"
-    assert given["is_single"]
+    assert given.is_single
     assert refusal(functions=functions, function_call={"name": "h"}).param == "function_call"
 
 
@@ -288,18 +294,15 @@ def test_a_strict_tool_enforces_its_arguments_and_leaves_other_tools_any_object(
     tools = [function("f", strict=True, parameters=SCHEMA), function("g", parameters=SCHEMA)]
     given, name = enforced(tools=tools)
     assert name == "tools"
-    assert given["is_auto"]
-    assert given["tools"] == [
-        {"name": "f", "parameters": SCHEMA},
-        {"name": "g", "parameters": {"type": "object"}},
-    ]
+    assert not given.is_forced
+    assert schemas(given) == {"f": SCHEMA, "g": {"type": "object"}}
 
 
 def test_required_enforces_the_arguments_of_all_tools():
     tools = [function("f", parameters=SCHEMA), function("g", strict=True, parameters=SCHEMA)]
     given, name = enforced(tools=tools, tool_choice="required")
     assert name == "tool_choice"
-    assert [tool["parameters"] for tool in given["tools"]] == [SCHEMA, SCHEMA]
+    assert list(schemas(given).values()) == [SCHEMA, SCHEMA]
 
 
 @pytest.mark.parametrize(("value", "most"), [(False, 1), (True, None), (None, None)])
@@ -310,14 +313,14 @@ def test_parallel_tool_calls_false_is_one_call(value: Any, most: int | None):
 # --- constraints --------------------------------------------------------------------------------
 
 WAYS: dict[str, tuple[Any, Constraint]] = {
-    "response_format": ({"type": "json_object"}, Constraint(Kind.JSON, '{"type":"object"}')),
-    "structured_outputs": ({"regex": "a+"}, Constraint(Kind.REGEX, "a+")),
-    "json_schema": ({"type": "null"}, Constraint(Kind.JSON, '{"type":"null"}')),
-    "grammar": ('root ::= "a"', Constraint(Kind.GRAMMAR, 'root ::= "a"')),
-    "guided_json": ('{"type": "null"}', Constraint(Kind.JSON, '{"type":"null"}')),
-    "guided_regex": ("[ab]", Constraint(Kind.REGEX, "[ab]")),
-    "guided_choice": (["x", "y"], Constraint(Kind.CHOICE, '["x","y"]')),
-    "guided_grammar": ('start: "a"', Constraint(Kind.GRAMMAR, 'start: "a"')),
+    "response_format": ({"type": "json_object"}, TextConstraint(Kind.JSON, '{"type":"object"}')),
+    "structured_outputs": ({"regex": "a+"}, TextConstraint(Kind.REGEX, "a+")),
+    "json_schema": ({"type": "null"}, TextConstraint(Kind.JSON, '{"type":"null"}')),
+    "grammar": ('root ::= "a"', TextConstraint(Kind.GRAMMAR, 'root ::= "a"')),
+    "guided_json": ('{"type": "null"}', TextConstraint(Kind.JSON, '{"type":"null"}')),
+    "guided_regex": ("[ab]", TextConstraint(Kind.REGEX, "[ab]")),
+    "guided_choice": (["x", "y"], TextConstraint(Kind.CHOICE, '["x","y"]')),
+    "guided_grammar": ('start: "a"', TextConstraint(Kind.GRAMMAR, 'start: "a"')),
 }
 
 
@@ -385,7 +388,7 @@ def test_a_response_format_has_its_schema():
         {"type": "json_object", "schema": schema},
     ):
         found = chat(response_format=value).constraint
-        assert found == (Constraint(Kind.JSON, '{"type":"integer"}'), "response_format")
+        assert found == (TextConstraint(Kind.JSON, '{"type":"integer"}'), "response_format")
 
 
 @pytest.mark.parametrize(
@@ -455,12 +458,12 @@ def test_arguments_get_the_types_of_their_schema(value: Any, schema: Any, expect
 # --- answers ------------------------------------------------------------------------------------
 
 ENVELOPE = Envelope("chatcmpl-1", 1, "m", "fp")
-CALLS = [Call(f"call_{i}", name, '{"a":1}') for i, name in enumerate("fgh")]
+CALLS = [ToolCall(f"call_{i}", name, '{"a":1}') for i, name in enumerate("fgh")]
 USAGE = Usage(num_prompt=5, num_output=9, num_reasoning=3)
 DONE = Done(FinishReason.STOP, USAGE)
 
 
-def events_of(call: Call, *arguments: str) -> list[ParserEvent]:
+def events_of(call: ToolCall, *arguments: str) -> list[ParserEvent]:
     return [
         ToolCallStart(call.id, call.name),
         *map(ToolCallArguments, arguments),

@@ -28,7 +28,7 @@ from mlxlite.api.request import (
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import MAX_CONTEXT_SIZE, SamplingParams
 from mlxlite.http.errors import APIError
-from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint, ToolSchema
 from mlxlite.vision.images import Source
 
 CAT = "data:image/png;base64,Y2F0"  # whether it is a picture is not the parser's to see
@@ -158,9 +158,9 @@ def _off_at_all() -> Refused:
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _F, _G = Tool("f", "", _NO_PARAMETERS), Tool("g", "", _NO_PARAMETERS)
-_AB = Constraint(Kind.CHOICE, '["a","b"]')
+_AB = TextConstraint(Kind.CHOICE, '["a","b"]')
 _GBNF = 'root ::= "a" | "b"'
-_GRAMMAR = Constraint(Kind.GRAMMAR, _GBNF)
+_GRAMMAR = TextConstraint(Kind.GRAMMAR, _GBNF)
 
 
 def _tool(name: str, **function: Any) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _tool(name: str, **function: Any) -> dict[str, Any]:
 
 
 def _json(schema: dict[str, Any]) -> Constraint:
-    return Constraint(Kind.JSON, json.dumps(schema, separators=(",", ":")))
+    return TextConstraint(Kind.JSON, json.dumps(schema, separators=(",", ":")))
 
 
 def _constrained(field: str, value: Any, found: Constraint) -> list[tuple[Any, Any]]:
@@ -360,7 +360,7 @@ CASES: dict[str, Works | Accepted | Refused] = {
             ({"json": None, "regex": None}, None),
             *_constrained("structured_outputs", {"json": _SCHEMA}, _json(_SCHEMA)),
             *_constrained("structured_outputs", {"json": json.dumps(_SCHEMA)}, _json(_SCHEMA)),
-            *_constrained("structured_outputs", {"regex": "a+"}, Constraint(Kind.REGEX, "a+")),
+            *_constrained("structured_outputs", {"regex": "a+"}, TextConstraint(Kind.REGEX, "a+")),
             *_constrained("structured_outputs", {"choice": ["a", "b"]}, _AB),
             *_constrained("structured_outputs", {"grammar": _GBNF}, _GRAMMAR),
         ],
@@ -371,14 +371,14 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "guided_json": _schema("guided_json"),
     "guided_regex": Works(
         "constraint",
-        _constrained("guided_regex", "[ab]+", Constraint(Kind.REGEX, "[ab]+")),
+        _constrained("guided_regex", "[ab]+", TextConstraint(Kind.REGEX, "[ab]+")),
         ["", 5, True, [], {}],
     ),
     "guided_choice": Works(
         "constraint",
         [
             *_constrained("guided_choice", ["a", "b"], _AB),
-            *_constrained("guided_choice", [""], Constraint(Kind.CHOICE, '[""]')),
+            *_constrained("guided_choice", [""], TextConstraint(Kind.CHOICE, '[""]')),
         ],
         [[], "a", {}, 5, True],
     ),
@@ -630,10 +630,9 @@ def test_a_budget_of_thought_goes_with_all_of_these() -> None:
 
 
 def calls(*tools: tuple[str, Any], is_single: bool = False, is_auto: bool = False) -> Constraint:
-    """What tool calls must look like, as its text."""
-    listed = [{"name": name, "parameters": parameters} for name, parameters in tools]
-    wanted = {"tools": listed, "is_single": is_single, "is_auto": is_auto}
-    return Constraint(Kind.TOOLS, json.dumps(wanted, separators=(",", ":")))
+    """Calls of these tools, with the schemas of their arguments."""
+    listed = (ToolSchema(name, json.dumps(item, separators=(",", ":"))) for name, item in tools)
+    return CallConstraint(tuple(listed), is_single, not is_auto)
 
 
 _BOTH = [("f", _SCHEMA), ("g", _NO_PARAMETERS)]

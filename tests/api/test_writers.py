@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 import mlxlite
 from mlxlite.api.answer import failure, total_usage
+from mlxlite.api.conversation import ToolCall
 from mlxlite.api.endpoints import admin
 from mlxlite.api.endpoints.admin import (
     cache_stats,
@@ -24,7 +25,6 @@ from mlxlite.api.generate import context_exceeded
 from mlxlite.api.service import ModelCard
 from mlxlite.api.writers import (
     MIN_LOGPROB,
-    Call,
     Collected,
     Envelope,
     StreamOptions,
@@ -195,17 +195,17 @@ def test_a_stream_that_fails_says_so_in_both_forms_and_ends() -> None:
 
 # --- reasoning, calls, and why it stopped ---------------------------------------------------------
 
-F = Call("call_1", "f", '{"a":1}')
-G = Call("call_2", "g", "{}")
+F = ToolCall("call_1", "f", '{"a":1}')
+G = ToolCall("call_2", "g", "{}")
 CALLED = replace(DONE, num_calls=2)
 
 
-def called(call: Call) -> dict[str, Any]:
+def called(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def call_events(call: Call) -> list[ParserEvent]:
+def call_events(call: ToolCall) -> list[ParserEvent]:
     """A call that comes whole."""
     return [
         ToolCallStart(call.id, call.name),
@@ -288,7 +288,7 @@ def test_a_chunk_is_of_one_kind_and_calls_are_numbered_by_choice() -> None:
         assert (choice["index"], choice["finish_reason"]) == (index, None)
         return choice["delta"]
 
-    def start(number: int, call: Call) -> Any:
+    def start(number: int, call: ToolCall) -> Any:
         return {"tool_calls": [{"index": number} | called(replace(call, arguments=""))]}
 
     assert said(0, ReasoningDelta("hm")) == {"reasoning_content": "hm", "reasoning": "hm"}
@@ -317,7 +317,7 @@ def test_a_call_is_started_and_then_only_its_arguments_are_written() -> None:
         [{"index": 0} | called(replace(F, arguments=""))],
         [{"index": 0, "function": {"arguments": '{"a"'}}],
         [{"index": 0, "function": {"arguments": ":1}"}}],
-        [{"index": 1} | called(Call("x", "g", ""))],
+        [{"index": 1} | called(ToolCall("x", "g", ""))],
     ]
     assert one_chunk(chat.event(0, ToolCallInvalid("", logprobs=LOGPROBS)))["choices"][0] == {
         "index": 0,

@@ -61,7 +61,7 @@ from mlxlite.http.connection import (
     WRITE_TIMEOUT_S,
 )
 from mlxlite.models.interface import LoadError, PromptError
-from mlxlite.output.grammar import Constraint, ConstraintError, Kind
+from mlxlite.output.grammar import ConstraintError, Kind, TextConstraint
 
 CHAT = "/v1/chat/completions"
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -1130,7 +1130,7 @@ async def test_what_must_match_is_compiled_before_the_answer_begins() -> None:
         ):
             assert (await wire.post(path, body)).status == 200
         chat, completion = served.model.compiled
-        assert chat.constraint == completion.constraint == Constraint(Kind.REGEX, "a+")
+        assert chat.constraint == completion.constraint == TextConstraint(Kind.REGEX, "a+")
         assert (chat.is_thinking, completion.is_thinking) == (True, False)
         assert chat.budget == completion.budget == 5
         await wire.chat("x", thinking_budget=0)

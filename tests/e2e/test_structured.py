@@ -32,7 +32,7 @@ from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Grammar, Prompt, Sequence
 from mlxlite.engine.step import Add, Command, Finish
 from mlxlite.models.locate import DEMO_PATH
-from mlxlite.output.grammar import Constraint, Grammars, Kind
+from mlxlite.output.grammar import CallConstraint, Grammars, Kind, TextConstraint, ToolSchema
 from mlxlite.runner.model_runner import ModelRunner
 from tests.api.test_constraints import QUESTION, WEATHER, function
 
@@ -97,9 +97,12 @@ def eos_tokens() -> frozenset[int]:
     return frozenset(tokenizer().eos_token_ids)
 
 
-def grammar(kind: Kind, text: Any) -> Grammar:
+def grammar(kind: Kind | None, text: Any) -> Grammar:
+    if isinstance(text, CallConstraint):
+        return grammars().compile(text, is_thinking=False)
+    assert kind is not None
     written = text if isinstance(text, str) else json.dumps(text)
-    return grammars().compile(Constraint(kind, written), is_thinking=False)
+    return grammars().compile(TextConstraint(kind, written), is_thinking=False)
 
 
 @cache
@@ -367,8 +370,8 @@ CITY = {
     "required": ["n"],
     "additionalProperties": False,
 }
-CALLS = {"tools": [{"name": "go", "parameters": CITY}], "is_single": False, "is_auto": False}
-OTHERS: list[tuple[Kind, Any, str]] = [
+CALLS = CallConstraint((ToolSchema("go", json.dumps(CITY)),))
+OTHERS: list[tuple[Kind | None, Any, str]] = [
     (Kind.REGEX, "[ab]{3,9}c", "[ab]{3,9}c"),
     (Kind.CHOICE, ["yes", "no", "maybe not"], "yes|no|maybe not"),
     (Kind.GRAMMAR, 'root ::= ("a" | "b")+ "c" [0-9]', "[ab]+c[0-9]"),
@@ -378,8 +381,8 @@ OTHERS: list[tuple[Kind, Any, str]] = [
         r"[a-z]{1,4}( [a-z]{1,4})?\.",
     ),
     (
-        Kind.TOOLS,
-        CALLS | {"is_single": True},
+        None,
+        replace(CALLS, is_single=True),
         r'\s*<tool_call>\s*\{\s*"name"\s*:\s*"go"\s*,\s*"arguments"\s*:\s*\{\s*"n"\s*:\s*\d{1,2}'
         r"\s*\}\s*\}\s*</tool_call>\s*",
     ),
@@ -387,7 +390,7 @@ OTHERS: list[tuple[Kind, Any, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "text", "pattern"), OTHERS)
-def test_every_kind_is_matched(kind: Kind, text: Any, pattern: str):
+def test_every_kind_is_matched(kind: Kind | None, text: Any, pattern: str):
     held_to = grammar(kind, text)
     found = run(*(sequence(i, held_to) for i in range(8)))
     ended = [i for i in range(8) if reason(found, i) is FinishReason.STOP]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from mlxlite.config.options import Config
 from mlxlite.models.load import LoadedModel, load
 from mlxlite.output.detokenizer import Detokenizer
-from mlxlite.output.grammar import Constraint, ConstraintError, Kind
+from mlxlite.output.grammar import CallConstraint, ConstraintError
 from mlxlite.output.markers import PARSE_ERRORS, MarkerFormat
 
 # --- tokens to text ---------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_what_a_model_has_no_marks_for_cannot_be_had(model: LoadedModel, thinker
     with pytest.raises(ConstraintError, match="no marks around its reasoning"):
         model.compile(None, is_thinking=False, budget=5)
     assert loaded(thinker).compile(None, is_thinking=False, budget=5).matcher().error is None
-    calls = Constraint(Kind.TOOLS, '{"tools":[],"is_single":true,"is_auto":false}')
+    calls = CallConstraint(())
     with pytest.raises(ConstraintError, match="tool calls cannot be enforced"):
         model.compile(calls, is_thinking=False)
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,13 @@ from mlxlite.output.grammar import (
     MAX_COMPILED,
     MAX_GRAMMAR_CHARS,
     MISSING,
+    CallConstraint,
     Constraint,
     ConstraintError,
     Grammars,
     Kind,
+    TextConstraint,
+    ToolSchema,
 )
 
 pytest.importorskip("llguidance", reason="structured output is the extra `grammar`")
@@ -52,10 +56,17 @@ def new_grammars(model: LoadedModel, **changes: Any) -> Grammars:
     return Grammars(tokenizer.get_chat_template.__self__, **settings | changes)
 
 
-def matcher_of(grammars: Grammars, kind: Kind, text: Any, **kw: Any) -> Matcher:
-    written = text if isinstance(text, str) else json.dumps(text)
+def matcher_of(grammars: Grammars, kind: Kind | None, text: Any, **kw: Any) -> Matcher:
     kw = {"is_thinking": False, **kw}
-    return grammars.compile(Constraint(kind, written), **kw).matcher()
+    return grammars.compile(constraint_of(kind, text), **kw).matcher()
+
+
+def constraint_of(kind: Kind | None, text: Any) -> Constraint:
+    """Of text, or of what JSON text is made of; a constraint of calls has no kind."""
+    if isinstance(text, CallConstraint):
+        return text
+    assert kind is not None
+    return TextConstraint(kind, text if isinstance(text, str) else json.dumps(text))
 
 
 def allowed(model: LoadedModel, matcher: Matcher) -> set[int]:
@@ -83,22 +94,13 @@ def matches(model: LoadedModel, matcher: Matcher, text: str) -> bool:
 
 # --- kinds --------------------------------------------------------------------------------------
 
-CALLS = {
-    "tools": [
-        {
-            "name": "go",
-            "parameters": {
-                "type": "object",
-                "properties": {"n": {"type": "integer"}},
-                "required": ["n"],
-                "additionalProperties": False,
-            },
-        },
-        {"name": "stay", "parameters": {"type": "object"}},
-    ],
-    "is_single": False,
-    "is_auto": False,
+GO = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}},
+    "required": ["n"],
+    "additionalProperties": False,
 }
+CALLS = CallConstraint((ToolSchema("go", json.dumps(GO)), ToolSchema("stay", '{"type": "object"}')))
 
 
 def call(name: str = "go", arguments: Any = None) -> str:
@@ -106,7 +108,7 @@ def call(name: str = "go", arguments: Any = None) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': given})}\n</tool_call>"
 
 
-KINDS: list[tuple[Kind, Any, list[str], list[str]]] = [
+KINDS: list[tuple[Kind | None, Any, list[str], list[str]]] = [
     (
         Kind.JSON,
         {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
@@ -126,7 +128,7 @@ KINDS: list[tuple[Kind, Any, list[str], list[str]]] = [
     ),
     (Kind.GRAMMAR, 'start: ("one" | N) "!"\nN: /[0-9]+/', ["one!", "42!"], ["one", "!", "42"]),
     (
-        Kind.TOOLS,
+        None,
         CALLS,
         [
             call(),
@@ -146,10 +148,10 @@ KINDS: list[tuple[Kind, Any, list[str], list[str]]] = [
             call()[: -len("</tool_call>")],
         ],
     ),
-    (Kind.TOOLS, CALLS | {"is_single": True}, [call()], [f"{call()}\n{call()}"]),
+    (None, replace(CALLS, is_single=True), [call()], [f"{call()}\n{call()}"]),
     (
-        Kind.TOOLS,
-        CALLS | {"is_auto": True},
+        None,
+        replace(CALLS, is_forced=False),
         ["", "Hello.", call(), f"Hello.\n\n{call()}{call()}", "1 < 2 <tool> {}"],
         [call("go", {"n": "x"}), f"Hello. {call('fly')}", f"Hi {call()[:-12]}"],
     ),
@@ -160,7 +162,7 @@ KINDS: list[tuple[Kind, Any, list[str], list[str]]] = [
 def test_each_kind_lets_through_what_matches_and_nothing_else(
     model: LoadedModel,
     grammars: Grammars,
-    kind: Kind,
+    kind: Kind | None,
     text: Any,
     right: list[str],
     wrong: list[str],
@@ -178,14 +180,14 @@ def test_a_call_that_is_spelt_and_not_marked_must_match_as_well(
     text = call("go", {"n": "x"})
     spelt = [token for char in text for token in model.encode(char, add_special=False)]
     assert model.detokenize(spelt) == text
-    matcher = matcher_of(grammars, Kind.TOOLS, CALLS | {"is_auto": True})
+    matcher = matcher_of(grammars, None, replace(CALLS, is_forced=False))
     assert not takes(model, matcher, spelt)
 
 
 def test_a_models_calls_that_are_no_json_cannot_be_enforced(model: LoadedModel):
     grammars = new_grammars(model, call_markers=((), ()))
     with pytest.raises(ConstraintError, match="format of this model's tool calls"):
-        matcher_of(grammars, Kind.TOOLS, CALLS)
+        matcher_of(grammars, None, CALLS)
 
 
 def test_white_space_in_json_is_bounded(model: LoadedModel, grammars: Grammars):
@@ -280,7 +282,7 @@ def test_a_resumed_answer_is_where_it_was(model: LoadedModel, grammars: Grammars
 def test_a_budget_closes_the_reasoning_with_the_models_own_mark(
     model: LoadedModel, grammars: Grammars, budget: int, is_constrained: bool
 ):
-    constraint = Constraint(Kind.CHOICE, '["no"]') if is_constrained else None
+    constraint = TextConstraint(Kind.CHOICE, '["no"]') if is_constrained else None
     matcher = grammars.compile(constraint, is_thinking=True, budget=budget).matcher()
     (end,) = model.tokenizer.wrapper.think_end_tokens
     (word,) = model.encode("a", add_special=False)
@@ -365,8 +367,8 @@ REFUSED: dict[str, tuple[Kind, str]] = {
     "a rule of itself": (Kind.GRAMMAR, "root ::= root root | root"),
     "a term of itself": (Kind.GRAMMAR, "start: start"),
     "a tool's schema": (
-        Kind.TOOLS,
-        json.dumps(CALLS | {"tools": [{"name": "f", "parameters": {"type": "nonsense"}}]}),
+        None,
+        CallConstraint((ToolSchema("f", '{"type": "nonsense"}'),)),
     ),
 }
 
@@ -375,7 +377,7 @@ REFUSED: dict[str, tuple[Kind, str]] = {
 def test_what_cannot_be_enforced_is_refused_with_a_short_reason(grammars: Grammars, name: str):
     kind, text = REFUSED[name]
     with pytest.raises(ConstraintError) as caught:
-        grammars.compile(Constraint(kind, text), is_thinking=False)
+        grammars.compile(constraint_of(kind, text), is_thinking=False)
     reason = str(caught.value)
     assert 5 < len(reason) <= 300
     assert "\n" not in reason
@@ -387,7 +389,7 @@ def test_what_cannot_be_enforced_is_refused_with_a_short_reason(grammars: Gramma
 def test_a_grammar_that_nothing_matches_is_said_to_be_one(grammars: Grammars, name: str):
     kind, text = REFUSED[name]
     with pytest.raises(ConstraintError, match=r"nothing|no answer|empty|never"):
-        grammars.compile(Constraint(kind, text), is_thinking=False)
+        grammars.compile(constraint_of(kind, text), is_thinking=False)
 
 
 def test_a_grammar_as_long_as_is_read(grammars: Grammars):
@@ -425,9 +427,9 @@ def test_keywords_that_are_not_supported_are_named(
 
 
 def test_a_tool_of_a_keyword_that_is_not_supported_names_it(grammars: Grammars):
-    tools = [{"name": "f", "parameters": {"type": "object", "propertyNames": {"pattern": "a"}}}]
+    schema = {"type": "object", "propertyNames": {"pattern": "a"}}
     with pytest.raises(ConstraintError, match="propertyNames"):
-        matcher_of(grammars, Kind.TOOLS, CALLS | {"tools": tools})
+        matcher_of(grammars, None, CallConstraint((ToolSchema("f", json.dumps(schema)),)))
 
 
 # Grammars whose cost is in their use: either refused, or each mask is made within the fuel, and
@@ -471,7 +473,7 @@ def test_a_costly_grammar_runs_within_its_bounds_or_says_that_it_cannot(
 
 def test_a_refused_constraint_leaves_the_others_alone(model: LoadedModel, grammars: Grammars):
     for kind, text in REFUSED.values():
-        if len(text) < 1000:
+        if constraint_of(kind, text).num_chars < 1000:
             with pytest.raises(ConstraintError):
                 matcher_of(grammars, kind, text)
     assert matches(model, matcher_of(grammars, Kind.REGEX, "a+"), "aa")
@@ -535,7 +537,7 @@ def test_kinds_of_one_text_are_not_mistaken_for_each_other(model: LoadedModel, g
 
 
 def test_matchers_of_one_grammar_know_nothing_of_each_other(model: LoadedModel, grammars: Grammars):
-    grammar = grammars.compile(Constraint(Kind.CHOICE, '["no", "yes"]'), is_thinking=False)
+    grammar = grammars.compile(TextConstraint(Kind.CHOICE, '["no", "yes"]'), is_thinking=False)
     first, second = grammar.matcher(), grammar.matcher()
     assert takes(model, first, model.encode("no", add_special=False))
     assert matches(model, second, "yes")

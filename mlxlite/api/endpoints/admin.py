@@ -20,8 +20,6 @@ from mlxlite.prefix_cache.operations import CacheStats
 _PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8"),)
 CANCEL_FIELDS: Final[Mapping[str, Field]] = {"id": supported(text, "which; default: all")}
 
-# --- models -----------------------------------------------------------------------------------
-
 
 def model_list(cards: list[ModelCard]) -> bytes:
     return orjson.dumps({"object": "list", "data": [card.as_json() for card in cards]})
@@ -38,9 +36,6 @@ def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
         message = f"the model {clip(name)!r} does not exist here; see /v1/models"
         raise APIError(Cause.NO_MODEL, message, param="model")
     exchange.respond(200, orjson.dumps(card.as_json()))
-
-
-# --- health, metrics, status ------------------------------------------------------------------
 
 
 def _health(service: Service, exchange: Exchange, _body: bytes) -> None:
@@ -113,9 +108,6 @@ def _version(_service: Service, exchange: Exchange, _body: bytes) -> None:
     exchange.respond(200, orjson.dumps({"version": __version__}))
 
 
-# --- the prefix cache -------------------------------------------------------------------------
-
-
 def cache_stats(stats: CacheStats) -> dict[str, Any]:
     asked, hit = stats.num_asked, stats.num_hit
     return {
@@ -144,9 +136,6 @@ def _clear_cache(service: Service, exchange: Exchange, _body: bytes) -> None:
     exchange.respond(200, orjson.dumps(body))
 
 
-# --- cancel -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
     """The answer to end; None is all of them."""
@@ -155,7 +144,7 @@ class CancelRequest:
 
 
 def parse_cancel(body: bytes) -> CancelRequest:
-    """`{}` or `{"id": "chatcmpl-…"}`; an empty body is `{}`. Raises APIError 400."""
+    """Of `{}` or `{"id": "chatcmpl-…"}`; an empty body is `{}`. Raises APIError 400."""
     given = read_fields(parse_object(body) if body.strip() else {}, CANCEL_FIELDS)
     return CancelRequest(given.take("id"))
 
@@ -170,26 +159,17 @@ def _cancel(service: Service, exchange: Exchange, body: bytes) -> None:
     exchange.respond(200, orjson.dumps({"status": state, "cancelled_count": len(found)}))
 
 
-def _get(path: str, summary: str, handle: Any, **more: Any) -> Endpoint:
-    return Endpoint(method="GET", path=path, summary=summary, handle=handle, **more)
-
-
 ENDPOINTS: Final = (
-    _get("/v1/models", "The served model, as a list", _models),
-    _get("/v1/models/{id}", "The served model", _model),
-    _get("/v1/cache", "The prefix cache in numbers", _cache),
-    Endpoint(method="DELETE", path="/v1/cache", summary="Forget all prefixes", handle=_clear_cache),
+    Endpoint("GET", "/v1/models", "The served model, as a list", _models),
+    Endpoint("GET", "/v1/models/{id}", "The served model", _model),
+    Endpoint("GET", "/v1/cache", "The prefix cache in numbers", _cache),
+    Endpoint("DELETE", "/v1/cache", "Forget all prefixes", _clear_cache),
+    Endpoint("POST", "/v1/cancel", "End answers", _cancel, fields=CANCEL_FIELDS),
+    Endpoint("GET", "/v1/status", "Queue, rows, memory, cache", _status),
+    Endpoint("GET", "/version", "The server's version", _version, is_open=True),
+    Endpoint("GET", "/health", "Whether it can answer", _health, is_open=True),
     Endpoint(
-        method="POST",
-        path="/v1/cancel",
-        summary="End answers",
-        handle=_cancel,
-        fields=CANCEL_FIELDS,
-    ),
-    _get("/v1/status", "Queue, rows, memory, cache", _status),
-    _get("/version", "The server's version", _version, is_open=True),
-    _get("/health", "Whether it can answer", _health, is_open=True),
-    _get(
+        "GET",
         "/metrics",
         "For Prometheus",
         _metrics,

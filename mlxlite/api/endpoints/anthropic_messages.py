@@ -457,22 +457,22 @@ async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/v1/messages",
-        summary="A message (Anthropic's dialect)",
+        "POST",
+        "/v1/messages",
+        "A message (Anthropic's dialect)",
+        Dialect(parse=parse_messages, writer=_writer, id_prefix="msg_").handle,
         fields=FIELDS,
         required=("messages", "max_tokens"),
         answer_schema="Message",
         error_body=anthropic_error,
-        handle=Dialect(parse=parse_messages, writer=_writer, id_prefix="msg_").handle,
     ),
     Endpoint(
-        method="POST",
-        path="/v1/messages/count_tokens",
-        summary="How many tokens a message would read",
+        "POST",
+        "/v1/messages/count_tokens",
+        "How many tokens a message would read",
+        in_task(_count),
         fields=COUNT_FIELDS,
         required=("messages",),
         error_body=anthropic_error,
-        handle=in_task(_count),
     ),
 )

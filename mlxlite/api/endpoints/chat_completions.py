@@ -12,7 +12,7 @@ from mlxlite.api.constraints import (
     tool_choice,
     tool_list,
 )
-from mlxlite.api.conversation import Role
+from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import (
     Field,
@@ -171,11 +171,7 @@ class ChatWriter(writers.OpenAIWriter):
             case events.ToolCallStart(id, name):
                 self._num_calls[index] += 1
                 number = self._num_calls[index] - 1
-                return {
-                    "tool_calls": [
-                        {"index": number} | writers.call_json(writers.Call(id, name, ""))
-                    ]
-                }
+                return {"tool_calls": [{"index": number} | ToolCall(id, name, "").as_json()]}
             case events.ToolCallArguments(text):
                 more = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
                 return {"tool_calls": [more]}
@@ -193,7 +189,7 @@ class ChatWriter(writers.OpenAIWriter):
         if reasoning := choice.reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if choice.calls:
-            message["tool_calls"] = [writers.call_json(call) for call in choice.calls]
+            message["tool_calls"] = [call.as_json() for call in choice.calls]
         return {
             "index": index,
             "message": message,
@@ -217,12 +213,12 @@ def _writer(
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/v1/chat/completions",
-        summary="A chat completion",
+        "POST",
+        "/v1/chat/completions",
+        "A chat completion",
+        Dialect(parse=parse_chat, writer=_writer, id_prefix="chatcmpl-").handle,
         fields=FIELDS,
         required=("messages",),
         answer_schema="ChatCompletion",
-        handle=Dialect(parse=parse_chat, writer=_writer, id_prefix="chatcmpl-").handle,
     ),
 )

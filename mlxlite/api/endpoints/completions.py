@@ -153,18 +153,18 @@ def _writer(
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/v1/completions",
-        summary="A text completion",
-        fields=FIELDS,
-        required=("prompt",),
-        answer_schema="Completion",
-        handle=Dialect(
+        "POST",
+        "/v1/completions",
+        "A text completion",
+        Dialect(
             parse=parse_completion,
             writer=_writer,
             id_prefix="cmpl-",
             render=_render,
             resume=_with_echoes,
         ).handle,
+        fields=FIELDS,
+        required=("prompt",),
+        answer_schema="Completion",
     ),
 )

@@ -118,12 +118,12 @@ async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/v1/embeddings",
-        summary="Vectors of texts",
+        "POST",
+        "/v1/embeddings",
+        "Vectors of texts",
+        in_task(_embed),
         fields=FIELDS,
         required=("input",),
         answer_schema="Embeddings",
-        handle=in_task(_embed),
     ),
 )

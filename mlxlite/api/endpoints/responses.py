@@ -384,27 +384,16 @@ def _delete(service: Service, exchange: Exchange, _body: bytes) -> None:
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/v1/responses",
-        summary="A response (OpenAI's newer dialect)",
+        "POST",
+        "/v1/responses",
+        "A response (OpenAI's newer dialect)",
+        Dialect(
+            parse=parse_responses, writer=_writer, id_prefix="resp_", resume=_resume, ended=_store
+        ).handle,
         fields=FIELDS,
         required=("input",),
         answer_schema="Response",
-        handle=Dialect(
-            parse=parse_responses, writer=_writer, id_prefix="resp_", resume=_resume, ended=_store
-        ).handle,
     ),
-    Endpoint(
-        method="GET",
-        path="/v1/responses/{id}",
-        summary="A stored response",
-        answer_schema="Response",
-        handle=_get,
-    ),
-    Endpoint(
-        method="DELETE",
-        path="/v1/responses/{id}",
-        summary="Forget a stored response",
-        handle=_delete,
-    ),
+    Endpoint("GET", "/v1/responses/{id}", "A stored response", _get, answer_schema="Response"),
+    Endpoint("DELETE", "/v1/responses/{id}", "Forget a stored response", _delete),
 )

@@ -163,18 +163,14 @@ async def _answer_text(service: Service, exchange: Exchange, body: bytes) -> Non
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST",
-        path="/tokenize",
-        summary="A text's tokens",
-        fields=TOKENIZE_FIELDS,
-        handle=in_task(_answer_tokens),
+        "POST", "/tokenize", "A text's tokens", in_task(_answer_tokens), fields=TOKENIZE_FIELDS
     ),
     Endpoint(
-        method="POST",
-        path="/detokenize",
-        summary="Tokens' text",
+        "POST",
+        "/detokenize",
+        "Tokens' text",
+        in_task(_answer_text),
         fields=DETOKENIZE_FIELDS,
         required=("tokens",),
-        handle=in_task(_answer_text),
     ),
 )

@@ -48,7 +48,7 @@ from mlxlite.api.generate import context_exceeded
 from mlxlite.api.request import GENERATION_FIELDS, ChatRequest
 from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.stored_responses import MAX_CONVERSATIONS, StoredResponses
-from mlxlite.api.writers import Call, Collected, Envelope, StreamOptions
+from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError, Cause
 from mlxlite.output.events import (
@@ -62,7 +62,7 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.grammar import Constraint, Kind
+from mlxlite.output.grammar import Constraint, Kind, TextConstraint
 from mlxlite.vision.images import Source
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -90,8 +90,8 @@ ABOUT = {"name": WEATHER.name, "description": WEATHER.description}
 MESSAGES_TOOL = {**ABOUT, "input_schema": SCHEMA}
 RESPONSES_TOOL = {"type": "function", **ABOUT, "parameters": SCHEMA}
 CHAT_TOOL = {"type": "function", "function": {**ABOUT, "parameters": SCHEMA}}
-SCHEMA_CONSTRAINT = Constraint(Kind.JSON, json.dumps(SCHEMA, separators=(",", ":")))
-OBJECT_CONSTRAINT = Constraint(Kind.JSON, '{"type":"object"}')
+SCHEMA_CONSTRAINT = TextConstraint(Kind.JSON, json.dumps(SCHEMA, separators=(",", ":")))
+OBJECT_CONSTRAINT = TextConstraint(Kind.JSON, '{"type":"object"}')
 
 
 def token_bytes(token: int) -> bytes:
@@ -1005,14 +1005,14 @@ def thought(text: str, *logprobs: tuple[int, Logprobs]) -> ReasoningDelta:
     return ReasoningDelta(text, logprobs=logprobs)
 
 
-def called(call: Call, *arguments: str) -> list[ParserEvent]:
+def called(call: ToolCall, *arguments: str) -> list[ParserEvent]:
     """A call; its arguments in pieces, or whole."""
     pieces = map(ToolCallArguments, arguments or (call.arguments,))
     return [ToolCallStart(call.id, call.name), *pieces, ToolCallEnd(call.arguments)]
 
 
-PARIS = Call("call_1", "get_weather", '{"city":"Paris"}')
-NOW = Call("call_2", "now", "{}")
+PARIS = ToolCall("call_1", "get_weather", '{"city":"Paris"}')
+NOW = ToolCall("call_2", "now", "{}")
 # As a parser gives it: reasoning, what is then said, two calls.
 FULL = [thought("h"), thought("m"), "let me ", "see", *called(PARIS), *called(NOW)]
 SAID = Message(
@@ -2097,7 +2097,9 @@ def test_what_codex_sends_with_tools_is_accepted() -> None:
     assert request.tools == (Tool("shell", "", parameters),)
     assert (request.max_calls, request.constraint, request.ignored) == (1, None, ())
     writer = ResponsesWriter(RESP, token_bytes, request.echo)
-    events = validated(run(writer, called(Call("call_1", "shell", '{"command":["ls"]}')), CALLED))
+    events = validated(
+        run(writer, called(ToolCall("call_1", "shell", '{"command":["ls"]}')), CALLED)
+    )
     assert events[-1][1]["response"]["tools"] == [shell]
 
 
