@@ -1,4 +1,4 @@
-"""What an answer may and must be: the functions to call, the schema or grammar to match. Pure."""
+"""Constraints on an answer: the functions to call, the schema or grammar to match. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import orjson
 
 from mlxlite.api.conversation import Tool, array_of, function_of
 from mlxlite.api.fields import Field, Given, supported
-from mlxlite.api.readers import json_object, parse, shallow, text, wrong
-from mlxlite.http.errors import APIError, Cause, bad, clip
+from mlxlite.api.readers import json_object, members, parse, shallow, text, wrong
+from mlxlite.http.errors import bad, clip, not_supported
 from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint
 
 
@@ -51,7 +51,7 @@ class ToolUse:
         return None if self.is_parallel else 1
 
     def constraints(self) -> list[tuple[Constraint, str]]:
-        """What calls must match, where they are forced or strict, and the field that asks."""
+        """The constraint on calls, where they are forced or strict, and the field it is from."""
         tools = self.callable
         if not self.is_forced and not any(tool.is_strict for tool in tools):
             return []
@@ -69,7 +69,7 @@ def take_constraints(given: Given) -> list[tuple[Constraint, str]]:
 
 def response_format(value: Any, param: str) -> Constraint | None:
     """OpenAI's: text, json_object (llama-server: with a schema) or json_schema."""
-    wanted = json_object(value, param)
+    wanted = members(value, param)
     match wanted.get("type"):
         case "text":
             return None
@@ -77,8 +77,8 @@ def response_format(value: Any, param: str) -> Constraint | None:
             schema = json_object(wanted.get("schema") or {"type": "object"}, f"{param}.schema")
             return json_schema(schema, f"{param}.schema")
         case "json_schema":
-            inner = json_object(wanted.get("json_schema"), f"{param}.json_schema")
-            return json_schema(inner.get("schema"), f"{param}.json_schema.schema")
+            inner = members(wanted.get("json_schema"), f"{param}.json_schema")
+            return json_schema(inner.get("schema"), inner.path_of("schema"))
     raise bad(f"'{param}.type' must be text, json_object or json_schema.", f"{param}.type")
 
 
@@ -113,8 +113,8 @@ def structured_outputs(value: Any, param: str) -> Constraint | None:
     readers = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}
     for name in given:
         if name not in readers:
-            message = f"'{param}.{clip(name)}' is not supported by this server."
-            raise APIError(Cause.UNSUPPORTED, message, param=f"{param}.{clip(name)}")
+            path = f"{param}.{clip(name)}"
+            raise not_supported(f"'{path}' is not supported by this server.", path)
     if len(given) > 1:
         raise bad(f"'{param}' must have one of {', '.join(readers)}.", param)
     return next((readers[name](item, f"{param}.{name}") for name, item in given.items()), None)
@@ -130,8 +130,7 @@ def _tool(value: Any, param: str) -> Tool:
     tool = json_object(value, param)
     if (kind := tool.get("type", "function")) != "function":
         shown = clip(kind) if isinstance(kind, str) else "no string"  # which may be of any depth
-        message = f"tools of type {shown!r} are not supported."
-        raise APIError(Cause.UNSUPPORTED, message, param=param)
+        raise not_supported(f"tools of type {shown!r} are not supported.", param)
     return function_of(tool.get("function"), f"{param}.function")
 
 
@@ -144,8 +143,7 @@ def tool_choice(value: Any, param: str) -> Any:
     if value in ("none", "auto", "required"):
         return value
     choice = json_object(value, param)
-    function = choice.get("function", choice)
-    return {"name": text(json_object(function, param).get("name"), f"{param}.name")}
+    return {"name": members(choice.get("function", choice), param).text("name")}
 
 
 _NEEDS = "; needs the extra `grammar`"

@@ -1,14 +1,14 @@
 """Messages of a chat: JSON to turns, and turns to what a chat template reads. Pure.
 
-Decides what a message may hold: a role, text, pictures, thoughts, calls and their results, and who
-may show pictures (`SHOWS`). It never drops what it does not know in silence: a part or a role that
-it cannot read is a 400 that names its place. Other dialects make the same `Message` of their words.
+Decides what a message may hold: a role, text, pictures, reasoning, calls and their results, and the
+roles that may hold pictures (`SHOWS`). Nothing unknown is dropped in silence: a part or a role that
+cannot be read is a 400 that names its place. All dialects read their messages as `Message`.
 
 A message without pictures is its text, and has no `parts`. Tested.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from mlxlite.api.readers import MAX_DEPTH, Reader, flag, json_object, shallow, text, wrong
+from mlxlite.api.readers import MAX_DEPTH, Reader, array, flag, members, shallow
 from mlxlite.http.errors import bad
 from mlxlite.output.grammar import ToolSchema
 from mlxlite.vision.images import MAX_IMAGES, Source
@@ -48,28 +48,25 @@ class Tool:
 
 def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool:
     """A function's definition. Raises APIError 400."""
-    function = json_object(value, param)
-    name = text(function.get("name"), f"{param}.name")
+    function = members(value, param)
+    name = function.text("name")
     if not _TOOL_NAME.fullmatch(name):
         message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
         raise bad(message, f"{param}.name")
     is_strict = flag(function.get("strict") or False, f"{param}.strict")
     schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
     parameters = {"type": "object", "properties": {}} | stable(schema)
-    description = text(function.get("description") or "", f"{param}.description")
-    return Tool(name, description, parameters, is_strict)
+    return Tool(name, function.text("description", ""), parameters, is_strict)
 
 
 def array_of(read: Reader, word: str = "tools") -> Reader:
     """The tools of an array, each of its own name. It raises APIError 400."""
 
     def read_all(value: Any, param: str) -> tuple[Tool, ...]:
-        if not isinstance(value, list):
-            raise wrong(param, "an array", value)
-        if len(value) > MAX_TOOLS:
+        if len(array(value, param)) > MAX_TOOLS:
             raise bad(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
         tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
-        for i, item in enumerate(value):  # what no reader knows, too: Responses repeat all of it
+        for i, item in enumerate(value):  # unknown members too: Responses repeat all of it
             shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
         if len({tool.name for tool in tools}) < len(tools):
             raise bad(f"'{param}' holds two tools of one name.", param)
@@ -95,7 +92,7 @@ _BILLING = re.compile(r"\A(?:x-anthropic-billing-header:[^\n]*(?:\n|\Z))+\n*", r
 
 
 class Role(Enum):
-    """Who speaks. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
+    """The author of a message. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
 
     SYSTEM = "system"
     DEVELOPER = "developer"
@@ -105,7 +102,7 @@ class Role(Enum):
     FUNCTION = "function"
 
 
-_ROLES: Final = tuple(role.value for role in Role)
+_TEMPLATE_ROLES: Final = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
 SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictures of others
 
 
@@ -125,9 +122,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `content` None is an assistant's turn that only called tools.
+    """One turn. `content` None is an assistant's turn of tool calls alone.
 
-    With pictures, `parts` are they and the text in their order, and `content` is the text alone.
+    With pictures, `parts` are these and the text in order, and `content` is the text alone.
     """
 
     role: Role
@@ -144,15 +141,15 @@ class Message:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that is kept of it: pictures, and text at any depth of a call's arguments."""
+        """The size of its pictures and of all text, at any depth of a call's arguments."""
         total = 0
         left: list[Any] = [self.content, self.reasoning, self.name, self.tool_call_id, *self.parts]
         for call in self.tool_calls:
             left += (call.id, call.name, call.arguments)
         while left:
             match left.pop():
-                case str(said):
-                    total += len(said.encode())
+                case str(text):
+                    total += len(text.encode())
                 case Source(data, url, param):
                     total += len(data or b"")
                     left += (url, param)
@@ -165,8 +162,7 @@ class Message:
 
     def as_template(self) -> dict[str, Any]:
         """The dict that chat templates read; templates know neither developer nor function."""
-        roles = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
-        role, content = roles.get(self.role, self.role), self.content or ""
+        role, content = _TEMPLATE_ROLES.get(self.role, self.role), self.content or ""
         if role is Role.SYSTEM:
             content = _BILLING.sub("", content)
         message: dict[str, Any] = {"role": role.value, "content": content}
@@ -175,15 +171,13 @@ class Message:
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
                 for part in self.parts
             ]
-        if self.name is not None:
-            message["name"] = self.name
-        if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            message["tool_calls"] = [call.as_json() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
+        optional = {
+            "name": self.name,
+            "reasoning_content": self.reasoning,
+            "tool_calls": [call.as_json() for call in self.tool_calls] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        return message | {name: value for name, value in optional.items() if value is not None}
 
 
 def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
@@ -199,7 +193,6 @@ def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
 
 
 def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
-    """The same parts, as long as there are no more pictures than a request may have."""
     for part in parts:
         num_before += isinstance(part, Source)
         if isinstance(part, Source) and num_before > MAX_IMAGES:
@@ -207,8 +200,20 @@ def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
         yield part
 
 
+def message_list(read: Callable[[Any, str], Iterable[Message]]) -> Reader:
+    """The messages of an array, of whose items each has one or more. It raises APIError 400."""
+
+    def read_all(value: Any, param: str) -> tuple[Message, ...]:
+        if not array(value, param):
+            raise bad(f"'{param}' must hold at least one message.", param)
+        items = enumerate(value)
+        return tuple(bounded(one for i, item in items for one in read(item, f"{param}[{i}]")))
+
+    return read_all
+
+
 def bounded(messages: Iterable[Message]) -> Iterator[Message]:
-    """The same messages, as long as there are not too many pictures. Raises APIError 400."""
+    """The same messages; raises APIError 400 for more pictures than a request may have."""
     num_seen = 0
     for message in messages:
         num_seen += sum(1 for _ in _counted(message.sources, num_seen))

@@ -5,11 +5,12 @@ accepts as JSON Schema, so that the OpenAPI document cannot differ from the pars
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
 
-from mlxlite.http.errors import APIError, Cause, bad, clip
+from mlxlite.http.errors import APIError, bad, clip, not_supported
 
 # A context of a million token ids, or any text that fits one. Reading JSON holds the interpreter:
 # 60 MiB of empty arrays, which is 20 million of them, stopped every stream for 10 s.
@@ -96,6 +97,32 @@ def json_object(value: Any, param: str) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The members of a JSON object, and its path: an error about a member names both."""
+
+    values: Mapping[str, Any]
+    path: str
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def path_of(self, name: str) -> str:
+        return f"{self.path}.{name}"
+
+    def read(self, name: str, reader: Reader) -> Any:
+        return reader(self.values.get(name), self.path_of(name))
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string; `default` where the member is empty or absent, if it may be."""
+        value = self.values.get(name)
+        return text(value if default is None else value or default, self.path_of(name))
+
+
+def members(value: Any, param: str) -> Members:
+    return Members(json_object(value, param), param)
+
+
 def array(value: Any, param: str, of: str = "") -> list[Any]:
     if not isinstance(value, list):
         raise wrong(param, f"an array{of}", value)
@@ -139,8 +166,7 @@ def only(*values: Any) -> Reader:
         if not any(
             value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in values
         ):
-            message = f"'{param}' is not supported by this server."
-            raise APIError(Cause.UNSUPPORTED, message, param=param)
+            raise not_supported(f"'{param}' is not supported by this server.", param)
 
     return read
 
@@ -176,25 +202,24 @@ def need(given: Mapping[str, Any], param: str, *names: str) -> None:
             raise bad(f"'{param}.{name}' is required.", f"{param}.{name}")
 
 
-def parts(value: Any, param: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The typed objects of an array: type, object, and its path."""
+def parts(value: Any, param: str) -> Iterator[tuple[str, Members]]:
+    """The objects of an array, each with its type."""
     if not isinstance(value, list):
         raise wrong(param, "a string or an array", value)
     for i, item in enumerate(value):
-        name = f"{param}[{i}]"
-        part = json_object(item, name)
-        yield text(part.get("type"), f"{name}.type"), part, name
+        part = members(item, f"{param}[{i}]")
+        yield part.text("type"), part
 
 
 def unsupported_type(kind: str, param: str) -> APIError:
-    message = f"{clip(kind)!r} is not supported in '{param}'."
-    return APIError(Cause.UNSUPPORTED, message, param=f"{param}.type")
+    return not_supported(f"{clip(kind)!r} is not supported in '{param}'.", f"{param}.type")
 
 
-def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> dict[str, Any]:
+def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> Members:
     """An object of one type, which may be left out if it is the default."""
-    given = json_object(value, param)
-    found = text(default if given.get("type") is None else given["type"], f"{param}.type")
+    given = members(value, param)
+    type_ = given.get("type")
+    found = text(default if type_ is None else type_, f"{param}.type")
     if found != kind:
         raise unsupported_type(found, param)
     return given

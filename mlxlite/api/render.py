@@ -16,7 +16,7 @@ from mlxlite.api.readers import Text
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
-from mlxlite.http.errors import APIError, Cause, bad
+from mlxlite.http.errors import bad, not_supported
 from mlxlite.models.interface import Model, PromptError
 from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
@@ -46,7 +46,7 @@ def _pictures(model: Model, sources: tuple[Source, ...], config: Config) -> tupl
     if not sources:
         return ()
     if model.vision_unavailable_reason is not None:
-        raise APIError(Cause.UNSUPPORTED, model.vision_unavailable_reason, param=sources[0].param)
+        raise not_supported(model.vision_unavailable_reason, sources[0].param)
     limits = Limits(
         max_images=config.max_images,
         max_pixels=config.max_image_pixels,
@@ -63,7 +63,7 @@ def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
         return request.template_kwargs
     if not model.output_format.can_call_tools:
         message = "this model's template has no format for tools that this server knows"
-        raise APIError(Cause.UNSUPPORTED, message, param="tools")
+        raise not_supported(message, "tools")
     return {**request.template_kwargs, "tools": [tool.as_template() for tool in request.tools]}
 
 

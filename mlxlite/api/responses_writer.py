@@ -22,19 +22,7 @@ _STATUSES: Final = {
     FinishReason.LENGTH: "incomplete",
     FinishReason.CANCELLED: "cancelled",
 }
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.num_prompt,
-        "input_tokens_details": {"cached_tokens": usage.num_cached, "cache_write_tokens": 0},
-        "output_tokens": usage.num_output,
-        "output_tokens_details": {"reasoning_tokens": usage.num_reasoning},
-        "total_tokens": usage.num_prompt + usage.num_output,
-    }
-
-
-_TEXT_EVENTS: Final = {  # how an item's text is told
+_TEXT_EVENTS: Final = {  # of an item's text, by the item's type
     "message": "response.output_text",
     "reasoning": "response.reasoning_text",
     "function_call": "response.function_call_arguments",
@@ -51,13 +39,9 @@ class _Item:
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     status: str = "in_progress"
-    invalid_text: str = ""  # what the model wrote, where it is no call after all
+    invalid_text: str = ""  # the text that the model wrote for a call that did not parse
 
-    def finish_call(self, arguments: str) -> None:
-        assert self.call is not None
-        self.call = replace(self.call, arguments=arguments)
-
-    def said(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         text = "".join(self.texts)
         if self.call is not None:
             return {"name": self.call.name, "arguments": text}
@@ -66,13 +50,13 @@ class _Item:
 
     def part(self) -> dict[str, Any]:
         if self.kind == "reasoning":
-            return {"type": "reasoning_text", **self.said()}
-        return {"type": "output_text", "annotations": [], **self.said()}
+            return {"type": "reasoning_text", **self.content()}
+        return {"type": "output_text", "annotations": [], **self.content()}
 
     def as_json(self) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
         if self.call is not None:
-            return {**item, "call_id": self.call.id, **self.said()}
+            return {**item, "call_id": self.call.id, **self.content()}
         item["content"] = [] if self.status == "in_progress" else [self.part()]
         if self.kind == "reasoning":
             return {**item, "summary": []}
@@ -82,8 +66,8 @@ class _Item:
 class ResponsesWriter:
     """A response, streamed or whole.
 
-    Once it has ended, `body` is what a client gets that asks for it again, and `answer` what a
-    later response goes on from; there is none when it has failed.
+    Once it has ended, `body` is the answer to later requests for it, and `answer` the message that
+    a later response continues; there is none when it has failed.
     """
 
     def __init__(
@@ -119,23 +103,21 @@ class ResponsesWriter:
             **rest,
         }
 
-    def _item(self, kind: str) -> bytes:
-        """An event of the last item."""
+    def _item_event(self, kind: str) -> bytes:
         kind, index = f"response.output_item.{kind}", len(self._items) - 1
         return self._event(kind, output_index=index, item=self._items[-1].as_json())
 
-    def _about(self, kind: str, **rest: Any) -> bytes:
-        """An event of what is in the last item."""
+    def _content_event(self, kind: str, **rest: Any) -> bytes:
         item, index = self._items[-1], len(self._items) - 1
         place = {} if item.call is not None else {"content_index": 0}
         return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
 
     def _add(self, kind: str, id: str, call: ToolCall | None = None) -> bytes:
-        """A new item, once the one that is open is closed."""
+        """A new item, after the end of the open one."""
         head = self._close("completed")
         self._items.append(_Item(kind, id, call))
         self._open_kind = kind
-        return head + self._item("added")
+        return head + self._item_event("added")
 
     def _open(self, kind: str, prefix: str) -> bytes:
         """An item with a part for text, unless it is open."""
@@ -144,33 +126,38 @@ class ResponsesWriter:
         number = sum(item.kind == kind for item in self._items)
         id = prefix + self._envelope.id.removeprefix("resp_") + (f"_{number}" if number else "")
         head, part = self._add(kind, id), self._items[-1].part()
-        return head + self._about("response.content_part.added", part=part)
+        return head + self._content_event("response.content_part.added", part=part)
 
     def _text_delta(self, text: str, **rest: Any) -> bytes:
         """Append to the open item; the delta event of its text."""
         self._items[-1].texts.append(text)
-        return self._about(f"{_TEXT_EVENTS[self._open_kind]}.delta", delta=text, **rest)
+        return self._content_event(f"{_TEXT_EVENTS[self._open_kind]}.delta", delta=text, **rest)
 
-    def _say(self, text: str) -> bytes:
+    def _message_delta(self, text: str) -> bytes:
         head = self._open("message", "msg_")
         logprobs, self._logprobs = self._logprobs, []
         self._items[-1].logprobs += logprobs
         return head + self._text_delta(text, logprobs=logprobs)
 
+    def _pending_logprobs(self) -> bytes:
+        """An empty delta for the logprobs of tokens whose text never came."""
+        has_some = bool(self._logprobs) and self._open_kind == "message"
+        return self._message_delta("") if has_some else b""
+
     def _close(self, status: str) -> bytes:
-        """The end of what is open, if anything is."""
+        """The end of the open item, if there is one."""
         if not self._open_kind:
             return b""
         item = self._items[-1]
-        frames = self._about(f"{_TEXT_EVENTS[self._open_kind]}.done", **item.said())
+        frames = self._content_event(f"{_TEXT_EVENTS[self._open_kind]}.done", **item.content())
         if item.call is None:
-            frames += self._about("response.content_part.done", part=item.part())
+            frames += self._content_event("response.content_part.done", part=item.part())
         item.status, self._open_kind = status, ""
-        return frames + self._item("done")
+        return frames + self._item_event("done")
 
     def begin(self) -> bytes:
-        created = self._event("response.created", response=self._response("in_progress"))
-        return created + self._event("response.in_progress", response=self._response("in_progress"))
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event(k, response=self._response("in_progress")) for k in kinds)
 
     def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
         if isinstance(event, events.Progress):
@@ -178,59 +165,53 @@ class ResponsesWriter:
         self._logprobs += logprobs_json(event.logprobs, self._token_bytes)
         match event:
             case events.TextDelta(text) if text:
-                return self._say(text)
+                return self._message_delta(text)
             case events.ReasoningDelta(text) if text:
                 return self._open("reasoning", "rs_") + self._text_delta(text)
+            case events.ToolCallStart(id, name):
+                head, item_id = self._pending_logprobs(), "fc_" + id.removeprefix("call_")
+                return head + self._add("function_call", item_id, ToolCall(id, name, ""))
             case events.ToolCallArguments(text):
                 return self._text_delta(text)
             case events.ToolCallEnd(arguments):
-                self._items[-1].finish_call(arguments)
+                item = self._items[-1]
+                assert item.call is not None
+                item.call = replace(item.call, arguments=orjson.loads(arguments))
                 return self._close("completed")
             case events.ToolCallInvalid(text):
                 self._items[-1].invalid_text = text
                 return self._close("incomplete")
-        head = self._say("") if self._has_logprobs_to_write else b""
-        if isinstance(event, events.ToolCallStart):
-            call = ToolCall(event.id, event.name, "")
-            head += self._add("function_call", "fc_" + event.id.removeprefix("call_"), call)
-        return head
+        return self._pending_logprobs()
 
-    @property
-    def _has_logprobs_to_write(self) -> bool:
-        return bool(self._logprobs) and self._open_kind == "message"
-
-    def _end(self, done: events.Done, usage: Usage) -> dict[str, Any]:
-        """The finished response, which is remembered, and all its items as one turn."""
+    def _finish(self, done: events.Done, usage: Usage) -> dict[str, Any]:
+        """The finished response, which is stored, and all its items as one message."""
         status = _STATUSES[done.reason]
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response = self._response(status, incomplete_details=details, usage=_usage(usage))
         self.body = orjson.dumps(response)
-        texts, made = dict.fromkeys(_TEXT_EVENTS, ""), list[ToolCall]()
+        texts, calls = dict.fromkeys(_TEXT_EVENTS, ""), list[ToolCall]()
         for item in self._items:
-            if item.invalid_text:  # for the model, what it has written is text
+            if item.invalid_text:  # it is text to the model
                 texts["message"] += item.invalid_text
             elif item.call is not None:
-                made.append(item.call)
+                calls.append(item.call)
             else:
                 texts[item.kind] += "".join(item.texts)
-        calls = tuple(ToolCall(call.id, call.name, orjson.loads(call.arguments)) for call in made)
-        said, thought = texts["message"] or (None if calls else ""), texts["reasoning"] or None
-        self.answer = Message(Role.ASSISTANT, said, reasoning=thought, tool_calls=calls)
+        content = texts["message"] or (None if calls else "")
+        reasoning = texts["reasoning"] or None
+        self.answer = Message(Role.ASSISTANT, content, reasoning=reasoning, tool_calls=tuple(calls))
         return response
 
     def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
-        """An empty answer has its message too; one that was cancelled ends as incomplete."""
-        has_completed = done.reason is FinishReason.STOP
+        """The last frames: an empty answer has a message too, a cancelled one ends incomplete."""
+        status = "completed" if done.reason is FinishReason.STOP else "incomplete"
         head = b"" if self._items else self._open("message", "msg_")
-        if self._has_logprobs_to_write:
-            head += self._say("")
-        head += self._close("completed" if has_completed else "incomplete")
-        response = self._end(done, total or done.usage)
-        kind = "response.completed" if has_completed else "response.incomplete"
-        return head + self._event(kind, response=response)
+        head += self._pending_logprobs() + self._close(status)
+        response = self._finish(done, total or done.usage)
+        return head + self._event(f"response.{status}", response=response)
 
     def fail(self, error: APIError) -> bytes:
-        """Told twice, as OpenAI does: some clients know the one event, some the other."""
+        """Two events, as OpenAI sends them: some clients read the first, some the second."""
         if self._open_kind:
             self._items[-1].status = "incomplete"
         detail = {"code": error.code, "message": error.message, "param": error.param}
@@ -252,3 +233,13 @@ class ResponsesWriter:
         self.done(0, choice.done, total)
         assert self.body is not None
         return self.body
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.num_prompt,
+        "input_tokens_details": {"cached_tokens": usage.num_cached, "cache_write_tokens": 0},
+        "output_tokens": usage.num_output,
+        "output_tokens_details": {"reasoning_tokens": usage.num_reasoning},
+        "total_tokens": usage.num_prompt + usage.num_output,
+    }

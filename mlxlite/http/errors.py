@@ -78,6 +78,11 @@ def bad(message: str, param: str | None = None) -> APIError:
     return APIError(Cause.BAD_REQUEST, message, param=param)
 
 
+def not_supported(message: str, param: str) -> APIError:
+    """A 400 for what a field may ask of other servers."""
+    return APIError(Cause.UNSUPPORTED, message, param=param)
+
+
 def our_fault() -> APIError:
     """A 500 for a bug of ours, without details."""
     return APIError(Cause.INTERNAL, "internal error")

@@ -1,6 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages, parsed and written.
 
-The writer is a small state machine: an answer is a list of blocks, of which at most one is open;
+The writer is a state machine: an answer is a list of blocks, of which at most one is open;
 reasoning, text and calls open what they need, and an open block is closed before another begins or
 the answer ends.
 """
@@ -20,8 +20,8 @@ from mlxlite.api.conversation import (
     Tool,
     ToolCall,
     array_of,
-    bounded,
     function_of,
+    message_list,
     turn,
 )
 from mlxlite.api.endpoint import Endpoint
@@ -35,7 +35,8 @@ from mlxlite.api.fields import (
     unsupported_each,
 )
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
-from mlxlite.api.openai_content import image_errors, role_of, said_of, texts_of
+from mlxlite.api.openai_content import image_errors, parts_of, role_of, text_of
+from mlxlite.api.readers import Members
 from mlxlite.api.render import render_chat
 from mlxlite.api.request import (
     GENERATION_FIELDS,
@@ -60,99 +61,82 @@ from mlxlite.vision.images import Source, source_of, source_of_base64
 
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
 
-# --- requests ---------------------------------------------------------------------------------
-
-
-def _turns(value: Any, param: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise readers.wrong(param, "an array", value)
-    if not value:
-        raise bad(f"'{param}' must hold at least one message.", param)
-    turns = (one for i, item in enumerate(value) for one in _turn(item, f"{param}[{i}]"))
-    return tuple(bounded(turns))
-
 
 def _turn(value: Any, param: str) -> list[Message]:
-    """One message of Anthropic's; results of tools are messages of their own."""
-    given = readers.json_object(value, param)
+    """The messages of one of Anthropic's; results of tools are messages of their own."""
+    given = readers.members(value, param)
     role = role_of(given.get("role"), f"{param}.role", Role.USER, Role.ASSISTANT, Role.SYSTEM)
     content, name = given.get("content"), f"{param}.content"
     if isinstance(content, str) or role is Role.SYSTEM:
-        return [Message(role, texts_of(content, name))]
+        return [Message(role, text_of(content, name))]
     if role is Role.ASSISTANT:
         return [_assistant(content, name)]
     return _user(content, name)
 
 
 def _user(content: Any, param: str) -> list[Message]:
-    """What is said between results is one turn."""
+    """The results of tools, and the blocks between them, each run of which is one turn."""
     turns: list[Message] = []
-    for is_result, run in groupby(
-        readers.parts(content, param), lambda part: part[0] == "tool_result"
-    ):
+    parts = readers.parts(content, param)
+    for is_result, run in groupby(parts, lambda part: part[0] == "tool_result"):
         if is_result:
-            turns += [_tool_result(block, name) for _, block, name in run]
+            turns += [_tool_result(block) for _, block in run]
         else:
-            turns.append(turn(Role.USER, (_said(*part) for part in run)))
+            turns.append(turn(Role.USER, (_user_part(*part) for part in run)))
     return turns or [Message(Role.USER, "")]
 
 
-def _said(kind: str, block: Mapping[str, Any], param: str) -> Part:
+def _user_part(kind: str, block: Members) -> Part:
     match kind:
         case "text":
-            return readers.text(block.get("text"), f"{param}.text")
+            return block.text("text")
         case "image":
-            return _image(block, param)
-    raise readers.unsupported_type(kind, param)
+            return _image(block)
+    raise readers.unsupported_type(kind, block.path)
 
 
-def _image(block: Mapping[str, Any], param: str) -> Source:
-    """What it is called (`media_type`) is not believed; its bytes say what it is."""
-    param = f"{param}.source"
-    given = readers.json_object(block.get("source"), param)
+def _image(block: Members) -> Source:
+    """`media_type` is not used: the bytes show the format."""
+    source: Members = block.read("source", readers.members)
     with image_errors():
-        match readers.text(given.get("type"), f"{param}.type"):
+        match source.text("type"):
             case "base64":
-                readers.text(given.get("media_type") or "", f"{param}.media_type")
-                return source_of_base64(readers.text(given.get("data"), f"{param}.data"), param)
+                source.text("media_type", "")
+                return source_of_base64(source.text("data"), source.path)
             case "url":
-                return source_of(readers.text(given.get("url"), f"{param}.url"), param)
+                return source_of(source.text("url"), source.path)
             case kind:
-                raise readers.unsupported_type(kind, param)
+                raise readers.unsupported_type(kind, source.path)
 
 
-def _tool_result(block: Mapping[str, Any], param: str) -> Message:
-    """A failure is told in words: templates have no field for it."""
-    content = "" if block.get("content") is None else block["content"]
-    said = list(said_of(content, f"{param}.content", {"image": _image}))
-    if (error := block.get("is_error")) is not None and readers.flag(error, f"{param}.is_error"):
-        first = said.pop(0) if said and isinstance(said[0], str) else ""
-        said.insert(0, f"Error: {first}")
-    id = readers.text(block.get("tool_use_id"), f"{param}.tool_use_id")
-    return turn(Role.TOOL, said, tool_call_id=id)
+def _tool_result(block: Members) -> Message:
+    """A failure becomes text: templates have no field for it."""
+    content = "" if block.get("content") is None else block.get("content")
+    parts = list(parts_of(content, block.path_of("content"), {"image": _image}))
+    if block.get("is_error") is not None and block.read("is_error", readers.flag):
+        first = parts.pop(0) if parts and isinstance(parts[0], str) else ""
+        parts.insert(0, f"Error: {first}")
+    return turn(Role.TOOL, parts, tool_call_id=block.text("tool_use_id"))
 
 
 def _assistant(content: Any, param: str) -> Message:
     texts, thoughts, calls = [], [], []
-    for kind, block, name in readers.parts(content, param):
+    for kind, block in readers.parts(content, param):
         match kind:
             case "text":
-                texts.append(readers.text(block.get("text"), f"{name}.text"))
+                texts.append(block.text("text"))
             case "thinking":
-                thoughts.append(readers.text(block.get("thinking"), f"{name}.thinking"))
+                thoughts.append(block.text("thinking"))
             case "tool_use":
-                id = readers.text(block.get("id"), f"{name}.id")
-                arguments = readers.json_object(block.get("input"), f"{name}.input")
-                calls.append(
-                    ToolCall(id, readers.text(block.get("name"), f"{name}.name"), arguments)
-                )
+                id, arguments = block.text("id"), block.read("input", readers.json_object)
+                calls.append(ToolCall(id, block.text("name"), arguments))
             case "redacted_thinking":
-                readers.text(block.get("data"), f"{name}.data")  # no one but Anthropic can read it
+                block.text("data")  # readable for Anthropic alone
             case _:
-                raise readers.unsupported_type(kind, name)
-    said = "\n".join(texts) if texts or not calls else None
+                raise readers.unsupported_type(kind, block.path)
+    text = "\n".join(texts) if texts or not calls else None
     reasoning = "\n".join(filter(None, thoughts)) or None
-    return Message(Role.ASSISTANT, said, reasoning=reasoning, tool_calls=tuple(calls))
+    return Message(Role.ASSISTANT, text, reasoning=reasoning, tool_calls=tuple(calls))
 
 
 _read_thinking: Final = readers.nested(
@@ -173,8 +157,9 @@ def _thinking(value: Any, param: str) -> dict[str, Any]:
 
 
 def _tool(value: Any, param: str) -> Tool:
-    """A function of the client's own: of the other tools Anthropic keeps what they do."""
-    return function_of(readers.of_kind("custom", value, param, "custom"), param, "input_schema")
+    """A function of the client's; Anthropic's own tools run on its servers alone."""
+    tool = readers.of_kind("custom", value, param, "custom")
+    return function_of(tool.values, param, "input_schema")
 
 
 _read_choice: Final = readers.nested(
@@ -188,7 +173,7 @@ _read_choice: Final = readers.nested(
 
 
 def _tool_choice(value: Any, param: str) -> tuple[Any, bool]:
-    """The choice as a chat has it, and whether several calls may follow one another."""
+    """The choice in a chat's words, and whether there may be several calls."""
     given = _read_choice(value, param)
     if given["type"] == "tool":
         readers.need(given, param, "name")
@@ -204,17 +189,19 @@ _ALL: Final = ("all", {"type": "all"})
 
 
 def _edits(value: Any, param: str) -> None:
-    """Claude Code asks for all thoughts to be kept, which they are."""
-    for kind, edit, name in readers.parts(value, param):
+    """Claude Code asks for all reasoning to be kept, as it is."""
+    for kind, edit in readers.parts(value, param):
         if not kind.startswith("clear_thinking") or edit.get("keep") not in _ALL:
-            raise readers.unsupported_type(kind, name)
+            raise readers.unsupported_type(kind, edit.path)
 
 
 FIELDS: Final[Mapping[str, Field]] = {
     **GENERATION_FIELDS,
     **TEMPLATE_FIELDS,
-    "messages": supported(_turns, "text, image, thinking, tool_use and tool_result blocks"),
-    "system": supported(texts_of, "a string or text blocks"),
+    "messages": supported(
+        message_list(_turn), "text, image, thinking, tool_use and tool_result blocks"
+    ),
+    "system": supported(text_of, "a string or text blocks"),
     "max_tokens": supported(readers.integer(1, 2**31 - 1), "required, but not to count tokens"),
     "temperature": supported(readers.number(0, 1), "0 is greedy; default: the model's, else 1"),
     "thinking": supported(
@@ -289,8 +276,6 @@ def _request(given: Given) -> ChatRequest:
     return request
 
 
-# --- answers ----------------------------------------------------------------------------------
-
 _ERROR_TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
@@ -303,7 +288,7 @@ _ERROR_TYPES: Final = {
 
 
 def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
-    """Anthropic's error object. A prompt that is too long says so in the words clients look for."""
+    """Anthropic's error object; that of a long prompt has the words that clients look for."""
     kind = "api_error" if error.status >= 500 else "invalid_request_error"
     message = error.message
     if error.code == "context_length_exceeded":
@@ -317,7 +302,7 @@ def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
 
 
 def _end(done: events.Done) -> dict[str, str | None]:
-    """Null for an answer that was cancelled: Anthropic has no word for it."""
+    """The reason of an end: null for a cancelled answer, which Anthropic does not have."""
     reason, stop = None, None
     if done.reason is FinishReason.LENGTH:
         reason = "max_tokens"
@@ -338,7 +323,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _use(id: str, name: str, input: Any) -> dict[str, Any]:
+def _tool_use(id: str, name: str, input: Any) -> dict[str, Any]:
     return {"type": "tool_use", "id": id, "name": name, "input": input}
 
 
@@ -349,8 +334,8 @@ def _frame(kind: str, **rest: Any) -> bytes:
 class MessagesWriter:
     """A message in Anthropic's form, of one choice.
 
-    What of the prompt is cached is not known when a stream begins: its last usage tells. Thoughts
-    are signed with nothing: whoever sends them back is believed.
+    When a stream begins, the number of cached tokens is not known yet: the last usage has it.
+    Reasoning has an empty signature, and is accepted with any.
     """
 
     def __init__(self, envelope: Envelope, num_prompt: int) -> None:
@@ -374,24 +359,23 @@ class MessagesWriter:
         }
 
     def _open(self, block: Mapping[str, Any]) -> bytes:
-        """A new block, once the one that is open is closed."""
+        """A new block, after the end of the open one."""
         head, self._kind = self._close(), block["type"]
         self._num_blocks += 1
         index = self._num_blocks - 1
         return head + _frame("content_block_start", index=index, content_block=block)
 
-    def _need(self, block: Mapping[str, Any]) -> bytes:
-        """A new block, unless one of its type is open."""
+    def _open_unless_open(self, block: Mapping[str, Any]) -> bytes:
         return b"" if self._kind == block["type"] else self._open(block)
 
-    def _piece(self, kind: str, **piece: str) -> bytes:
-        delta = {"type": kind, **piece}
+    def _delta(self, kind: str, **text: str) -> bytes:
+        delta = {"type": kind, **text}
         return _frame("content_block_delta", index=self._num_blocks - 1, delta=delta)
 
     def _close(self) -> bytes:
         if not self._kind:
             return b""
-        head = self._piece("signature_delta", signature="") if self._kind == "thinking" else b""
+        head = self._delta("signature_delta", signature="") if self._kind == "thinking" else b""
         self._kind = ""
         return head + _frame("content_block_stop", index=self._num_blocks - 1)
 
@@ -403,15 +387,15 @@ class MessagesWriter:
         """The end of a call that did not parse is the end of its block too."""
         match event:
             case events.TextDelta(text) if text:
-                head = self._need({"type": "text", "text": ""})
-                return head + self._piece("text_delta", text=text)
+                head = self._open_unless_open({"type": "text", "text": ""})
+                return head + self._delta("text_delta", text=text)
             case events.ReasoningDelta(text) if text:
-                head = self._need({"type": "thinking", "thinking": "", "signature": ""})
-                return head + self._piece("thinking_delta", thinking=text)
+                head = self._open_unless_open({"type": "thinking", "thinking": "", "signature": ""})
+                return head + self._delta("thinking_delta", thinking=text)
             case events.ToolCallStart(id, name):
-                return self._open(_use(id, name, {}))
+                return self._open(_tool_use(id, name, {}))
             case events.ToolCallArguments(text):
-                return self._piece("input_json_delta", partial_json=text)
+                return self._delta("input_json_delta", partial_json=text)
             case events.ToolCallEnd() | events.ToolCallInvalid():
                 return self._close()
             case events.Progress():
@@ -434,7 +418,7 @@ class MessagesWriter:
         if text := choice.text:
             content.append({"type": "text", "text": text})
         for call in choice.calls:
-            content.append(_use(call.id, call.name, orjson.loads(call.arguments)))
+            content.append(_tool_use(call.id, call.name, orjson.loads(call.arguments)))
         return orjson.dumps(self._message(content, total, choice.done))
 
 

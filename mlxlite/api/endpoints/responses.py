@@ -5,6 +5,7 @@ like that of Anthropic's Messages: items instead of blocks, of which at most one
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -34,7 +35,8 @@ from mlxlite.api.fields import (
     unsupported_each,
 )
 from mlxlite.api.generate import Dialect
-from mlxlite.api.openai_content import NO_PICTURES, input_image, role_of, said_of, texts_of
+from mlxlite.api.openai_content import input_image, parts_of, role_of, text_of
+from mlxlite.api.readers import Members
 from mlxlite.api.request import (
     GENERATION_FIELDS,
     MAX_TOKENS,
@@ -54,42 +56,30 @@ from mlxlite.api.service import Service
 from mlxlite.api.writers import Envelope
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, bad, clip
+from mlxlite.http.errors import APIError, Cause, bad, clip, not_supported
 from mlxlite.models.interface import Model
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
-# --- requests ---------------------------------------------------------------------------------
-
-
-def _arguments(value: Any, param: str) -> Any:
-    """The parsed object, or a model's own broken call as its text."""
-    try:
-        arguments = readers.parse((readers.text(value, param) or "{}").encode())
-    except ValueError:
-        return value
-    return arguments if isinstance(arguments, dict) else value
-
 
 def _input(value: Any, param: str) -> tuple[Message, ...]:
-    """A string is what the user says; items are turns, or parts of an assistant's one."""
+    """A string is a user's message; items are messages, or parts of an assistant's one."""
     if isinstance(value, str):
         return (Message(Role.USER, value),)
     if isinstance(value, list):  # the easy form of a message has no type
         value = [{"type": "message"} | item if isinstance(item, dict) else item for item in value]
     turns: list[Message] = []
-    for kind, item, name in readers.parts(value, param):
-        reader = _ITEMS.get(kind)
-        if reader is None:
-            raise readers.unsupported_type(kind, name)
-        _add(turns, reader(item, name))
+    for kind, item in readers.parts(value, param):
+        if (read := _ITEMS.get(kind)) is None:
+            raise readers.unsupported_type(kind, item.path)
+        _add(turns, read(item))
     if not turns:
         raise bad(f"'{param}' must hold at least one message.", param)
     return tuple(bounded(turns))
 
 
 def _add(turns: list[Message], new: Message | None) -> None:
-    """Reasoning, what is then said, and the calls after it are one turn, as in a chat."""
+    """Reasoning, the content after it, and the calls after that are one turn, as in a chat."""
     if new is None:
         return
     last = turns[-1] if turns else new
@@ -102,39 +92,40 @@ def _add(turns: list[Message], new: Message | None) -> None:
     turns[-1] = replace(last, content=content, tool_calls=last.tool_calls + new.tool_calls)
 
 
-def _item_message(item: Mapping[str, Any], param: str) -> Message:
+def _message(item: Members) -> Message:
     roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
-    role = role_of(item.get("role"), f"{param}.role", *roles)
-    pictures = _PICTURES if role in SHOWS else NO_PICTURES
-    return turn(role, said_of(item.get("content"), f"{param}.content", pictures))
+    role = role_of(item.get("role"), item.path_of("role"), *roles)
+    pictures = _PICTURES if role in SHOWS else None
+    return turn(role, parts_of(item.get("content"), item.path_of("content"), pictures))
 
 
-def _item_call(item: Mapping[str, Any], param: str) -> Message:
-    id, name = (readers.text(item.get(key), f"{param}.{key}") for key in ("call_id", "name"))
-    arguments = _arguments(item.get("arguments"), f"{param}.arguments")
+def _call(item: Members) -> Message:
+    id, name, arguments = item.text("call_id"), item.text("name"), item.get("arguments")
+    with suppress(ValueError):  # a call that the model has broken stays text
+        value = readers.parse((item.text("arguments") or "{}").encode())
+        arguments = value if isinstance(value, dict) else arguments
     return Message(Role.ASSISTANT, None, tool_calls=(ToolCall(id, name, arguments),))
 
 
-def _item_output(item: Mapping[str, Any], param: str) -> Message:
-    output = said_of(item.get("output"), f"{param}.output", _PICTURES)
-    id = readers.text(item.get("call_id"), f"{param}.call_id")
-    return turn(Role.TOOL, output, tool_call_id=id)
+def _call_output(item: Members) -> Message:
+    output = parts_of(item.get("output"), item.path_of("output"), _PICTURES)
+    return turn(Role.TOOL, output, tool_call_id=item.text("call_id"))
 
 
-def _item_reasoning(item: Mapping[str, Any], param: str) -> Message | None:
-    """The thoughts, else their summary; what is encrypted only OpenAI can read."""
+def _reasoning(item: Members) -> Message | None:
+    """The reasoning, else its summary; the encrypted form is readable for OpenAI alone."""
     for name in ("content", "summary"):
-        if item.get(name) is not None and (said := texts_of(item[name], f"{param}.{name}")):
-            return Message(Role.ASSISTANT, None, reasoning=said)
+        if item.get(name) is not None and (text := item.read(name, text_of)):
+            return Message(Role.ASSISTANT, None, reasoning=text)
     return None
 
 
-_PICTURES: Final[Mapping[str, readers.Reader]] = {"input_image": input_image}
-_ITEMS: Final[Mapping[str, Callable[[Mapping[str, Any], str], Message | None]]] = {
-    "message": _item_message,
-    "function_call": _item_call,
-    "function_call_output": _item_output,
-    "reasoning": _item_reasoning,
+_PICTURES: Final = {"input_image": input_image}
+_ITEMS: Final[Mapping[str, Callable[[Members], Message | None]]] = {
+    "message": _message,
+    "function_call": _call,
+    "function_call_output": _call_output,
+    "reasoning": _reasoning,
 }
 _LOGPROBS: Final = "message.output_text.logprobs"
 
@@ -144,8 +135,7 @@ def _include(value: Any, param: str) -> tuple[str, ...]:
         raise readers.wrong(param, "an array of strings", value)
     for i, name in enumerate(value):
         if readers.text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
-            message = f"{clip(name)!r} is not supported in '{param}'."
-            raise APIError(Cause.UNSUPPORTED, message, param=param)
+            raise not_supported(f"{clip(name)!r} is not supported in '{param}'.", param)
     return tuple(value)
 
 
@@ -157,30 +147,26 @@ def _metadata(value: Any, param: str) -> dict[str, str]:
 
 
 def _tool(value: Any, param: str) -> Tool:
-    """Flat; of OpenAI's own tools only OpenAI has what they do."""
-    return function_of(readers.of_kind("function", value, param), param)
+    """A function; OpenAI's own tools run on its servers alone."""
+    return function_of(readers.of_kind("function", value, param).values, param)
 
 
 def _tool_choice(value: Any, param: str) -> Any:
-    """In a chat's words: a word, or the name of a function."""
     if isinstance(value, str):
         return readers.one_of("none", "auto", "required")(value, param)
-    return {
-        "name": readers.text(readers.of_kind("function", value, param).get("name"), f"{param}.name")
-    }
+    return {"name": readers.of_kind("function", value, param).text("name")}
 
 
 _FORMAT: Final[Mapping[str, readers.Reader]] = {
     "type": readers.one_of("text", "json_object", "json_schema"),
     "name": readers.text,
     "description": readers.text,
-    "schema": readers.shallow,  # it is repeated even where the type has no use for it
+    "schema": readers.shallow,  # repeated even where the type does not use it
     "strict": readers.flag,
 }
 
 
 def _format(value: Any, param: str) -> dict[str, Any]:
-    """What is echoed of it."""
     wanted: dict[str, Any] = readers.nested(_FORMAT, "type")(value, param)
     readers.need(wanted, param, *(("name", "schema") if wanted["type"] == "json_schema" else ()))
     return wanted
@@ -238,7 +224,7 @@ FIELDS: Final[Mapping[str, Field]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponsesRequest(ChatRequest):
-    """A response as asked for; `echo` is what its answer repeats."""
+    """A request for a response; `echo` are the members that the answer repeats."""
 
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -247,11 +233,11 @@ class ResponsesRequest(ChatRequest):
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        """What a later response goes on from, but for the answer: instructions are not kept."""
+        """The messages that a later response continues: instructions are not kept."""
         return self.messages[1:] if self.instructions else self.messages
 
     def after(self, history: Sequence[Message]) -> "ResponsesRequest":
-        """The same request in a conversation: instructions come first, then what was said."""
+        """The same request in a conversation: instructions first, then the history."""
         lead = self.messages[:1] if self.instructions else ()
         return replace(self, messages=(*lead, *history, *self.conversation))
 
@@ -330,9 +316,6 @@ def _writer(
     envelope: Envelope, request: ResponsesRequest, model: Model, _prompts: Sequence[Prompt]
 ) -> ResponsesWriter:
     return ResponsesWriter(envelope, model.token_bytes, request.echo)
-
-
-# --- stored responses -------------------------------------------------------------------------
 
 
 def _stored_id(exchange: Exchange, id: str) -> str:
