@@ -1,64 +1,13 @@
-"""Constraints on an answer: the functions to call, the schema or grammar to match. Pure."""
+"""Constraints on an answer: the schema, expression or grammar that it must match. Pure."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.conversation import Tool, array_of, function_of
-from mlxlite.api.fields import Field, Given, supported
+from mlxlite.api.fields import Given, Table, supported
 from mlxlite.api.readers import json_object, members, parse, shallow, text, wrong
 from mlxlite.http.errors import bad, clip, not_supported
-from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint
-
-
-@dataclass(frozen=True, slots=True)
-class ToolUse:
-    """The tools of a request, and which of them may and must be called.
-
-    `choice` is "auto", "none", "required" or {"name": …}, from the field `param`. Raises APIError
-    400 where it fits no tool.
-    """
-
-    tools: tuple[Tool, ...] = ()
-    choice: Any = "auto"
-    is_parallel: bool = True
-    param: str = "tool_choice"
-
-    def __post_init__(self) -> None:
-        if self.is_forced and not self.tools:
-            raise bad(f"'{self.param}' needs 'tools'.", self.param)
-        if self.is_forced and not self.callable:
-            name = clip(self.choice["name"])
-            raise bad(f"there is no tool {name!r} in 'tools'.", self.param)
-
-    @property
-    def is_forced(self) -> bool:
-        return self.choice not in ("auto", "none")
-
-    @property
-    def callable(self) -> tuple[Tool, ...]:
-        """The tools that may be called."""
-        if self.choice == "none":
-            return ()
-        if isinstance(self.choice, dict):
-            return tuple(tool for tool in self.tools if tool.name == self.choice["name"])
-        return self.tools
-
-    @property
-    def max_calls(self) -> int | None:
-        return None if self.is_parallel else 1
-
-    def constraints(self) -> list[tuple[Constraint, str]]:
-        """The constraint on calls, where they are forced or strict, and the field it is from."""
-        tools = self.callable
-        if not self.is_forced and not any(tool.is_strict for tool in tools):
-            return []
-        schemas = tuple(tool.schema(is_strict=self.is_forced or tool.is_strict) for tool in tools)
-        is_single = not self.is_parallel or isinstance(self.choice, dict)
-        constraint = CallConstraint(schemas, is_single, self.is_forced)
-        return [(constraint, self.param if self.is_forced else "tools")]
+from mlxlite.output.grammar import Constraint, Kind, TextConstraint
 
 
 def take_constraints(given: Given) -> list[tuple[Constraint, str]]:
@@ -126,28 +75,8 @@ def _filled(value: Any, param: str) -> str:
     return str(value)
 
 
-def _tool(value: Any, param: str) -> Tool:
-    tool = json_object(value, param)
-    if (kind := tool.get("type", "function")) != "function":
-        shown = clip(kind) if isinstance(kind, str) else "no string"  # which may be of any depth
-        raise not_supported(f"tools of type {shown!r} are not supported.", param)
-    return function_of(tool.get("function"), f"{param}.function")
-
-
-tool_list = array_of(_tool)
-function_list = array_of(function_of, "functions")
-
-
-def tool_choice(value: Any, param: str) -> Any:
-    """A word, or the name of a function."""
-    if value in ("none", "auto", "required"):
-        return value
-    choice = json_object(value, param)
-    return {"name": members(choice.get("function", choice), param).text("name")}
-
-
 _NEEDS = "; needs the extra `grammar`"
-CONSTRAINT_FIELDS: Final[Mapping[str, Field]] = {
+CONSTRAINT_FIELDS: Final[Table] = {
     "response_format": supported(response_format, "text, json_object, json_schema" + _NEEDS),
     "structured_outputs": supported(structured_outputs, "json, regex, choice or grammar" + _NEEDS),
     "json_schema": supported(json_schema, "a schema (llama-server)" + _NEEDS),

@@ -8,83 +8,15 @@ A message without pictures is its text, and has no `parts`. Tested.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 from typing import Any, Final, TypeAlias
 
-import orjson
-
-from mlxlite.api.readers import MAX_DEPTH, Reader, array, flag, members, shallow
+from mlxlite.api.readers import Reader, array
 from mlxlite.http.errors import bad
-from mlxlite.output.grammar import ToolSchema
 from mlxlite.vision.images import MAX_IMAGES, Source
-
-MAX_TOOLS = 128  # OpenAI's
-_MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_SCHEMA_ORDER = ("type", "title", "description", "enum", "properties", "required", "items")
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call. `parameters` is a JSON Schema, in a stable order."""
-
-    name: str
-    description: str
-    parameters: Mapping[str, Any]
-    is_strict: bool = False  # its arguments must match, whenever it is called
-
-    def as_template(self) -> dict[str, Any]:
-        function = {"name": self.name, "description": self.description}
-        return {"type": "function", "function": function | {"parameters": self.parameters}}
-
-    def schema(self, *, is_strict: bool) -> ToolSchema:
-        """Its arguments, as a grammar enforces them; any object unless they must match."""
-        parameters = self.parameters if is_strict else {"type": "object"}
-        return ToolSchema(self.name, orjson.dumps(parameters).decode())
-
-
-def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool:
-    """A function's definition. Raises APIError 400."""
-    function = members(value, param)
-    name = function.text("name")
-    if not _TOOL_NAME.fullmatch(name):
-        message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
-        raise bad(message, f"{param}.name")
-    is_strict = flag(function.get("strict") or False, f"{param}.strict")
-    schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
-    parameters = {"type": "object", "properties": {}} | stable(schema)
-    return Tool(name, function.text("description", ""), parameters, is_strict)
-
-
-def array_of(read: Reader, word: str = "tools") -> Reader:
-    """The tools of an array, each of its own name. It raises APIError 400."""
-
-    def read_all(value: Any, param: str) -> tuple[Tool, ...]:
-        if len(array(value, param)) > MAX_TOOLS:
-            raise bad(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
-        tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
-        for i, item in enumerate(value):  # unknown members too: Responses repeat all of it
-            shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
-        if len({tool.name for tool in tools}) < len(tools):
-            raise bad(f"'{param}' holds two tools of one name.", param)
-        return tools
-
-    return read_all
-
-
-def stable(value: Any) -> Any:
-    """A schema with its keys in one order, whatever order the client's language gave them.
-
-    Prompts that differ in nothing else then share their beginning.
-    """
-    if isinstance(value, dict):
-        known = [key for key in _SCHEMA_ORDER if key in value]
-        return {key: stable(value[key]) for key in (*known, *sorted(value.keys() - set(known)))}
-    return [stable(item) for item in value] if isinstance(value, list) else value
-
 
 Part: TypeAlias = str | Source
 # Claude Code's first line, different in each request: no prefix would ever be found again.
@@ -92,7 +24,7 @@ _BILLING = re.compile(r"\A(?:x-anthropic-billing-header:[^\n]*(?:\n|\Z))+\n*", r
 
 
 class Role(Enum):
-    """The author of a message. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
+    """The author. DEVELOPER is OpenAI's newer word for SYSTEM, FUNCTION its older one for TOOL."""
 
     SYSTEM = "system"
     DEVELOPER = "developer"

@@ -1,9 +1,9 @@
 """One operation of the API, as the router, the OpenAPI document and the metrics read it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlxlite.api.fields import Field
+from mlxlite.api.fields import Table
 from mlxlite.api.service import Service
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import ErrorBody, error_body
@@ -24,7 +24,7 @@ class Endpoint:
     path: str
     summary: str
     handle: Handler
-    fields: Mapping[str, Field] | None = None
+    fields: Table | None = None
     required: tuple[str, ...] = ()
     answer_schema: str = "Object"
     media_type: str = JSON

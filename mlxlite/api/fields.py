@@ -1,16 +1,16 @@
 """Tables of request fields, and the reading of a body by them. Pure.
 
-A dialect's request is a table: for each field, how it is read and what becomes of it. A field is
-supported, changes nothing by its nature, or is not supported: then a value that asks for something
-is a 400 that names it, while null and the value that means «off» pass. The parser, the OpenAPI
-document and the documentation read the same tables.
+A dialect's request is a table: for each field, its reader and its use. A field is supported,
+changes nothing by its nature, or is not supported: then a value that asks for something is a 400
+that names it, while null and the value that means «off» pass. The parser, the OpenAPI document and
+the documentation read the same tables.
 
 Nothing is dropped in silence: fields that a table does not have are in `Given.ignored`, and those
 that it supports must be taken by the parser, or `Given.close` fails (tested for each field).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -22,7 +22,7 @@ MAX_TOKEN_MAP = 1024  # tokens in logit_bias (vLLM has no bound, OpenAI's is abo
 
 
 class Use(Enum):
-    """What becomes of a field."""
+    """How the server treats a field."""
 
     SUPPORTED = "works"
     NO_OP = "accepted"  # it changes nothing by its nature
@@ -37,6 +37,9 @@ class Field:
     use: Use
     note: str
     alias_of: str | None = None
+
+
+Table = Mapping[str, Field]
 
 
 def supported(read: Reader, note: str, alias_of: str | None = None) -> Field:
@@ -55,15 +58,23 @@ def unsupported_each(names: str, *values: Any) -> dict[str, Field]:
     return dict.fromkeys(names.split(), unsupported(*values))
 
 
+def no_op_each(names: str, read: Reader) -> dict[str, Field]:
+    return dict.fromkeys(names.split(), no_op(read))
+
+
+def aliases(name: str, field: Field, others: str) -> dict[str, Field]:
+    """Other names of a field."""
+    return dict.fromkeys(others.split(), replace(field, note="the same", alias_of=name))
+
+
 def table_of(params: type[Any]) -> dict[str, Field]:
     """The request fields that a dataclass declares: those of its fields that have a `Param`."""
     table: dict[str, Field] = {}
     for item in fields(params):
         if (param := item.metadata.get("param")) is not None:
             read = _reader_of(item.type, param)
-            table[item.name] = supported(read, param.note)
-            for alias in param.aliases:
-                table[alias] = supported(read, "the same", item.name)
+            table[item.name] = field = supported(read, param.note)
+            table |= aliases(item.name, field, " ".join(param.aliases))
     return table
 
 
@@ -90,7 +101,6 @@ def _converted(read_number: Reader, param: Param) -> Reader:
 
 
 def _token_map(read_number: Reader) -> Reader:
-    """OpenAI's map of token ids, which are strings in JSON, to numbers."""
 
     def read(value: Any, param: str) -> tuple[tuple[int, float], ...]:
         if value == []:
@@ -123,16 +133,15 @@ class Given:
         return default if value is None else value
 
     def take_each(self, names: Mapping[str, Any]) -> dict[str, Any]:
-        """The given ones of these."""
         found = {name: self.take(name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def close(self) -> None:
-        """Every field has been taken: one that was accepted and forgotten is our bug."""
+        """Assert that every field has been taken: one that is accepted and not used is a bug."""
         assert not self._values, f"fields were read and not used: {sorted(self._values)}"
 
 
-def read_fields(value: Mapping[str, Any], table: Mapping[str, Field], *required: str) -> Given:
+def read_fields(value: Mapping[str, Any], table: Table, *required: str) -> Given:
     """The given fields of a table, checked. Raises APIError 400."""
     read: dict[str, Any] = {}
     names: dict[str, str] = {}  # under which each was given first
@@ -154,8 +163,8 @@ def read_fields(value: Mapping[str, Any], table: Mapping[str, Field], *required:
     return Given(read, tuple(sorted(name for name in value if name not in table)))
 
 
-def markdown(table: Mapping[str, Field]) -> str:
-    """A table as the documentation has it."""
+def markdown(table: Table) -> str:
+    """A table's rows in the documentation."""
     lines = ["| field | | |", "| --- | --- | --- |"]
     for name, entry in table.items():
         lines.append(f"| `{name}` | {entry.use.value} | {entry.note} |")

@@ -11,7 +11,7 @@ import orjson
 
 from mlxlite import __version__
 from mlxlite.api.endpoint import JSON, Endpoint
-from mlxlite.api.fields import Field, Use
+from mlxlite.api.fields import Table, Use
 from mlxlite.api.readers import schema
 from mlxlite.api.service import Service
 from mlxlite.http.connection import Exchange
@@ -122,7 +122,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     return shown
 
 
-def _body(fields: Mapping[str, Field], required: tuple[str, ...]) -> dict[str, Any]:
+def _body(fields: Table, required: tuple[str, ...]) -> dict[str, Any]:
     properties = {
         name: schema(entry.read) | {"description": entry.note}
         for name, entry in fields.items()

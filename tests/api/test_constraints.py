@@ -12,9 +12,10 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
 import mlxlite
-from mlxlite.api.conversation import MAX_TOOLS, ToolCall, stable
+from mlxlite.api.conversation import ToolCall
 from mlxlite.api.endpoints.chat_completions import ChatWriter, parse_chat
 from mlxlite.api.request import ChatRequest
+from mlxlite.api.tools import MAX_TOOLS, stable
 from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError

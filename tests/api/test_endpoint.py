@@ -18,8 +18,9 @@ from mlxlite.api.fields import Field, Given, Use, markdown, read_fields, support
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openapi import document
 from mlxlite.api.readers import parse_object, text
-from mlxlite.api.request import GENERATION_FIELDS, SAMPLING_FIELDS, ChatRequest, shared_options
+from mlxlite.api.request import ChatRequest, shared_options
 from mlxlite.api.service import Service
+from mlxlite.api.shared_fields import GENERATION_FIELDS, SAMPLING_FIELDS
 from mlxlite.api.writers import Collected
 from mlxlite.config.options import Config
 from mlxlite.engine.sampling_params import SamplingParams, param

@@ -14,17 +14,14 @@ from hypothesis import strategies as st
 from tables import arrived, with_value
 
 from mlxlite.api.constraints import CONSTRAINT_FIELDS
-from mlxlite.api.conversation import MAX_TOOLS, Message, Role, Tool, ToolCall
+from mlxlite.api.conversation import Message, Role, ToolCall
 from mlxlite.api.endpoints.admin import CancelRequest, parse_cancel
 from mlxlite.api.endpoints.chat_completions import FIELDS, parse_chat
 from mlxlite.api.fields import MAX_TOKEN_MAP, Use, markdown
 from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
-from mlxlite.api.request import (
-    EFFORTS,
-    MAX_STOP_BYTES,
-    MAX_STOP_STRINGS,
-    ChatRequest,
-)
+from mlxlite.api.request import ChatRequest
+from mlxlite.api.shared_fields import EFFORTS, MAX_STOP_BYTES, MAX_STOP_STRINGS
+from mlxlite.api.tools import MAX_TOOLS, Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import MAX_CONTEXT_SIZE, SamplingParams
 from mlxlite.http.errors import APIError

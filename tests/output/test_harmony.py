@@ -12,9 +12,9 @@ from helpers import FakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxlite.api.conversation import Tool
 from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.render import output_parser, render_chat
+from mlxlite.api.tools import Tool
 from mlxlite.config.options import Config
 from mlxlite.output.events import (
     ParserEvent,

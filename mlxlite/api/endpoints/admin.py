@@ -1,6 +1,5 @@
 """Models, health, metrics, status, cache, cancel, version: answers about the server itself."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Final
@@ -9,7 +8,7 @@ import orjson
 
 from mlxlite import __version__
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Field, read_fields, supported
+from mlxlite.api.fields import Table, read_fields, supported
 from mlxlite.api.readers import parse_object, text
 from mlxlite.api.service import ModelCard, Phase, Service
 from mlxlite.engine.step import Load
@@ -18,7 +17,7 @@ from mlxlite.http.errors import APIError, Cause, clip
 from mlxlite.prefix_cache.operations import CacheStats
 
 _PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8"),)
-CANCEL_FIELDS: Final[Mapping[str, Field]] = {"id": supported(text, "which; default: all")}
+CANCEL_FIELDS: Final[Table] = {"id": supported(text, "which; default: all")}
 
 
 def model_list(cards: list[ModelCard]) -> bytes:

@@ -11,45 +11,18 @@ from typing import Any, Final
 
 import orjson
 
-from mlxlite.api import readers
-from mlxlite.api.constraints import ToolUse, json_schema
-from mlxlite.api.conversation import (
-    Message,
-    Part,
-    Role,
-    Tool,
-    ToolCall,
-    array_of,
-    function_of,
-    message_list,
-    turn,
-)
+from mlxlite.api import fields, readers, shared_fields
+from mlxlite.api.constraints import json_schema
+from mlxlite.api.conversation import Message, Part, Role, ToolCall, message_list, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import (
-    Field,
-    Given,
-    no_op,
-    read_fields,
-    supported,
-    unsupported,
-    unsupported_each,
-)
+from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
 from mlxlite.api.openai_content import image_errors, parts_of, role_of, text_of
 from mlxlite.api.readers import Members
 from mlxlite.api.render import render_chat
-from mlxlite.api.request import (
-    GENERATION_FIELDS,
-    MODEL,
-    ONE_CHOICE,
-    TEMPLATE_FIELDS,
-    ChatRequest,
-    effort,
-    shared_options,
-    sole_constraint,
-    template_kwargs,
-)
+from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
 from mlxlite.api.service import Service
+from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Prompt, Usage
 from mlxlite.http.connection import Exchange
@@ -195,9 +168,9 @@ def _edits(value: Any, param: str) -> None:
             raise readers.unsupported_type(kind, edit.path)
 
 
-FIELDS: Final[Mapping[str, Field]] = {
-    **GENERATION_FIELDS,
-    **TEMPLATE_FIELDS,
+FIELDS: Final[fields.Table] = {
+    **shared_fields.GENERATION_FIELDS,
+    **shared_fields.TEMPLATE_FIELDS,
     "messages": supported(
         message_list(_turn), "text, image, thinking, tool_use and tool_result blocks"
     ),
@@ -209,15 +182,14 @@ FIELDS: Final[Mapping[str, Field]] = {
         "`enable_thinking` for the chat template; `budget_tokens` is checked but not enforced",
     ),
     "output_config": supported(
-        readers.nested({"effort": effort, "format": _read_format}),
+        readers.nested({"effort": shared_fields.effort, "format": _read_format}),
         "`effort` is an argument of the chat template; `format` json_schema needs the extra "
         "`grammar`",
     ),
-    "metadata": no_op(readers.json_object),
-    "service_tier": no_op(readers.text),
-    "inference_geo": no_op(readers.text),
-    "cache_control": no_op(readers.json_object, "prefixes are cached anyway"),
-    "context_management": no_op(
+    "metadata": fields.no_op(readers.json_object),
+    **fields.no_op_each("service_tier inference_geo", readers.text),
+    "cache_control": fields.no_op(readers.json_object, "prefixes are cached anyway"),
+    "context_management": fields.no_op(
         readers.nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
     ),
     "speed": unsupported("standard"),
@@ -226,12 +198,12 @@ FIELDS: Final[Mapping[str, Field]] = {
         _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
     ),
     "mcp_servers": unsupported([]),
-    **unsupported_each("container output_format"),
-    "n": ONE_CHOICE,
+    **fields.unsupported_each("container output_format"),
+    "n": shared_fields.ONE_CHOICE,
 }
-COUNT_FIELDS: Final[Mapping[str, Field]] = {
-    "model": MODEL,
-    **TEMPLATE_FIELDS,
+COUNT_FIELDS: Final[fields.Table] = {
+    "model": shared_fields.MODEL,
+    **shared_fields.TEMPLATE_FIELDS,
     **{
         name: FIELDS[name]
         for name in (
@@ -244,15 +216,17 @@ COUNT_FIELDS: Final[Mapping[str, Field]] = {
 
 def parse_messages(body: bytes) -> ChatRequest:
     """Validate a Messages body. Raises APIError 400 naming the field at fault."""
-    return _request(read_fields(readers.parse_object(body), FIELDS, "messages", "max_tokens"))
+    return _request(
+        fields.read_fields(readers.parse_object(body), FIELDS, "messages", "max_tokens")
+    )
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
     """A body that only makes a prompt. Raises APIError 400."""
-    return _request(read_fields(readers.parse_object(body), COUNT_FIELDS, "messages"))
+    return _request(fields.read_fields(readers.parse_object(body), COUNT_FIELDS, "messages"))
 
 
-def _request(given: Given) -> ChatRequest:
+def _request(given: fields.Given) -> ChatRequest:
     options = shared_options(given)
     thinking, max_tokens = given.take("thinking", {}), options["max_tokens"]
     if max_tokens is not None and thinking.get("budget_tokens", 0) >= max_tokens:

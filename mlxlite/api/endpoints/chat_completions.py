@@ -1,56 +1,33 @@
 """POST /v1/chat/completions: OpenAI's chat, parsed and written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-from mlxlite.api import readers, writers
-from mlxlite.api.constraints import (
-    CONSTRAINT_FIELDS,
-    ToolUse,
-    function_list,
-    take_constraints,
-    tool_choice,
-    tool_list,
-)
+from mlxlite.api import fields, readers, shared_fields, writers
+from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import (
-    Field,
-    Given,
-    read_fields,
-    supported,
-    unsupported,
-    unsupported_each,
-)
+from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
-from mlxlite.api.request import (
-    COMPLETION_FIELDS,
-    MAX_TOP_LOGPROBS,
-    TEMPLATE_FIELDS,
-    TOP_LOGPROBS,
-    UNSUPPORTED_FIELDS,
-    ChatRequest,
-    effort,
-    shared_options,
-    sole_constraint,
-    template_kwargs,
-)
+from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
+from mlxlite.api.tools import ToolUse, function_list, tool_choice, tool_list
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model
 from mlxlite.output import events
 
-FIELDS: Final[Mapping[str, Field]] = {
+FIELDS: Final[fields.Table] = {
     "messages": supported(
         messages_of,
         "string, null or parts: text, and images of users and tools; every role; tool history",
     ),
-    **COMPLETION_FIELDS,
+    **shared_fields.COMPLETION_FIELDS,
     **CONSTRAINT_FIELDS,
-    **TEMPLATE_FIELDS,
+    **shared_fields.TEMPLATE_FIELDS,
     "reasoning_effort": supported(
-        effort, "an argument of the chat template; `none` also sets `enable_thinking` to false"
+        shared_fields.effort,
+        "an argument of the chat template; `none` also sets `enable_thinking` to false",
     ),
     "reasoning_format": supported(
         readers.one_of("auto", "none", "split", "deepseek"),
@@ -61,7 +38,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     ),
     "add_generation_prompt": supported(readers.flag, "false only with `continue_final_message`"),
     "logprobs": supported(readers.flag, "of the drawn tokens, before any sampling setting"),
-    "top_logprobs": supported(TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
+    "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"0 to {shared_fields.MAX_TOP_LOGPROBS}"),
     "tools": supported(tool_list, "functions; how they are called is the model's own format"),
     "tool_choice": supported(
         tool_choice, "`required` and a name are enforced where the model's calls are JSON"
@@ -71,14 +48,14 @@ FIELDS: Final[Mapping[str, Field]] = {
     "parallel_tool_calls": supported(readers.flag, "false: the answer ends after its first call"),
     "modalities": unsupported(["text"]),
     "verbosity": unsupported("medium"),
-    **unsupported_each("echo", False),
-    **UNSUPPORTED_FIELDS,
+    **fields.unsupported_each("echo", False),
+    **shared_fields.UNSUPPORTED_FIELDS,
 }
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
-    given = read_fields(readers.parse_object(body), FIELDS, "messages")
+    given = fields.read_fields(readers.parse_object(body), FIELDS, "messages")
     options = shared_options(given)
     options["sampling"] |= _logprobs(given)
     use = _tool_use(given)
@@ -99,14 +76,14 @@ def parse_chat(body: bytes) -> ChatRequest:
     return request
 
 
-def _logprobs(given: Given) -> dict[str, Any]:
+def _logprobs(given: fields.Given) -> dict[str, Any]:
     wanted, num_top = given.take("logprobs", False), given.take("top_logprobs", 0)
     if num_top and not wanted:
         raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     return {"top_logprobs": num_top} if wanted else {}
 
 
-def _tool_use(given: Given) -> ToolUse:
+def _tool_use(given: fields.Given) -> ToolUse:
     """Tools and their choice, by their newer or their older names. Raises APIError 400."""
     taken: dict[str, Any] = {}
     for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
@@ -123,7 +100,7 @@ def _tool_use(given: Given) -> ToolUse:
     )
 
 
-def _continues(given: Given) -> bool | None:
+def _continues(given: fields.Given) -> bool | None:
     """Whether the last message is to be continued; None: where it is the assistant's."""
     wanted, prompted = given.take("continue_final_message"), given.take("add_generation_prompt")
     if wanted and prompted:

@@ -1,25 +1,20 @@
 """POST /v1/completions: OpenAI's text completion, of one or several prompts."""
 
 import codecs
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 from mlxlite.api import writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Field, read_fields, supported, unsupported
+from mlxlite.api.fields import Table, read_fields, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.readers import Text, flag, integer, parse_object, texts
 from mlxlite.api.render import encode
-from mlxlite.api.request import (
-    COMPLETION_FIELDS,
-    UNSUPPORTED_FIELDS,
-    Request,
-    shared_options,
-    sole_constraint,
-)
+from mlxlite.api.request import Request, shared_options, sole_constraint
 from mlxlite.api.service import Service
+from mlxlite.api.shared_fields import COMPLETION_FIELDS, UNSUPPORTED_FIELDS
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.connection import Exchange
@@ -29,7 +24,7 @@ from mlxlite.output.events import ParserEvent, TextDelta
 
 MAX_COMPLETION_LOGPROBS = 20  # OpenAI's bound is 5, vLLM's 20
 
-FIELDS: Final[Mapping[str, Field]] = {
+FIELDS: Final[Table] = {
     "prompt": supported(texts, "a string, token ids, or up to 256 of either"),
     **COMPLETION_FIELDS,
     **CONSTRAINT_FIELDS,

@@ -4,7 +4,7 @@ import base64
 import logging
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -12,12 +12,12 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Field, no_op, read_fields, supported
+from mlxlite.api.fields import Table, no_op, read_fields, supported
 from mlxlite.api.generate import context_exceeded, in_task
 from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
 from mlxlite.api.render import encode
-from mlxlite.api.request import MODEL
 from mlxlite.api.service import Service
+from mlxlite.api.shared_fields import MODEL
 from mlxlite.errors import FOREIGN, trace_of
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, Cause, bad
@@ -25,7 +25,7 @@ from mlxlite.models.interface import Model
 
 log = logging.getLogger("mlxlite.api")
 
-FIELDS: Final[Mapping[str, Field]] = {
+FIELDS: Final[Table] = {
     "model": MODEL,
     "input": supported(texts, "a string, token ids, or up to 256 of either"),
     "encoding_format": supported(one_of("float", "base64"), "`float` (default) or `base64`"),

@@ -11,48 +11,18 @@ from typing import Any, Final
 
 import orjson
 
-from mlxlite.api import readers
-from mlxlite.api.constraints import ToolUse, response_format
-from mlxlite.api.conversation import (
-    SHOWS,
-    Message,
-    Role,
-    Tool,
-    ToolCall,
-    array_of,
-    bounded,
-    function_of,
-    turn,
-)
+from mlxlite.api import fields, readers, shared_fields
+from mlxlite.api.constraints import response_format
+from mlxlite.api.conversation import SHOWS, Message, Role, ToolCall, bounded, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import (
-    Field,
-    Given,
-    no_op,
-    read_fields,
-    supported,
-    unsupported,
-    unsupported_each,
-)
+from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import input_image, parts_of, role_of, text_of
 from mlxlite.api.readers import Members
-from mlxlite.api.request import (
-    GENERATION_FIELDS,
-    MAX_TOKENS,
-    ONE_CHOICE,
-    STOP,
-    TEMPLATE_FIELDS,
-    TOP_LOGPROBS,
-    ChatRequest,
-    effort,
-    shared_options,
-    sole_constraint,
-    stream_options,
-    template_kwargs,
-)
+from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
 from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.service import Service
+from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Envelope
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.connection import Exchange
@@ -172,9 +142,9 @@ def _format(value: Any, param: str) -> dict[str, Any]:
     return wanted
 
 
-FIELDS: Final[Mapping[str, Field]] = {
-    **GENERATION_FIELDS,
-    **TEMPLATE_FIELDS,
+FIELDS: Final[fields.Table] = {
+    **shared_fields.GENERATION_FIELDS,
+    **shared_fields.TEMPLATE_FIELDS,
     "input": supported(
         _input, "a string or items: messages, images in them, calls and their outputs, reasoning"
     ),
@@ -183,14 +153,14 @@ FIELDS: Final[Mapping[str, Field]] = {
         readers.text, "the conversation to continue, if still stored"
     ),
     "store": supported(readers.flag, "default true; the oldest are dropped first"),
-    "max_output_tokens": replace(MAX_TOKENS, alias_of="max_tokens"),
-    "stop": STOP,
-    "stream_options": supported(stream_options, "no padding"),
+    "max_output_tokens": replace(shared_fields.MAX_TOKENS, alias_of="max_tokens"),
+    "stop": shared_fields.STOP,
+    "stream_options": supported(shared_fields.stream_options, "no padding"),
     "include": supported(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
-    "top_logprobs": supported(TOP_LOGPROBS, f"needs `{_LOGPROBS}` in `include`"),
+    "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"needs `{_LOGPROBS}` in `include`"),
     "reasoning": supported(
         readers.nested(
-            {"effort": effort, "mode": readers.only("standard")}
+            {"effort": shared_fields.effort, "mode": readers.only("standard")}
             | dict.fromkeys(("summary", "generate_summary", "context"), readers.only("auto"))
         ),
         "`effort` is an argument of the chat template",
@@ -211,14 +181,14 @@ FIELDS: Final[Mapping[str, Field]] = {
         readers.integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"
     ),
     "context_management": unsupported([]),
-    **unsupported_each("conversation prompt moderation"),
-    "n": ONE_CHOICE,
-    "prompt_cache_options": no_op(readers.json_object),
+    **fields.unsupported_each("conversation prompt moderation"),
+    "n": shared_fields.ONE_CHOICE,
+    "prompt_cache_options": fields.no_op(readers.json_object),
     **dict.fromkeys(
         ("user", "safety_identifier", "prompt_cache_key"),
         supported(readers.text, "repeated in the answer"),
     ),
-    **dict.fromkeys(("service_tier", "prompt_cache_retention"), no_op(readers.text)),
+    **fields.no_op_each("service_tier prompt_cache_retention", readers.text),
 }
 
 
@@ -245,7 +215,7 @@ class ResponsesRequest(ChatRequest):
 def parse_responses(body: bytes) -> ResponsesRequest:
     """Validate a Responses body. Raises APIError 400 naming the field at fault."""
     value = readers.parse_object(body)
-    given = read_fields(value, FIELDS, "input")
+    given = fields.read_fields(value, FIELDS, "input")
     options = shared_options(given, "max_output_tokens")
     options["sampling"] |= _logprobs(given)
     instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
@@ -279,14 +249,14 @@ def parse_responses(body: bytes) -> ResponsesRequest:
     return request
 
 
-def _logprobs(given: Given) -> dict[str, Any]:
+def _logprobs(given: fields.Given) -> dict[str, Any]:
     is_wanted, num_top = _LOGPROBS in given.take("include", ()), given.take("top_logprobs", 0)
     if num_top and not is_wanted:
         raise bad(f"'top_logprobs' needs {_LOGPROBS!r} in 'include'.", "top_logprobs")
     return {"top_logprobs": num_top} if is_wanted else {}
 
 
-def _echo(request: ResponsesRequest, given: Given, own: Mapping[str, Any]) -> dict[str, Any]:
+def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]) -> dict[str, Any]:
     """The request as the answer repeats it; null where the model's default holds."""
     return {
         "instructions": request.instructions,

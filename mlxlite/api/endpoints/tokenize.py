@@ -9,13 +9,14 @@ import orjson
 
 from mlxlite.api.conversation import Message
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Field, read_fields, supported, unsupported
+from mlxlite.api.fields import Table, read_fields, supported, unsupported
 from mlxlite.api.generate import in_task, parse_and_render
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
 from mlxlite.api.render import render_chat
-from mlxlite.api.request import MODEL, TEMPLATE_FIELDS, ChatRequest
+from mlxlite.api.request import ChatRequest
 from mlxlite.api.service import Service
+from mlxlite.api.shared_fields import MODEL, TEMPLATE_FIELDS
 from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
 from mlxlite.http.connection import Exchange
@@ -23,7 +24,7 @@ from mlxlite.http.errors import bad
 from mlxlite.models.interface import Model, PromptError
 from mlxlite.vision.images import Source
 
-TOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
+TOKENIZE_FIELDS: Final[Table] = {
     "model": MODEL,
     "content": supported(text, "text (llama-server's name)"),
     "prompt": supported(text, "text (vLLM's name)", "content"),
@@ -36,7 +37,7 @@ TOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
     "return_token_strs": supported(flag, "the tokens' texts in `token_strs`"),
     "parse_special": unsupported(True, note="special tokens in a text are always read as such"),
 }
-DETOKENIZE_FIELDS: Final[Mapping[str, Field]] = {
+DETOKENIZE_FIELDS: Final[Table] = {
     "model": MODEL,
     "tokens": supported(token_ids, "token ids"),
 }

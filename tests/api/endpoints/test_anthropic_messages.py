@@ -24,7 +24,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tables import arrived
 
-from mlxlite.api.conversation import MAX_TOOLS, Message, Role, Tool, ToolCall
+from mlxlite.api.conversation import Message, Role, ToolCall
 from mlxlite.api.endpoints.anthropic_messages import (
     COUNT_FIELDS,
     MessagesWriter,
@@ -45,9 +45,11 @@ from mlxlite.api.endpoints.responses import (
 )
 from mlxlite.api.fields import Field, Use, markdown
 from mlxlite.api.generate import context_exceeded
-from mlxlite.api.request import GENERATION_FIELDS, ChatRequest
+from mlxlite.api.request import ChatRequest
 from mlxlite.api.responses_writer import ResponsesWriter
+from mlxlite.api.shared_fields import GENERATION_FIELDS
 from mlxlite.api.stored_responses import MAX_CONVERSATIONS, StoredResponses
+from mlxlite.api.tools import MAX_TOOLS, Tool
 from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError, Cause
