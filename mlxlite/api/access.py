@@ -30,14 +30,13 @@ class Access:
         return len(self._keys)
 
     def check_host(self, head: Head) -> None:
-        """Raises APIError 403 where a name that is not this machine's was asked for."""
+        """Raises APIError 403 where the Host header names another machine."""
         if self._config.uds is None and self._config.is_loopback and not self._is_local(head):
             # A page on the web may point its own name at 127.0.0.1.
             message = "this server answers to localhost only; the Host header names another"
             raise APIError(Cause.HOST, message)
 
     def _is_local(self, head: Head) -> bool:
-        """Whether the Host header names this machine; HTTP/1.0 may leave it out."""
         if "host" not in head.headers:
             return True
         if (match := _HOST.fullmatch(head.headers.get("host"))) is None:
@@ -72,7 +71,7 @@ class Access:
         )
 
     def preflight(self, headers: Headers, methods: tuple[str, ...]) -> Fields:
-        """The answer to OPTIONS: the methods of a path, and what an allowed origin may send."""
+        """The answer to OPTIONS: the methods of a path, and the headers that a page may send."""
         allowed = ", ".join(methods)
         if not self._is_origin_allowed(headers.get("origin")):
             return (("allow", allowed),)
@@ -85,7 +84,7 @@ class Access:
         )
 
     def _is_origin_allowed(self, origin: str) -> bool:
-        """Whether a page may read answers: its scheme and host count, its port does not."""
+        """The scheme and host of an origin count, its port does not."""
         try:
             wanted = urlsplit(origin)
         except ValueError:

@@ -44,7 +44,6 @@ class Answer:
             self._exchange.write(self._writer.begin())
 
     def choice(self, index: int) -> Callable[[Event], None]:
-        """The receiver of one generation's events."""
         return partial(self._take, index)
 
     def _take(self, index: int, event: Event) -> None:
@@ -104,12 +103,11 @@ class Answer:
 
 
 def failure(done: Done) -> APIError:
-    """A sequence that ended with an error, as an error answer."""
     return APIError(Cause.MODEL_FAILED, done.error or "the model failed")
 
 
 def total_usage(dones: Sequence[Done], num_per_prompt: int | None = None) -> Usage:
-    """One answer's usage: a prompt counts once, whatever the number of its choices (all)."""
+    """One answer's usage: a prompt counts once, for all of its choices."""
     usages = [done.usage for done in dones]
     prompts = usages[:: num_per_prompt or len(usages)]
     return replace(

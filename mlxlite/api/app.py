@@ -48,7 +48,6 @@ class App:
         }
 
     def find(self, path: str) -> Route | None:
-        """The route of a path."""
         path = path.removeprefix("/v1")
         for template, route in self.routes.items():
             prefix = template.removesuffix(_ID)
@@ -79,7 +78,7 @@ class App:
             raise APIError(Cause.MEDIA_TYPE, "the body must be application/json")
 
     def on_body(self, exchange: Exchange, body: bytes) -> None:
-        """Answer a request that was let in. Raises APIError."""
+        """Answer an admitted request. Raises APIError."""
         if exchange.head.method == "OPTIONS":
             methods = ("OPTIONS",) if exchange.route is None else exchange.route.methods
             headers = self._access.preflight(exchange.head.headers, methods)

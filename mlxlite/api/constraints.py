@@ -11,7 +11,6 @@ from mlxlite.output.grammar import Constraint, Kind, TextConstraint
 
 
 def take_constraints(given: Given) -> list[tuple[Constraint, str]]:
-    """The constraints of a request, each with its field."""
     found = given.take_each(CONSTRAINT_FIELDS)
     return [(constraint, name) for name, constraint in found.items()]
 
@@ -32,7 +31,6 @@ def response_format(value: Any, param: str) -> Constraint | None:
 
 
 def json_schema(value: Any, param: str) -> Constraint:
-    """A schema, as an object or as text."""
     if isinstance(value, str):
         try:
             value = parse(value.encode())

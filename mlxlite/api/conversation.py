@@ -93,7 +93,7 @@ class Message:
         return total
 
     def as_template(self) -> dict[str, Any]:
-        """The dict that chat templates read; templates know neither developer nor function."""
+        """The dict that chat templates read."""
         role, content = _TEMPLATE_ROLES.get(self.role, self.role), self.content or ""
         if role is Role.SYSTEM:
             content = _BILLING.sub("", content)
@@ -113,7 +113,7 @@ class Message:
 
 
 def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
-    """A message of parts; texts that touch are joined by newlines. Raises APIError 400."""
+    """A message of parts; adjacent texts are joined by newlines. Raises APIError 400."""
     given = list(_counted(parts))
     content = "\n".join(part for part in given if isinstance(part, str))
     joined: list[Part] = []
@@ -133,7 +133,7 @@ def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
 
 
 def message_list(read: Callable[[Any, str], Iterable[Message]]) -> Reader:
-    """The messages of an array, of whose items each has one or more. It raises APIError 400."""
+    """The reader of an array whose items have one message or more each."""
 
     def read_all(value: Any, param: str) -> tuple[Message, ...]:
         if not array(value, param):

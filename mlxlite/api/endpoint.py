@@ -33,5 +33,4 @@ class Endpoint:
 
     @property
     def is_stream(self) -> bool:
-        """Whether the answer may be an event stream."""
         return self.fields is not None and "stream" in self.fields

@@ -63,12 +63,11 @@ def no_op_each(names: str, read: Reader) -> dict[str, Field]:
 
 
 def aliases(name: str, field: Field, others: str) -> dict[str, Field]:
-    """Other names of a field."""
     return dict.fromkeys(others.split(), replace(field, note="the same", alias_of=name))
 
 
 def table_of(params: type[Any]) -> dict[str, Field]:
-    """The request fields that a dataclass declares: those of its fields that have a `Param`."""
+    """The request fields that a dataclass declares: its fields with a `Param`."""
     table: dict[str, Field] = {}
     for item in fields(params):
         if (param := item.metadata.get("param")) is not None:

@@ -80,7 +80,7 @@ def in_task(work: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Hand
 
 
 def context_exceeded(num_prompt: int, context_size: int, param: str = "messages") -> APIError:
-    """The form that the launching app, llama-server's clients and LiteLLM each recognise."""
+    """The error in the form that llama-server's clients and LiteLLM each recognise."""
     message = (
         f"the request exceeds the available context size. This model's maximum context length is "
         f"{context_size} tokens, and the prompt has {num_prompt}; the answer needs at least one."
@@ -90,7 +90,6 @@ def context_exceeded(num_prompt: int, context_size: int, param: str = "messages"
 
 
 async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body: bytes) -> None:
-    """Parse, render, and hand the sequences to the engine. Raises APIError."""
     ready = service.need_model()
     model, config, tenant = ready.model, service.config, service.tenant(exchange)
 
@@ -181,7 +180,6 @@ def _start(
 def _sequences(
     service: Service, ready: Ready, request: Request, prompts: Sequence[Prompt]
 ) -> list[EngineSequence]:
-    """One sequence for each choice of each prompt. Raises APIError."""
     model, size, config = ready.model, ready.card.context_size, service.config
     if request.num_choices * len(prompts) > config.max_queue:
         raise bad(f"at most {config.max_queue} choices on this server", "n")

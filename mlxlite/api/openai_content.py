@@ -90,7 +90,6 @@ def _part(part: Members, *, may_show: bool) -> Part:
 
 
 def _image_url(value: Any, param: str) -> Source:
-    """A chat's form: an object, or the URL alone."""
     if isinstance(value, str):
         with image_errors():
             return source_of(value, param)

@@ -92,7 +92,6 @@ def openapi_endpoint(endpoints: Sequence[Endpoint]) -> Endpoint:
 
 
 def document(endpoints: Sequence[Endpoint]) -> bytes:
-    """The document, as JSON."""
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint)

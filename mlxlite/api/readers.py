@@ -33,7 +33,6 @@ def parse(data: bytes) -> Any:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object from a body. Raises APIError 400."""
     if not body.strip():
         raise bad("The request body is empty; a JSON object is expected.")
     try:
@@ -48,7 +47,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def describes(**rules: Any) -> Callable[[R], R]:
-    """Attach to a reader what it accepts, as JSON Schema."""
+    """Attach to a reader the JSON Schema of the values that it accepts."""
 
     def note(reader: R) -> R:
         setattr(reader, _SCHEMA, rules)
@@ -58,7 +57,7 @@ def describes(**rules: Any) -> Callable[[R], R]:
 
 
 def schema(reader: Reader) -> dict[str, Any]:
-    """What a reader accepts, null included; `{}` where it has no description."""
+    """The JSON Schema of a reader, null included; `{}` where it has none."""
     rules = dict(getattr(reader, _SCHEMA, {}))
     if "type" in rules:
         own = rules["type"]
@@ -159,7 +158,7 @@ def number(low: float, high: float, *, is_low_open: bool = False) -> Reader:
 
 
 def only(*values: Any) -> Reader:
-    """A field that is not supported: no value passes but these, which ask for nothing."""
+    """The reader of an unsupported field: only these values pass, which ask for nothing."""
 
     def read(value: Any, param: str) -> None:
         # Types too: False == 0 must not let a wrong one through.
@@ -196,7 +195,7 @@ def nested(table: Mapping[str, Reader], *required: str) -> Reader:
 
 
 def need(given: Mapping[str, Any], param: str, *names: str) -> None:
-    """Raises APIError 400 for the first name that an object does not have."""
+    """Raises APIError 400 for the first of these names that is absent."""
     for name in names:
         if given.get(name) is None:
             raise bad(f"'{param}.{name}' is required.", f"{param}.{name}")
@@ -226,7 +225,7 @@ def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> Me
 
 
 def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """An object that is no deeper than its parsers and writers can bear."""
+    """An object of bounded depth: parsers and writers of JSON recurse."""
     given = json_object(value, param)
     level: list[Any] = [given]
     for _ in range(max_depth):
@@ -238,7 +237,7 @@ def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any
 
 
 def token_ids(value: Any, param: str, max_ids: int | None = None) -> tuple[int, ...]:
-    """Token ids; whether the model has them is checked later."""
+    """Token ids; the model's range is checked later."""
     ids = array(value, param, " of integers" if max_ids is not None else " of token ids")
     if max_ids is not None and len(ids) > max_ids:
         raise bad(f"'{param}' may hold at most {max_ids} tokens.", param)

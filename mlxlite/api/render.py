@@ -58,7 +58,6 @@ def _pictures(model: Model, sources: tuple[Source, ...], config: Config) -> tupl
 
 
 def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
-    """What the template gets beside the messages. Raises APIError."""
     if not request.tools:
         return request.template_kwargs
     if not model.output_format.can_call_tools:
@@ -68,7 +67,7 @@ def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
 
 
 def output_parser(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[], OutputParser]:
-    """Makes the parser of each of a chat's answers."""
+    """The factory of the parsers of a chat's answers."""
     tools = [tool.as_template() for tool in request.tools]
     options = ParserOptions(
         starts_in_reasoning=prompt.starts_in_reasoning,
@@ -103,7 +102,7 @@ def complete(
 
 
 def encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
-    """Token ids of a text, with what the tokenizer puts around one. Raises APIError."""
+    """Token ids of a text, with the tokenizer's special tokens. Raises APIError."""
     if not isinstance(text, str):
         for token in text:
             if token >= model.num_vocab:

@@ -48,7 +48,6 @@ class Request:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All images, in the order of the messages."""
         return ()
 
     @property
@@ -56,13 +55,13 @@ class Request:
         return self.sampling.get("top_logprobs") is not None
 
     def sampling_params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
-        """The model's defaults with what the request sets; `seed` where it sets none."""
+        """The model's defaults with the request's parameters; `seed` where it sets none."""
         return replace(defaults, **{"seed": seed, **self.sampling})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(Request):
-    """A request that is a chat: messages, and the tools that may be called."""
+    """A chat: messages, and the tools that may be called."""
 
     messages: tuple[Message, ...]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +76,7 @@ class ChatRequest(Request):
 
     @property
     def is_continuation(self) -> bool:
-        """A last message that is the assistant's is continued, unless the request forbids it."""
+        """True if the last message is to be continued: an assistant's is, unless forbidden."""
         last = self.messages[-1]
         is_open = last.role is Role.ASSISTANT and not last.tool_calls
         return is_open if self.continue_final is None else self.continue_final

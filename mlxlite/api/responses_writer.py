@@ -113,7 +113,6 @@ class ResponsesWriter:
         return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
 
     def _add(self, kind: str, id: str, call: ToolCall | None = None) -> bytes:
-        """A new item, after the end of the open one."""
         head = self._close("completed")
         self._items.append(_Item(kind, id, call))
         self._open_kind = kind
@@ -145,7 +144,6 @@ class ResponsesWriter:
         return self._message_delta("") if has_some else b""
 
     def _close(self, status: str) -> bytes:
-        """The end of the open item, if there is one."""
         if not self._open_kind:
             return b""
         item = self._items[-1]

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Phase(Enum):
-    """A server's life; only READY answers what needs the model."""
+    """A server's life; requests for the model need READY."""
 
     NEW = "new"
     LOADING = "loading"
@@ -71,8 +71,6 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """An answer that is being generated."""
-
     id: str
     sequence_ids: tuple[int, ...]
 
@@ -105,7 +103,7 @@ class Service:
         raise later(Cause.UNAVAILABLE, message, retry_after_s)
 
     def check_model(self, wanted: str | None) -> None:
-        """Any name is answered by the served model, unless `--strict-model-id`."""
+        """Any name stands for the served model, unless `--strict-model-id`."""
         served = self.need_model().model.id
         if self.config.strict_model_id and wanted not in (None, served):
             message = f"the model {clip(str(wanted))!r} does not exist here; see /v1/models"
@@ -126,7 +124,6 @@ class Service:
     async def in_thread(
         self, num_bytes: int, work: Callable[..., T], *args: Any, has_images: bool = False
     ) -> T:
-        """Call `work` in a thread: for short bodies, for long ones, or for those with images."""
         number = 2 if has_images else int(num_bytes > LONG_BODY_BYTES)
         call = partial(_call, work, *args)
         return await asyncio.get_running_loop().run_in_executor(self._executors[number], call)
@@ -153,7 +150,6 @@ class Service:
         return exchange.key if self.config.prefix_cache_scope == "key" else b""
 
     def cancel(self, running: Running) -> None:
-        """End the sequences of an answer at the next step."""
         if self.ready is not None:
             for id in running.sequence_ids:
                 self.ready.engine.cancel(id)
@@ -173,7 +169,7 @@ class Service:
 
 
 def _call(work: Callable[..., T], *args: Any) -> T:
-    """Call `work` in a thread; its exception is made one that a future can carry."""
+    """Call `work`; an exception that a future cannot carry is wrapped."""
     try:
         return work(*args)
     except BaseException as error:

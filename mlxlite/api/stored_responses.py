@@ -38,17 +38,16 @@ class StoredResponses:
         return len(self._kept)
 
     def load(self, id: str) -> tuple[Message, ...] | None:
-        """The messages up to this answer, and the answer."""
+        """The messages up to this answer, the answer included."""
         kept = self._kept.get(id)
         return None if kept is None else kept.messages
 
     def body(self, id: str) -> bytes | None:
-        """The whole response as JSON."""
         kept = self._kept.get(id)
         return None if kept is None else kept.body
 
     def store(self, id: str, messages: Sequence[Message], body: bytes = b"") -> None:
-        """Keep one more; one that is larger than the bound is not kept, and costs no other."""
+        """Store one more; one that is larger than the bound is dropped, and evicts no other."""
         self.delete(id)
         num_bytes = sum(message.num_bytes for message in messages) + len(body)
         kept = _Kept(tuple(messages), body, num_bytes)
@@ -61,7 +60,6 @@ class StoredResponses:
             self.num_bytes -= oldest.num_bytes
 
     def delete(self, id: str) -> bool:
-        """Whether there was one."""
         kept = self._kept.pop(id, None)
         self.num_bytes -= 0 if kept is None else kept.num_bytes
         return kept is not None

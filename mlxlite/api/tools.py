@@ -31,7 +31,7 @@ class Tool:
         return {"type": "function", "function": function | {"parameters": self.parameters}}
 
     def schema(self, *, is_strict: bool) -> ToolSchema:
-        """Its arguments, as a grammar enforces them; any object unless they must match."""
+        """Its arguments as a grammar enforces them; any object unless they must match."""
         parameters = self.parameters if is_strict else {"type": "object"}
         return ToolSchema(self.name, orjson.dumps(parameters).decode())
 
@@ -50,7 +50,7 @@ def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool
 
 
 def array_of(read: Reader, word: str = "tools") -> Reader:
-    """The tools of an array, each of its own name. It raises APIError 400."""
+    """The reader of an array of tools, each of a name of its own."""
 
     def read_all(value: Any, param: str) -> tuple[Tool, ...]:
         if len(array(value, param)) > MAX_TOOLS:
@@ -102,7 +102,6 @@ class ToolUse:
 
     @property
     def callable(self) -> tuple[Tool, ...]:
-        """The tools that may be called."""
         if self.choice == "none":
             return ()
         if isinstance(self.choice, dict):
@@ -137,7 +136,6 @@ function_list = array_of(function_of, "functions")
 
 
 def tool_choice(value: Any, param: str) -> Any:
-    """A word, or the name of a function."""
     if value in ("none", "auto", "required"):
         return value
     choice = json_object(value, param)

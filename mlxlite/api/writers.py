@@ -153,18 +153,14 @@ class Writer(Protocol):
         """The end of a choice, complete or cancelled; the last one has the usage of all."""
         ...
 
-    def fail(self, error: APIError) -> bytes:
-        """The end of a stream that has failed."""
-        ...
+    def fail(self, error: APIError) -> bytes: ...
 
-    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
-        """The body of an answer that does not stream."""
-        ...
+    def whole(self, choices: Sequence[Collected], total: Usage) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """The parts of a stream beside its text, where the request asks for them."""
+    """The parts of a stream that a request can ask for, beside its text."""
 
     include_usage: bool = False  # in a chunk of its own at the end
     continuous_usage: bool = False  # and in every one
@@ -207,8 +203,7 @@ class OpenAIWriter(ABC):
         self._frames = [whole.split(orjson.dumps(mark)) for whole in frames]
 
     @abstractmethod
-    def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
-        """The part of a chunk's choice that holds an event's text; empty for None."""
+    def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]: ...
 
     @abstractmethod
     def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]: ...

@@ -76,7 +76,6 @@ def status(
     max_queue: int,
     fingerprint: str,
 ) -> bytes:
-    """Queue, rows, memory, cache, versions."""
     return orjson.dumps(
         {
             "object": "status",
@@ -137,8 +136,6 @@ def _clear_cache(service: Service, exchange: Exchange, _body: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CancelRequest:
-    """The answer to end; None is all of them."""
-
     id: str | None
 
 

@@ -48,7 +48,7 @@ def _turn(value: Any, param: str) -> list[Message]:
 
 
 def _user(content: Any, param: str) -> list[Message]:
-    """The results of tools, and the blocks between them, each run of which is one turn."""
+    """Each result is a turn, and each run of other blocks."""
     turns: list[Message] = []
     parts = readers.parts(content, param)
     for is_result, run in groupby(parts, lambda part: part[0] == "tool_result"):
@@ -146,7 +146,6 @@ _read_choice: Final = readers.nested(
 
 
 def _tool_choice(value: Any, param: str) -> tuple[Any, bool]:
-    """The choice in a chat's words, and whether there may be several calls."""
     given = _read_choice(value, param)
     if given["type"] == "tool":
         readers.need(given, param, "name")
@@ -222,7 +221,7 @@ def parse_messages(body: bytes) -> ChatRequest:
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
-    """A body that only makes a prompt. Raises APIError 400."""
+    """Validate a body that only makes a prompt. Raises APIError 400."""
     return _request(fields.read_fields(readers.parse_object(body), COUNT_FIELDS, "messages"))
 
 
@@ -333,7 +332,6 @@ class MessagesWriter:
         }
 
     def _open(self, block: Mapping[str, Any]) -> bytes:
-        """A new block, after the end of the open one."""
         head, self._kind = self._close(), block["type"]
         self._num_blocks += 1
         index = self._num_blocks - 1

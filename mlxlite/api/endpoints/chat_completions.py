@@ -84,7 +84,6 @@ def _logprobs(given: fields.Given) -> dict[str, Any]:
 
 
 def _tool_use(given: fields.Given) -> ToolUse:
-    """Tools and their choice, by their newer or their older names. Raises APIError 400."""
     taken: dict[str, Any] = {}
     for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
         value, older = given.take(name), given.take(old)
@@ -113,7 +112,7 @@ def _continues(given: fields.Given) -> bool | None:
 
 
 class ChatWriter(writers.OpenAIWriter):
-    """A chat completion. Each choice has its role's chunk, its text's, and one that finishes it."""
+    """A chat completion: each choice has a chunk of its role, its text, and one that ends it."""
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"

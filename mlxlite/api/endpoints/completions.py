@@ -86,7 +86,7 @@ def _render(model: Model, request: CompletionRequest, _config: Config) -> list[P
 
 
 class CompletionWriter(writers.OpenAIWriter):
-    """A text completion, streamed or whole; `echoes` is the text that each choice begins with."""
+    """A text completion; `echoes` are the texts that the choices begin with."""
 
     object_name = chunk_name = "text_completion"
 
@@ -112,7 +112,7 @@ class CompletionWriter(writers.OpenAIWriter):
         return {"text": event.text if isinstance(event, TextDelta) else ""}
 
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
-        """The legacy form: parallel lists, and each token's place in the text."""
+        """The legacy form: parallel lists, with each token's place in the text."""
         offsets = []
         for token, _ in drawn:
             offsets.append(self._num_chars[index])

@@ -33,7 +33,6 @@ MAX_METADATA = 16  # pairs, OpenAI's bound
 
 
 def _input(value: Any, param: str) -> tuple[Message, ...]:
-    """A string is a user's message; items are messages, or parts of an assistant's one."""
     if isinstance(value, str):
         return (Message(Role.USER, value),)
     if isinstance(value, list):  # the easy form of a message has no type
@@ -257,7 +256,7 @@ def _logprobs(given: fields.Given) -> dict[str, Any]:
 
 
 def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The request as the answer repeats it; null where the model's default holds."""
+    """The members that repeat the request; null where the model's default holds."""
     return {
         "instructions": request.instructions,
         "previous_response_id": request.previous_response_id,
@@ -289,12 +288,11 @@ def _writer(
 
 
 def _stored_id(exchange: Exchange, id: str) -> str:
-    """A response's id among those of its API key: no other key can find it."""
+    """Ids are apart for each API key: no other key can find a response."""
     return f"{exchange.key.hex()}/{id}"
 
 
 def _resume(service: Service, exchange: Exchange, request: ResponsesRequest) -> ResponsesRequest:
-    """The request in the conversation that it continues. Raises APIError 404."""
     if (id := request.previous_response_id) is None:
         return request
     history = service.stored_responses.load(_stored_id(exchange, id))

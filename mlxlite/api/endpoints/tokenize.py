@@ -99,7 +99,7 @@ def _tokens(model: Model, config: Config, request: TokenizeRequest) -> tuple[int
 def tokenized(
     request: TokenizeRequest, tokens: Sequence[int], context_size: int, token_bytes: TokenBytes
 ) -> bytes:
-    """llama-server's and vLLM's fields together."""
+    """The fields of llama-server and of vLLM together."""
 
     def piece(token: int) -> Any:
         raw = token_bytes(token)
