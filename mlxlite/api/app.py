@@ -56,8 +56,6 @@ class App:
                 return route if fixed is None else fixed
         return self.routes.get(path.rstrip("/") or "/")
 
-    # --- http.connection.Application ----------------------------------------------------------
-
     def on_head(self, exchange: Exchange) -> None:
         """Find the endpoint and check access, before the body is read. Raises APIError."""
         head = exchange.head

@@ -26,9 +26,6 @@ def role_of(value: Any, param: str, *roles: Role) -> Role:
     return Role(readers.one_of(*(role.value for role in roles))(value, param))
 
 
-# --- chats ------------------------------------------------------------------------------------
-
-
 def _messages(value: Any, param: str) -> Iterator[Message]:
     fields = {k: item for k, item in readers.json_object(value, param).items() if item is not None}
     given = Members(fields, param)
@@ -128,8 +125,6 @@ def _tool_call(value: Any, param: str) -> ToolCall:
     name = function.text("name")
     return ToolCall(call.text("id", ""), name, arguments)
 
-
-# --- other dialects ---------------------------------------------------------------------------
 
 _TEXT_PARTS: Final = {  # type → the member that holds its text
     "text": "text",

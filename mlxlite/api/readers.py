@@ -179,12 +179,12 @@ def one_of(*words: str) -> Reader:
     return read
 
 
-def nested(table: Mapping[str, Reader], *required: str) -> Reader:
+def nested(required: str = "", /, **table: Reader) -> Reader:
     """An object of known fields; null is as good as absent."""
 
     def read(value: Any, param: str) -> dict[str, Any]:
         given = json_object(value, param)
-        need(given, param, *required)
+        need(given, param, *required.split())
         return {
             name: reader(given[name], f"{param}.{name}")
             for name, reader in table.items()

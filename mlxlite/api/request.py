@@ -108,6 +108,14 @@ def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[st
     }
 
 
+def logprobs_option(given: Given, *, is_wanted: bool, needed: str) -> dict[str, Any]:
+    """The sampling parameter of `top_logprobs`, which needs another field. Raises APIError 400."""
+    num_top = given.take("top_logprobs", 0)
+    if num_top and not is_wanted:
+        raise bad(f"'top_logprobs' needs {needed}.", "top_logprobs")
+    return {"top_logprobs": num_top} if is_wanted else {}
+
+
 def sole_constraint(
     options: Mapping[str, Any], constraints: list[tuple[Constraint, str]]
 ) -> tuple[Constraint, str] | None:

@@ -90,8 +90,6 @@ class Service:
         self._executors: tuple[Executor, ...] = ()
         self._ignored_names: set[str] = set()
 
-    # --- models -----------------------------------------------------------------------------
-
     def need_model(self) -> Ready:
         """The loaded model. Raises APIError 503 where there is none (yet)."""
         if self.phase is Phase.READY and self.ready is not None:
@@ -108,8 +106,6 @@ class Service:
         if self.config.strict_model_id and wanted not in (None, served):
             message = f"the model {clip(str(wanted))!r} does not exist here; see /v1/models"
             raise APIError(Cause.NO_MODEL, message, param="model")
-
-    # --- threads and tasks ------------------------------------------------------------------
 
     def start_threads(self) -> None:
         """One thread for short bodies, in order of arrival; one for long ones; two for images."""
@@ -142,8 +138,6 @@ class Service:
         task = asyncio.get_running_loop().create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(done)
-
-    # --- requests ---------------------------------------------------------------------------
 
     def tenant(self, exchange: Exchange) -> bytes:
         """Requests of one tenant share cached prefixes: all, or those of one API key."""

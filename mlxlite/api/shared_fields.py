@@ -64,7 +64,7 @@ def _stop_tokens(value: Any, param: str) -> tuple[int, ...]:
 
 # The last is OpenAI's padding against eavesdroppers, of no use on loopback.
 _STREAM_OPTIONS: Final = nested(
-    dict.fromkeys(("include_usage", "continuous_usage_stats", "include_obfuscation"), flag)
+    include_usage=flag, continuous_usage_stats=flag, include_obfuscation=flag
 )
 
 

@@ -47,8 +47,7 @@ _FINISH_REASONS: Final = {
 }
 
 
-def finish_reason(done: events.Done | None) -> str:
-    assert done is not None
+def finish_reason(done: events.Done) -> str:
     if done.num_calls and done.reason is FinishReason.STOP:
         return "tool_calls"
     return _FINISH_REASONS[done.reason]
@@ -193,10 +192,13 @@ class OpenAIWriter(ABC):
         options: StreamOptions | None = None,
         *,
         num_choices: int = 1,
+        has_logprobs: bool = False,
     ) -> None:
         self._envelope = envelope
         self._token_bytes = token_bytes
         self._options = options or StreamOptions()
+        self._has_logprobs = has_logprobs  # a whole answer has them even where no token was drawn
+        self._num_calls = [0] * num_choices  # so far
         mark = "\0"
         texts = (self._choice_delta(i, events.TextDelta(mark)) for i in range(num_choices))
         frames = (frame(self._chunk(i, text)) for i, text in enumerate(texts))
@@ -206,7 +208,7 @@ class OpenAIWriter(ABC):
     def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _choice_whole(self, index: int, choice: Collected) -> dict[str, Any]: ...
+    def _content(self, index: int, choice: Collected) -> dict[str, Any]: ...
 
     @abstractmethod
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]: ...
@@ -214,11 +216,20 @@ class OpenAIWriter(ABC):
     @abstractmethod
     def begin(self) -> bytes: ...
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    def _choice(
+        self, index: int, content: Mapping[str, Any], done: events.Done | None, logprobs: Any = None
     ) -> dict[str, Any]:
-        choice = {"index": index, **delta, "logprobs": None, "finish_reason": finish_reason}
-        chunk = self._envelope.as_json(self.chunk_name) | {"choices": [choice]}
+        reason = None if done is None else finish_reason(done)
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        if done is not None and self.has_stop_reason:
+            choice["stop_reason"] = done.stop
+        return choice
+
+    def _chunk(
+        self, index: int, content: Mapping[str, Any], done: events.Done | None = None
+    ) -> dict[str, Any]:
+        chunk = self._envelope.as_json(self.chunk_name)
+        chunk["choices"] = [self._choice(index, content, done)]
         return chunk | {"usage": None} if self._options.include_usage else chunk
 
     def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
@@ -230,6 +241,8 @@ class OpenAIWriter(ABC):
                 return head + orjson.dumps(event.text) + tail
             if isinstance(event, events.ToolCallEnd | events.ToolCallInvalid):
                 return b""  # OpenAI has no chunk for the end of a call
+        if isinstance(event, events.ToolCallStart):
+            self._num_calls[index] += 1
         chunk = self._chunk(index, self._choice_delta(index, event))
         if event.logprobs:
             chunk["choices"][0]["logprobs"] = self._logprobs(index, event.logprobs)
@@ -256,9 +269,7 @@ class OpenAIWriter(ABC):
         With `include_usage` only a separate chunk has the usage, or clients that add up would
         count it twice; the timings stay.
         """
-        chunk = self._chunk(index, self._choice_delta(index, None), finish_reason(done))
-        if self.has_stop_reason:
-            chunk["choices"][0]["stop_reason"] = done.stop
+        chunk = self._chunk(index, self._choice_delta(index, None), done)
         if total is None:
             return frame(chunk)
         chunk["timings"] = timings_json(total)
@@ -273,9 +284,14 @@ class OpenAIWriter(ABC):
 
     def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
         answer = self._envelope.as_json(self.object_name)
-        answer |= {"choices": [self._choice_whole(i, choice) for i, choice in enumerate(choices)]}
+        answer["choices"] = [self._whole(i, choice) for i, choice in enumerate(choices)]
         answer |= {"usage": usage_json(total), "timings": timings_json(total)}
         return orjson.dumps(answer)
+
+    def _whole(self, index: int, choice: Collected) -> dict[str, Any]:
+        has_logprobs = self._has_logprobs or choice.drawn
+        logprobs = self._logprobs(index, choice.drawn) if has_logprobs else None
+        return self._choice(index, self._content(index, choice), choice.done, logprobs)
 
 
 def stream_failure(error: APIError) -> bytes:

@@ -24,11 +24,10 @@ from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, te
 from mlxlite.api.service import Service
 from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Collected, Envelope
-from mlxlite.engine.sequence import FinishReason, Prompt, Usage
+from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad
 from mlxlite.http.sse import sse_event
-from mlxlite.models.interface import Model
 from mlxlite.output import events
 from mlxlite.vision.images import Source, source_of, source_of_base64
 
@@ -113,12 +112,10 @@ def _assistant(content: Any, param: str) -> Message:
 
 
 _read_thinking: Final = readers.nested(
-    {
-        "type": readers.one_of("disabled", "enabled", "adaptive"),
-        "budget_tokens": readers.integer(MIN_THINKING, 2**31 - 1),
-        "display": readers.only("summarized"),
-    },
     "type",
+    type=readers.one_of("disabled", "enabled", "adaptive"),
+    budget_tokens=readers.integer(MIN_THINKING, 2**31 - 1),
+    display=readers.only("summarized"),
 )
 
 
@@ -136,12 +133,10 @@ def _tool(value: Any, param: str) -> Tool:
 
 
 _read_choice: Final = readers.nested(
-    {
-        "type": readers.one_of("auto", "any", "tool", "none"),
-        "name": readers.text,
-        "disable_parallel_tool_use": readers.flag,
-    },
     "type",
+    type=readers.one_of("auto", "any", "tool", "none"),
+    name=readers.text,
+    disable_parallel_tool_use=readers.flag,
 )
 
 
@@ -155,7 +150,7 @@ def _tool_choice(value: Any, param: str) -> tuple[Any, bool]:
 
 
 _read_format: Final = readers.nested(
-    {"type": readers.one_of("json_schema"), "schema": json_schema}, "type", "schema"
+    "type schema", type=readers.one_of("json_schema"), schema=json_schema
 )
 _ALL: Final = ("all", {"type": "all"})
 
@@ -181,7 +176,7 @@ FIELDS: Final[fields.Table] = {
         "`enable_thinking` for the chat template; `budget_tokens` is checked but not enforced",
     ),
     "output_config": supported(
-        readers.nested({"effort": shared_fields.effort, "format": _read_format}),
+        readers.nested(effort=shared_fields.effort, format=_read_format),
         "`effort` is an argument of the chat template; `format` json_schema needs the extra "
         "`grammar`",
     ),
@@ -189,7 +184,7 @@ FIELDS: Final[fields.Table] = {
     **fields.no_op_each("service_tier inference_geo", readers.text),
     "cache_control": fields.no_op(readers.json_object, "prefixes are cached anyway"),
     "context_management": fields.no_op(
-        readers.nested({"edits": _edits}), "only `clear_thinking` that keeps `all`"
+        readers.nested(edits=_edits), "only `clear_thinking` that keeps `all`"
     ),
     "speed": unsupported("standard"),
     "tools": supported(array_of(_tool), "functions; Anthropic's own tools are refused"),
@@ -215,9 +210,8 @@ COUNT_FIELDS: Final[fields.Table] = {
 
 def parse_messages(body: bytes) -> ChatRequest:
     """Validate a Messages body. Raises APIError 400 naming the field at fault."""
-    return _request(
-        fields.read_fields(readers.parse_object(body), FIELDS, "messages", "max_tokens")
-    )
+    value = readers.parse_object(body)
+    return _request(fields.read_fields(value, FIELDS, "messages", "max_tokens"))
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
@@ -394,12 +388,6 @@ class MessagesWriter:
         return orjson.dumps(self._message(content, total, choice.done))
 
 
-def _writer(
-    envelope: Envelope, _request: ChatRequest, _model: Model, prompts: Sequence[Prompt]
-) -> MessagesWriter:
-    return MessagesWriter(envelope, len(prompts[0].tokens))
-
-
 async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
     model, config = service.need_model().model, service.config
 
@@ -416,7 +404,13 @@ ENDPOINTS: Final = (
         "POST",
         "/v1/messages",
         "A message (Anthropic's dialect)",
-        Dialect(parse=parse_messages, writer=_writer, id_prefix="msg_").handle,
+        Dialect(
+            parse=parse_messages,
+            writer=lambda envelope, _, __, prompts: MessagesWriter(
+                envelope, len(prompts[0].tokens)
+            ),
+            id_prefix="msg_",
+        ).handle,
         fields=FIELDS,
         required=("messages", "max_tokens"),
         answer_schema="Message",

@@ -3,14 +3,21 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from mlxlite.api import fields, readers, shared_fields, writers
+from mlxlite.api import fields, shared_fields, writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
-from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
+from mlxlite.api.readers import flag, one_of, parse_object
+from mlxlite.api.request import (
+    ChatRequest,
+    logprobs_option,
+    shared_options,
+    sole_constraint,
+    template_kwargs,
+)
 from mlxlite.api.tools import ToolUse, function_list, tool_choice, tool_list
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad
@@ -30,14 +37,12 @@ FIELDS: Final[fields.Table] = {
         "an argument of the chat template; `none` also sets `enable_thinking` to false",
     ),
     "reasoning_format": supported(
-        readers.one_of("auto", "none", "split", "deepseek"),
+        one_of("auto", "none", "split", "deepseek"),
         "`none`: in the content; else apart from it",
     ),
-    "continue_final_message": supported(
-        readers.flag, "a trailing assistant message is continued anyway"
-    ),
-    "add_generation_prompt": supported(readers.flag, "false only with `continue_final_message`"),
-    "logprobs": supported(readers.flag, "of the drawn tokens, before any sampling setting"),
+    "continue_final_message": supported(flag, "a trailing assistant message is continued anyway"),
+    "add_generation_prompt": supported(flag, "false only with `continue_final_message`"),
+    "logprobs": supported(flag, "of the drawn tokens, before any sampling setting"),
     "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"0 to {shared_fields.MAX_TOP_LOGPROBS}"),
     "tools": supported(tool_list, "functions; how they are called is the model's own format"),
     "tool_choice": supported(
@@ -45,7 +50,7 @@ FIELDS: Final[fields.Table] = {
     ),
     "functions": supported(function_list, "the older form of `tools`"),
     "function_call": supported(tool_choice, "the older form of `tool_choice`"),
-    "parallel_tool_calls": supported(readers.flag, "false: the answer ends after its first call"),
+    "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
     "modalities": unsupported(["text"]),
     "verbosity": unsupported("medium"),
     **fields.unsupported_each("echo", False),
@@ -55,9 +60,10 @@ FIELDS: Final[fields.Table] = {
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
-    given = fields.read_fields(readers.parse_object(body), FIELDS, "messages")
+    given = fields.read_fields(parse_object(body), FIELDS, "messages")
     options = shared_options(given)
-    options["sampling"] |= _logprobs(given)
+    is_wanted = given.take("logprobs", False)
+    options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed="'logprobs': true")
     use = _tool_use(given)
     request = ChatRequest(
         **options,
@@ -74,13 +80,6 @@ def parse_chat(body: bytes) -> ChatRequest:
         message = "'continue_final_message' needs an assistant's message at the end."
         raise bad(message, "continue_final_message")
     return request
-
-
-def _logprobs(given: fields.Given) -> dict[str, Any]:
-    wanted, num_top = given.take("logprobs", False), given.take("top_logprobs", 0)
-    if num_top and not wanted:
-        raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
-    return {"top_logprobs": num_top} if wanted else {}
 
 
 def _tool_use(given: fields.Given) -> ToolUse:
@@ -118,45 +117,28 @@ class ChatWriter(writers.OpenAIWriter):
     chunk_name = "chat.completion.chunk"
     has_stop_reason = True
 
-    def __init__(
-        self,
-        envelope: writers.Envelope,
-        token_bytes: writers.TokenBytes,
-        options: writers.StreamOptions | None = None,
-        *,
-        num_choices: int = 1,
-        has_logprobs: bool = False,
-    ) -> None:
-        super().__init__(envelope, token_bytes, options, num_choices=num_choices)
-        self._has_logprobs = has_logprobs
-        self._num_calls = [0] * num_choices
-
     def begin(self) -> bytes:
         role = {"delta": {"role": "assistant", "content": ""}}
         return b"".join(writers.frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
 
     def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
-        return {"delta": self._delta(index, event)}
-
-    def _delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
+        delta: dict[str, Any] = {}
+        number = {"index": self._num_calls[index] - 1}
         match event:
             case events.TextDelta(text):
-                return {"content": text}
+                delta = {"content": text}
             case events.ReasoningDelta(text):
-                return {"reasoning_content": text, "reasoning": text}
+                delta = {"reasoning_content": text, "reasoning": text}
             case events.ToolCallStart(id, name):
-                self._num_calls[index] += 1
-                number = self._num_calls[index] - 1
-                return {"tool_calls": [{"index": number} | ToolCall(id, name, "").as_json()]}
+                delta = {"tool_calls": [number | ToolCall(id, name, "").as_json()]}
             case events.ToolCallArguments(text):
-                more = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
-                return {"tool_calls": [more]}
-        return {}
+                delta = {"tool_calls": [number | {"function": {"arguments": text}}]}
+        return {"delta": delta}
 
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
         return {"content": writers.logprobs_json(drawn, self._token_bytes)}
 
-    def _choice_whole(self, index: int, choice: writers.Collected) -> dict[str, Any]:
+    def _content(self, index: int, choice: writers.Collected) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": choice.text if choice.text or not choice.calls else None,
@@ -166,13 +148,7 @@ class ChatWriter(writers.OpenAIWriter):
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         if choice.calls:
             message["tool_calls"] = [call.as_json() for call in choice.calls]
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(index, choice.drawn) if self._has_logprobs else None,
-            "finish_reason": writers.finish_reason(choice.done),
-            "stop_reason": choice.done.stop if choice.done is not None else None,
-        }
+        return {"message": message}
 
 
 def _writer(

@@ -130,13 +130,8 @@ class CompletionWriter(writers.OpenAIWriter):
     def _spell(self, token: int) -> str:
         return self._token_bytes(token).decode("utf-8", "replace")
 
-    def _choice_whole(self, index: int, choice: writers.Collected) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": self._echoes[index] + choice.text,
-            "logprobs": self._logprobs(index, choice.drawn) if choice.drawn else None,
-            "finish_reason": writers.finish_reason(choice.done),
-        }
+    def _content(self, index: int, choice: writers.Collected) -> dict[str, Any]:
+        return {"text": self._echoes[index] + choice.text}
 
 
 def _writer(

@@ -19,15 +19,18 @@ from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import input_image, parts_of, role_of, text_of
 from mlxlite.api.readers import Members
-from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
+from mlxlite.api.request import (
+    ChatRequest,
+    logprobs_option,
+    shared_options,
+    sole_constraint,
+    template_kwargs,
+)
 from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.service import Service
 from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
-from mlxlite.api.writers import Envelope
-from mlxlite.engine.sequence import Prompt
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, Cause, bad, clip, not_supported
-from mlxlite.models.interface import Model
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
@@ -126,18 +129,20 @@ def _tool_choice(value: Any, param: str) -> Any:
     return {"name": readers.of_kind("function", value, param).text("name")}
 
 
-_FORMAT: Final[Mapping[str, readers.Reader]] = {
-    "type": readers.one_of("text", "json_object", "json_schema"),
-    "name": readers.text,
-    "description": readers.text,
-    "schema": readers.shallow,  # repeated even where the type does not use it
-    "strict": readers.flag,
-}
+_read_format: Final = readers.nested(
+    "type",
+    type=readers.one_of("text", "json_object", "json_schema"),
+    name=readers.text,
+    description=readers.text,
+    schema=readers.shallow,  # repeated even where the type does not use it
+    strict=readers.flag,
+)
 
 
 def _format(value: Any, param: str) -> dict[str, Any]:
-    wanted: dict[str, Any] = readers.nested(_FORMAT, "type")(value, param)
-    readers.need(wanted, param, *(("name", "schema") if wanted["type"] == "json_schema" else ()))
+    wanted: dict[str, Any] = _read_format(value, param)
+    if wanted["type"] == "json_schema":
+        readers.need(wanted, param, "name", "schema")
     return wanted
 
 
@@ -159,13 +164,14 @@ FIELDS: Final[fields.Table] = {
     "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"needs `{_LOGPROBS}` in `include`"),
     "reasoning": supported(
         readers.nested(
-            {"effort": shared_fields.effort, "mode": readers.only("standard")}
-            | dict.fromkeys(("summary", "generate_summary", "context"), readers.only("auto"))
+            effort=shared_fields.effort,
+            mode=readers.only("standard"),
+            **dict.fromkeys(("summary", "generate_summary", "context"), readers.only("auto")),
         ),
         "`effort` is an argument of the chat template",
     ),
     "text": supported(
-        readers.nested({"format": _format, "verbosity": readers.only("medium")}),
+        readers.nested(format=_format, verbosity=readers.only("medium")),
         "`format`: text, json_object, json_schema; needs the extra `grammar`; no `verbosity`",
     ),
     "metadata": supported(_metadata, "repeated in the answer"),
@@ -216,7 +222,8 @@ def parse_responses(body: bytes) -> ResponsesRequest:
     value = readers.parse_object(body)
     given = fields.read_fields(value, FIELDS, "input")
     options = shared_options(given, "max_output_tokens")
-    options["sampling"] |= _logprobs(given)
+    is_wanted, needed = _LOGPROBS in given.take("include", ()), f"{_LOGPROBS!r} in 'include'"
+    options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
     instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
     wanted = given.take("text", {}).get("format", {"type": "text"})
     schema = response_format({**wanted, "json_schema": wanted}, "text.format")
@@ -248,13 +255,6 @@ def parse_responses(body: bytes) -> ResponsesRequest:
     return request
 
 
-def _logprobs(given: fields.Given) -> dict[str, Any]:
-    is_wanted, num_top = _LOGPROBS in given.take("include", ()), given.take("top_logprobs", 0)
-    if num_top and not is_wanted:
-        raise bad(f"'top_logprobs' needs {_LOGPROBS!r} in 'include'.", "top_logprobs")
-    return {"top_logprobs": num_top} if is_wanted else {}
-
-
 def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]) -> dict[str, Any]:
     """The members that repeat the request; null where the model's default holds."""
     return {
@@ -279,12 +279,6 @@ def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]
         "truncation": "disabled",
         "tools": own["tools"],
     }
-
-
-def _writer(
-    envelope: Envelope, request: ResponsesRequest, model: Model, _prompts: Sequence[Prompt]
-) -> ResponsesWriter:
-    return ResponsesWriter(envelope, model.token_bytes, request.echo)
 
 
 def _stored_id(exchange: Exchange, id: str) -> str:
@@ -339,7 +333,13 @@ ENDPOINTS: Final = (
         "/v1/responses",
         "A response (OpenAI's newer dialect)",
         Dialect(
-            parse=parse_responses, writer=_writer, id_prefix="resp_", resume=_resume, ended=_store
+            parse=parse_responses,
+            writer=lambda envelope, request, model, _: ResponsesWriter(
+                envelope, model.token_bytes, request.echo
+            ),
+            id_prefix="resp_",
+            resume=_resume,
+            ended=_store,
         ).handle,
         fields=FIELDS,
         required=("input",),
