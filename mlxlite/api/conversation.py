@@ -1,7 +1,7 @@
-"""Messages of a chat: JSON to turns, and turns to what a chat template reads. Pure.
+"""Messages of a chat: records of turns, and their form for chat templates. Pure.
 
 Decides what a message may hold: a role, text, pictures, reasoning, calls and their results, and the
-roles that may hold pictures (`SHOWS`). Nothing unknown is dropped in silence: a part or a role that
+roles that may hold pictures (`IMAGE_ROLES`). Nothing unknown is dropped in silence: a part or a role that
 cannot be read is a 400 that names its place. All dialects read their messages as `Message`.
 
 A message without pictures is its text, and has no `parts`. Tested.
@@ -35,7 +35,7 @@ class Role(Enum):
 
 
 _TEMPLATE_ROLES: Final = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
-SHOWS: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # templates have no pictures of others
+IMAGE_ROLES: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # the only ones in templates
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class Endpoint:
     """A method of a path; `{id}` in the path is the rest of it.
 
     `handle` answers a request whose body is complete, or raises APIError. `fields` are those of the
-    body, of which `required` must be given; `answer_schema` names what a 200 holds.
+    body, of which `required` must be given; `answer_schema` names the schema of a 200.
     """
 
     method: str

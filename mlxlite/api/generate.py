@@ -45,7 +45,7 @@ class Dialect:
     """One endpoint's way to ask for a generation, and to answer it.
 
     `parse`, `resume` and `render` run in a thread, in this order; `resume` completes a request from
-    what the service has stored. `ended` is called once the answer is complete.
+    the service's stored responses. `ended` is called once the answer is complete.
     """
 
     parse: Callable[[bytes], Any]
@@ -113,7 +113,7 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
 async def parse_and_render(
     service: Service, body: bytes, parse: Callable[[bytes], R], render: Callable[[R], T]
 ) -> tuple[R, T]:
-    """A body's request and what is rendered of it, in the service's threads. Raises APIError.
+    """Read and render a body in the service's threads. Raises APIError.
 
     Images may have to be fetched: a request that has some is parsed among the short ones, and
     rendered in a thread that may take long.

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from mlxlite.api import readers
-from mlxlite.api.conversation import SHOWS, Message, Part, Role, ToolCall, message_list, turn
+from mlxlite.api.conversation import IMAGE_ROLES, Message, Part, Role, ToolCall, message_list, turn
 from mlxlite.api.readers import Members
 from mlxlite.http.errors import bad, clip, not_supported
 from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
@@ -30,7 +30,7 @@ def _messages(value: Any, param: str) -> Iterator[Message]:
     fields = {k: item for k, item in readers.json_object(value, param).items() if item is not None}
     given = Members(fields, param)
     role, content = role_of(given.get("role"), f"{param}.role", *Role), given.get("content")
-    message = turn(role, _parts(content, f"{param}.content", may_show=role in SHOWS))
+    message = turn(role, _parts(content, f"{param}.content", has_pictures=role in IMAGE_ROLES))
     calls = readers.array(fields.get("tool_calls", []), f"{param}.tool_calls")
     tool_calls = [_tool_call(item, f"{param}.tool_calls[{i}]") for i, item in enumerate(calls)]
     if "function_call" in fields:  # OpenAI's older form of tool_calls
@@ -58,20 +58,20 @@ def _messages(value: Any, param: str) -> Iterator[Message]:
 messages_of: Final = message_list(_messages)
 
 
-def _parts(value: Any, param: str, *, may_show: bool) -> Iterator[Part]:
+def _parts(value: Any, param: str, *, has_pictures: bool) -> Iterator[Part]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield _part(readers.members(item, f"{param}[{i}]"), may_show=may_show)
+            yield _part(readers.members(item, f"{param}[{i}]"), has_pictures=has_pictures)
     elif value is not None:
         raise readers.wrong(param, "a string or an array of parts", value)
 
 
-def _part(part: Members, *, may_show: bool) -> Part:
+def _part(part: Members, *, has_pictures: bool) -> Part:
     param = part.path_of("type")
     match part.get("type"):
-        case "image_url" | "input_image" if not may_show:
+        case "image_url" | "input_image" if not has_pictures:
             raise not_supported("only messages of users and tools may hold pictures.", param)
         case "image_url":
             return _image_url(part.get("image_url"), part.path_of("image_url"))

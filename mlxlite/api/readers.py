@@ -1,7 +1,7 @@
 """Readers: a JSON value to a checked one, or a 400 that names its place. Pure.
 
-A reader takes the value and its path in the body, and raises APIError. `describes` attaches what it
-accepts as JSON Schema, so that the OpenAPI document cannot differ from the parser.
+A reader takes a value and its path in the body, and raises APIError. `describes` attaches the JSON
+Schema of its values, so that the OpenAPI document cannot differ from the parser.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from mlxlite.http.errors import APIError, bad, clip, not_supported
 # 60 MiB of empty arrays, which is 20 million of them, stopped every stream for 10 s.
 MAX_VALUES = 1 << 20
 _BEFORE_VALUES = (b",", b"[", b"{")  # in strings too, where few of them are
-MAX_DEPTH = 100  # of a schema; what writes one as text fails at 255
+MAX_DEPTH = 100  # of a schema; writing one as text fails at 255
 MAX_PROMPTS = 256  # in one request
 
 Reader = Callable[[Any, str], Any]
@@ -33,6 +33,7 @@ def parse(data: bytes) -> Any:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises APIError 400."""
     if not body.strip():
         raise bad("The request body is empty; a JSON object is expected.")
     try:

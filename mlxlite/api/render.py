@@ -84,7 +84,7 @@ def complete(
 ) -> Prompt:
     """A prompt with the grammar of its answer, and with blocks unless the cache is not to be used.
 
-    Raises APIError for what cannot be matched.
+    Raises APIError for a constraint that cannot be enforced.
     """
     grammar, blocks = None, None
     if request.constraint is not None or request.thinking_budget is not None:

@@ -42,7 +42,7 @@ class Request:
     return_progress: bool = False
     cache_prompt: bool = True
     cache_salt: str = ""
-    constraint: tuple[Constraint, str] | None = None  # and the field that it comes from
+    constraint: tuple[Constraint, str] | None = None  # and its field
     thinking_budget: int | None = None  # tokens of reasoning, after which it is closed
     ignored: tuple[str, ...] = ()
 

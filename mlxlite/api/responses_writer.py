@@ -139,7 +139,7 @@ class ResponsesWriter:
         return head + self._text_delta(text, logprobs=logprobs)
 
     def _pending_logprobs(self) -> bytes:
-        """An empty delta for the logprobs of tokens whose text never came."""
+        """An empty delta for the logprobs of tokens without text."""
         has_some = bool(self._logprobs) and self._open_kind == "message"
         return self._message_delta("") if has_some else b""
 

@@ -1,4 +1,4 @@
-"""Answers as JSON: what the dialects' writers share, and OpenAI's two kinds of completions. Pure.
+"""Answers as JSON: the parts that dialects share, and OpenAI's two kinds of completions. Pure.
 
 A `Writer` turns one answer's events into bytes. Streamed or not, an answer is made of the same
 events: `Collected` folds them, and nothing else does. Nothing here knows a clock, a socket or a
@@ -64,7 +64,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 
 def timings_json(usage: Usage) -> dict[str, Any]:
-    """llama-server's `timings`: `prompt_n` counts what was computed, `cache_n` what was not."""
+    """llama-server's `timings`: `prompt_n` counts computed tokens, `cache_n` cached ones."""
 
     def per_second(num_tokens: int, seconds: float) -> float:
         return round(num_tokens / seconds, 3) if seconds > 0 else 0.0

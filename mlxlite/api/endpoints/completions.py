@@ -38,7 +38,7 @@ FIELDS: Final[Table] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(Request):
-    """A completion as asked for. The choices of prompt i are n·i to n·i + n - 1.
+    """A request for completions. The choices of prompt i are n·i to n·i + n - 1.
 
     `echoes` are the texts that the choices begin with, one for each prompt.
     """
@@ -100,7 +100,7 @@ class CompletionWriter(writers.OpenAIWriter):
     ) -> None:
         super().__init__(envelope, token_bytes, options, num_choices=len(echoes))
         self._echoes = echoes
-        # Where the next token's text begins; a decoder holds what is half a character so far.
+        # The offset of the next token's text; a decoder holds an incomplete character.
         self._num_chars = [len(echo) for echo in echoes]
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in echoes]
 

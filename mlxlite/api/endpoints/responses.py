@@ -13,7 +13,7 @@ import orjson
 
 from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import response_format
-from mlxlite.api.conversation import SHOWS, Message, Role, ToolCall, bounded, turn
+from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, bounded, turn
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import supported, unsupported
 from mlxlite.api.generate import Dialect
@@ -67,7 +67,7 @@ def _add(turns: list[Message], new: Message | None) -> None:
 def _message(item: Members) -> Message:
     roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
     role = role_of(item.get("role"), item.path_of("role"), *roles)
-    pictures = _PICTURES if role in SHOWS else None
+    pictures = _PICTURES if role in IMAGE_ROLES else None
     return turn(role, parts_of(item.get("content"), item.path_of("content"), pictures))
 
 
