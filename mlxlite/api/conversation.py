@@ -1,8 +1,8 @@
 """Messages of a chat: records of turns, and their form for chat templates. Pure.
 
 Decides what a message may hold: a role, text, pictures, reasoning, calls and their results, and the
-roles that may hold pictures (`IMAGE_ROLES`). Nothing unknown is dropped in silence: a part or a role that
-cannot be read is a 400 that names its place. All dialects read their messages as `Message`.
+roles of messages with pictures (`IMAGE_ROLES`). Nothing unknown is dropped in silence: a part or a
+role that cannot be read is a 400 that names its place. All dialects read `Message`s.
 
 A message without pictures is its text, and has no `parts`. Tested.
 """

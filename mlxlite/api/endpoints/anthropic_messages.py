@@ -331,7 +331,7 @@ class MessagesWriter:
         index = self._num_blocks - 1
         return head + _frame("content_block_start", index=index, content_block=block)
 
-    def _open_unless_open(self, block: Mapping[str, Any]) -> bytes:
+    def _ensure_open(self, block: Mapping[str, Any]) -> bytes:
         return b"" if self._kind == block["type"] else self._open(block)
 
     def _delta(self, kind: str, **text: str) -> bytes:
@@ -353,10 +353,10 @@ class MessagesWriter:
         """The end of a call that did not parse is the end of its block too."""
         match event:
             case events.TextDelta(text) if text:
-                head = self._open_unless_open({"type": "text", "text": ""})
+                head = self._ensure_open({"type": "text", "text": ""})
                 return head + self._delta("text_delta", text=text)
             case events.ReasoningDelta(text) if text:
-                head = self._open_unless_open({"type": "thinking", "thinking": "", "signature": ""})
+                head = self._ensure_open({"type": "thinking", "thinking": "", "signature": ""})
                 return head + self._delta("thinking_delta", thinking=text)
             case events.ToolCallStart(id, name):
                 return self._open(_tool_use(id, name, {}))
