@@ -60,32 +60,36 @@ class Answer:
             self._choices[index].take(event)
 
     def _done(self, index: int, done: Done) -> None:
-        has_failed = done.reason is FinishReason.ERROR
+        if done.reason is FinishReason.ERROR:
+            self._fail(failure(done))
+            return
         total = None
         if self._num_left == 0:
             dones = [choice.done for choice in self._choices if choice.done is not None]
             total = total_usage(dones, self._num_per_prompt)
-        try:
-            self._write_end(index, done, total, has_failed=has_failed)
-        except Exception:
-            if has_failed:  # not even the error could be written
-                self._exchange.abandon(failure(done))
-                self._exchange.end()
-            raise
-        if has_failed or total is not None:
-            if self._is_stream:
-                self._exchange.end_stream()
-            self._exchange.end()
-
-    def _write_end(self, index: int, done: Done, total: Usage | None, *, has_failed: bool) -> None:
-        if self._is_stream and has_failed:
-            self._exchange.write(self._writer.fail(failure(done)))
-        elif self._is_stream:
+        if self._is_stream:
             self._exchange.write(self._writer.done(index, done, total))
-        elif has_failed:
-            self._exchange.fail(failure(done))
         elif total is not None:
             self._exchange.respond(200, self._writer.whole(self._choices, total))
+        if total is not None:
+            self._end()
+
+    def _fail(self, error: APIError) -> None:
+        try:
+            if self._is_stream:
+                self._exchange.write(self._writer.fail(error))
+            else:
+                self._exchange.fail(error)
+        except Exception:  # not even the error could be written
+            self._exchange.abandon(error)
+            self._exchange.end()
+            raise
+        self._end()
+
+    def _end(self) -> None:
+        if self._is_stream:
+            self._exchange.end_stream()
+        self._exchange.end()
 
     def _log(self, done: Done) -> None:
         usage = done.usage

@@ -127,11 +127,8 @@ def _tool_call(value: Any, param: str) -> ToolCall:
 
 
 _TEXT_PARTS: Final = {  # type → the member that holds its text
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "summary_text": "text",
-    "reasoning_text": "text",
+    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
+    **dict.fromkeys(("summary_text", "reasoning_text"), "text"),
     "refusal": "refusal",
 }
 PartReaders = Mapping[str, Callable[[Members], Source]]
