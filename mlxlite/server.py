@@ -26,7 +26,7 @@ from mlxlite.engine.memory import prefix_bytes
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.step import Runner
 from mlxlite.errors import FOREIGN, reason_of
-from mlxlite.http.errors import Cause, later
+from mlxlite.http.errors import ErrorKind, retry_later
 from mlxlite.http.listener import Address, Listener, TLSError, tls_context
 from mlxlite.metrics import Metrics
 from mlxlite.models.interface import LoadError as LoadError  # part of the public interface
@@ -182,7 +182,7 @@ class Server:
         self.service.phase = Phase.DRAINING
         self.listener.drain()
         await self.listener.until_empty(self.config.shutdown_grace_s)
-        leaving = later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+        leaving = retry_later(ErrorKind.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
         self.listener.refuse_all(leaving)
         if self.service.ready is not None:
             self.service.ready.engine.abort("the server is shutting down")

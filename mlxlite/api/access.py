@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from mlxlite.config.options import Config
 from mlxlite.http.connection import Fields
-from mlxlite.http.errors import APIError, Cause
+from mlxlite.http.errors import APIError, ErrorKind
 from mlxlite.http.parser import Head, Headers
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#\\]+)(?::[0-9]{0,5})?")  # a name, a port
@@ -34,7 +34,7 @@ class Access:
         if self._config.uds is None and self._config.is_loopback and not self._is_local(head):
             # A page on the web may point its own name at 127.0.0.1.
             message = "this server answers to localhost only; the Host header names another"
-            raise APIError(Cause.HOST, message)
+            raise APIError(ErrorKind.HOST, message)
 
     def _is_local(self, head: Head) -> bool:
         if "host" not in head.headers:
@@ -56,7 +56,7 @@ class Access:
         matches = [key for key in self._keys if hmac.compare_digest(given.encode(), key)]
         if not matches:
             fields = (("www-authenticate", "Bearer"),)
-            raise APIError(Cause.UNAUTHORIZED, "Unauthorized", headers=fields)
+            raise APIError(ErrorKind.UNAUTHORIZED, "Unauthorized", headers=fields)
         return matches[0]
 
     def cors(self, headers: Headers) -> Fields:

@@ -12,7 +12,7 @@ from functools import partial
 from mlxlite.api.writers import Collected, Writer
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause
+from mlxlite.http.errors import APIError, ErrorKind
 from mlxlite.output.events import Done, Event
 
 log = logging.getLogger("mlxlite.api")
@@ -107,7 +107,7 @@ class Answer:
 
 
 def failure(done: Done) -> APIError:
-    return APIError(Cause.MODEL_FAILED, done.error or "the model failed")
+    return APIError(ErrorKind.MODEL_FAILED, done.error or "the model failed")
 
 
 def total_usage(dones: Sequence[Done], num_per_prompt: int | None = None) -> Usage:

@@ -11,7 +11,7 @@ from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.openapi import openapi_endpoint
 from mlxlite.api.service import Service
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, clip
+from mlxlite.http.errors import APIError, ErrorKind, truncate
 
 _ID = "{id}"
 
@@ -29,8 +29,8 @@ class Route:
         """Raises APIError 405."""
         if method not in self.methods:
             allowed = ", ".join(self.methods)
-            message = f"{clip(method)} is not possible here; use {allowed}"
-            raise APIError(Cause.METHOD, message, headers=(("allow", allowed),))
+            message = f"{truncate(method)} is not possible here; use {allowed}"
+            raise APIError(ErrorKind.METHOD, message, headers=(("allow", allowed),))
         return self.endpoints["GET" if method == "HEAD" else method]
 
 
@@ -66,14 +66,14 @@ class App:
             exchange.route = route
             return
         if route is None:
-            raise APIError(Cause.NOT_FOUND, f"there is nothing at {clip(head.path)}")
+            raise APIError(ErrorKind.NOT_FOUND, f"there is nothing at {truncate(head.path)}")
         exchange.label = route.path
         exchange.error_body = next(iter(route.endpoints.values())).error_body
         exchange.route = endpoint = route.endpoint(head.method)
         if not endpoint.is_open:
             exchange.key = self._access.key_of(head.headers)
         if head.method == "POST" and not is_json(head.headers):
-            raise APIError(Cause.MEDIA_TYPE, "the body must be application/json")
+            raise APIError(ErrorKind.MEDIA_TYPE, "the body must be application/json")
 
     def on_body(self, exchange: Exchange, body: bytes) -> None:
         """Answer an admitted request. Raises APIError."""

@@ -6,7 +6,7 @@ import orjson
 
 from mlxlite.api.fields import Given, Table, supported
 from mlxlite.api.readers import json_object, members, parse, shallow, text, wrong
-from mlxlite.http.errors import bad, clip, not_supported
+from mlxlite.http.errors import bad_request, not_supported, truncate
 from mlxlite.output.grammar import Constraint, Kind, TextConstraint
 
 
@@ -27,7 +27,7 @@ def response_format(value: Any, param: str) -> Constraint | None:
         case "json_schema":
             inner = members(wanted.get("json_schema"), f"{param}.json_schema")
             return json_schema(inner.get("schema"), inner.path_of("schema"))
-    raise bad(f"'{param}.type' must be text, json_object or json_schema.", f"{param}.type")
+    raise bad_request(f"'{param}.type' must be text, json_object or json_schema.", f"{param}.type")
 
 
 def json_schema(value: Any, param: str) -> Constraint:
@@ -35,7 +35,7 @@ def json_schema(value: Any, param: str) -> Constraint:
         try:
             value = parse(value.encode())
         except ValueError:
-            raise bad(f"'{param}' is no JSON, or of too many values.", param) from None
+            raise bad_request(f"'{param}' is no JSON, or of too many values.", param) from None
     return TextConstraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
 
 
@@ -60,16 +60,16 @@ def structured_outputs(value: Any, param: str) -> Constraint | None:
     readers = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}
     for name in given:
         if name not in readers:
-            path = f"{param}.{clip(name)}"
+            path = f"{param}.{truncate(name)}"
             raise not_supported(f"'{path}' is not supported by this server.", path)
     if len(given) > 1:
-        raise bad(f"'{param}' must have one of {', '.join(readers)}.", param)
+        raise bad_request(f"'{param}' must have one of {', '.join(readers)}.", param)
     return next((readers[name](item, f"{param}.{name}") for name, item in given.items()), None)
 
 
 def _filled(value: Any, param: str) -> str:
     if not text(value, param):
-        raise bad(f"'{param}' must not be empty.", param)
+        raise bad_request(f"'{param}' must not be empty.", param)
     return str(value)
 
 

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any, Final, TypeAlias
 
 from mlxlite.api.readers import Reader, array
-from mlxlite.http.errors import bad
+from mlxlite.http.errors import bad_request
 from mlxlite.vision.images import MAX_IMAGES, Source
 
 Part: TypeAlias = str | Source
@@ -128,7 +128,7 @@ def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
     for part in parts:
         num_before += isinstance(part, Source)
         if isinstance(part, Source) and num_before > MAX_IMAGES:
-            raise bad(f"a request may hold at most {MAX_IMAGES} pictures.", part.param)
+            raise bad_request(f"a request may hold at most {MAX_IMAGES} pictures.", part.param)
         yield part
 
 
@@ -137,7 +137,7 @@ def message_list(read: Callable[[Any, str], Iterable[Message]]) -> Reader:
 
     def read_all(value: Any, param: str) -> tuple[Message, ...]:
         if not array(value, param):
-            raise bad(f"'{param}' must hold at least one message.", param)
+            raise bad_request(f"'{param}' must hold at least one message.", param)
         items = enumerate(value)
         return tuple(bounded(one for i, item in items for one in read(item, f"{param}[{i}]")))
 

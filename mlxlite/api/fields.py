@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxlite.api.readers import Reader, integer, json_object, number, only
 from mlxlite.engine.sampling_params import Param
-from mlxlite.http.errors import bad, clip
+from mlxlite.http.errors import bad_request, truncate
 
 MAX_TOKEN_MAP = 1024  # tokens in logit_bias (vLLM has no bound, OpenAI's is about 300)
 
@@ -94,7 +94,7 @@ def _converted(read_number: Reader, param: Param) -> Reader:
         try:
             return convert(read_number(value, name))
         except ValueError as error:
-            raise bad(f"'{name}' {error}", name) from None
+            raise bad_request(f"'{name}' {error}", name) from None
 
     return read
 
@@ -106,10 +106,12 @@ def _token_map(read_number: Reader) -> Reader:
             return ()
         given = json_object(value, param)
         if len(given) > MAX_TOKEN_MAP:
-            raise bad(f"'{param}' may hold at most {MAX_TOKEN_MAP} tokens.", param)
+            raise bad_request(f"'{param}' may hold at most {MAX_TOKEN_MAP} tokens.", param)
         for name in given:
             if not (name.isascii() and name.isdigit() and len(name) <= 10):
-                raise bad(f"'{param}' must be keyed by token ids, not {clip(name)!r}.", param)
+                raise bad_request(
+                    f"'{param}' must be keyed by token ids, not {truncate(name)!r}.", param
+                )
         pairs = given.items()
         return tuple((int(name), read_number(item, f"{param}.{name}")) for name, item in pairs)
 
@@ -155,10 +157,10 @@ def read_fields(value: Mapping[str, Any], table: Table, *required: str) -> Given
         if old is None:
             read[key] = new
         elif new is not None and new != old:
-            raise bad(f"'{name}' and its other name '{other}' disagree.", name)
+            raise bad_request(f"'{name}' and its other name '{other}' disagree.", name)
     for name in required:
         if name not in read:
-            raise bad(f"'{name}' is required.", name)
+            raise bad_request(f"'{name}' is required.", name)
     return Given(read, tuple(sorted(name for name in value if name not in table)))
 
 

@@ -22,7 +22,7 @@ from mlxlite.engine.engine import EngineFailed, QueueFull
 from mlxlite.engine.sequence import Prompt
 from mlxlite.engine.sequence import Sequence as EngineSequence
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, bad, later, our_fault
+from mlxlite.http.errors import APIError, ErrorKind, bad_request, internal_error, retry_later
 from mlxlite.models.interface import Model
 from mlxlite.output.generation import Generation
 from mlxlite.vision.images import Source
@@ -66,7 +66,7 @@ def in_task(work: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Hand
     def handle(service: Service, exchange: Exchange, body: bytes) -> None:
         service.need_model()
         exchange.is_kept = True
-        service.spawn(task(service, exchange, body), lambda _: exchange.abandon(our_fault()))
+        service.spawn(task(service, exchange, body), lambda _: exchange.abandon(internal_error()))
 
     async def task(service: Service, exchange: Exchange, body: bytes) -> None:
         try:
@@ -86,7 +86,7 @@ def context_exceeded(num_prompt: int, context_size: int, param: str = "messages"
         f"{context_size} tokens, and the prompt has {num_prompt}; the answer needs at least one."
     )
     extra = {"n_prompt_tokens": num_prompt, "n_ctx": context_size}
-    return APIError(Cause.CONTEXT_EXCEEDED, message, param=param, extra=extra)
+    return APIError(ErrorKind.CONTEXT_EXCEEDED, message, param=param, extra=extra)
 
 
 async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body: bytes) -> None:
@@ -163,9 +163,9 @@ def _start(
         ready.engine.add(sequences, generations)
     except QueueFull:
         message = "the request queue is full; try again later"
-        raise later(Cause.QUEUE_FULL, message, retry_after_s=1) from None
+        raise retry_later(ErrorKind.QUEUE_FULL, message, retry_after_s=1) from None
     except EngineFailed as error:
-        raise later(Cause.UNAVAILABLE, str(error), retry_after_s=30) from None
+        raise retry_later(ErrorKind.UNAVAILABLE, str(error), retry_after_s=30) from None
     service.running[exchange] = Running(id, tuple(sequence.id for sequence in sequences))
 
     def ended() -> None:
@@ -182,11 +182,11 @@ def _sequences(
 ) -> list[EngineSequence]:
     model, size, config = ready.model, ready.card.context_size, service.config
     if request.num_choices * len(prompts) > config.max_queue:
-        raise bad(f"at most {config.max_queue} choices on this server", "n")
+        raise bad_request(f"at most {config.max_queue} choices on this server", "n")
     sampling = request.sampling_params(model.defaults, secrets.randbits(64))
     for id, _ in sampling.logit_bias:
         if id >= model.num_vocab:
-            raise bad(f"the model has no token {id}", "logit_bias")
+            raise bad_request(f"the model has no token {id}", "logit_bias")
     eos_tokens = frozenset(request.stop_tokens)
     eos_tokens |= frozenset() if request.ignore_eos else model.eos_tokens
     sequences: list[EngineSequence] = []

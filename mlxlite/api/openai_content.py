@@ -8,7 +8,7 @@ from typing import Any, Final
 from mlxlite.api import readers
 from mlxlite.api.conversation import IMAGE_ROLES, Message, Part, Role, ToolCall, message_list, turn
 from mlxlite.api.readers import Members
-from mlxlite.http.errors import bad, clip, not_supported
+from mlxlite.http.errors import bad_request, not_supported, truncate
 from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
 
 
@@ -18,7 +18,7 @@ def image_errors() -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise bad(str(error), error.param) from error
+        raise bad_request(str(error), error.param) from error
 
 
 def role_of(value: Any, param: str, *roles: Role) -> Role:
@@ -38,9 +38,9 @@ def _messages(value: Any, param: str) -> Iterator[Message]:
         tool_calls.append(_tool_call(old_call, f"{param}.function_call"))
     if role is not Role.ASSISTANT:
         if tool_calls:
-            raise bad(f"only an assistant's message has '{param}.tool_calls'.", param)
+            raise bad_request(f"only an assistant's message has '{param}.tool_calls'.", param)
         if content is None:
-            raise bad(f"'{param}.content' is required.", f"{param}.content")
+            raise bad_request(f"'{param}.content' is required.", f"{param}.content")
 
     def optional(name: str) -> str | None:
         return given.text(name) if name in fields else None
@@ -82,8 +82,8 @@ def _part(part: Members, *, has_pictures: bool) -> Part:
         case "refusal":
             return part.text("refusal")
         case str(kind):
-            raise bad(f"content parts of type {clip(kind)!r} are not supported.", param)
-    raise bad(f"'{param}' must be a string.", param)
+            raise bad_request(f"content parts of type {truncate(kind)!r} are not supported.", param)
+    raise bad_request(f"'{param}' must be a string.", param)
 
 
 def _image_url(value: Any, param: str) -> Source:

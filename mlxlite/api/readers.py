@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from mlxlite.http.errors import APIError, bad, clip, not_supported
+from mlxlite.http.errors import APIError, bad_request, not_supported, truncate
 
 # A context of a million token ids, or any text that fits one. Reading JSON holds the interpreter:
 # 60 MiB of empty arrays, which is 20 million of them, stopped every stream for 10 s.
@@ -35,15 +35,15 @@ def parse(data: bytes) -> Any:
 def parse_object(body: bytes) -> dict[str, Any]:
     """Raises APIError 400."""
     if not body.strip():
-        raise bad("The request body is empty; a JSON object is expected.")
+        raise bad_request("The request body is empty; a JSON object is expected.")
     try:
         value = parse(body)
     except orjson.JSONDecodeError as error:
-        raise bad(f"The request body is not valid JSON: {error}") from None
+        raise bad_request(f"The request body is not valid JSON: {error}") from None
     except ValueError as error:
-        raise bad(f"The request body holds {error}.") from None
+        raise bad_request(f"The request body holds {error}.") from None
     if not isinstance(value, dict):
-        raise bad("The request body must be a JSON object.")
+        raise bad_request("The request body must be a JSON object.")
     return value
 
 
@@ -73,7 +73,7 @@ def _kind(value: Any) -> str:
 
 
 def wrong(param: str, expected: str, value: Any) -> APIError:
-    return bad(f"'{param}' must be {expected}, not {_kind(value)}.", param)
+    return bad_request(f"'{param}' must be {expected}, not {_kind(value)}.", param)
 
 
 @describes(type="string")
@@ -137,7 +137,7 @@ def integer(low: float, high: float) -> Reader:
         if not isinstance(value, int) or isinstance(value, bool):
             raise wrong(param, "an integer", value)
         if not low <= value <= high:
-            raise bad(f"'{param}' must be from {low} to {high}, not {value}.", param)
+            raise bad_request(f"'{param}' must be from {low} to {high}, not {value}.", param)
         return value
 
     return read
@@ -152,7 +152,7 @@ def number(low: float, high: float, *, is_low_open: bool = False) -> Reader:
             raise wrong(param, "a number", value)
         if not low <= value <= high or (is_low_open and value == low):
             above = "above" if is_low_open else "from"
-            raise bad(f"'{param}' must be {above} {low:g} to {high:g}, not {value}.", param)
+            raise bad_request(f"'{param}' must be {above} {low:g} to {high:g}, not {value}.", param)
         return float(value)
 
     return read
@@ -174,7 +174,7 @@ def only(*values: Any) -> Reader:
 def one_of(*words: str) -> Reader:
     def read(value: Any, param: str) -> str:
         if value not in words:
-            raise bad(f"'{param}' must be one of {', '.join(words)}.", param)
+            raise bad_request(f"'{param}' must be one of {', '.join(words)}.", param)
         return str(value)
 
     return read
@@ -199,7 +199,7 @@ def need(given: Mapping[str, Any], param: str, *names: str) -> None:
     """Raises APIError 400 for the first of these names that is absent."""
     for name in names:
         if given.get(name) is None:
-            raise bad(f"'{param}.{name}' is required.", f"{param}.{name}")
+            raise bad_request(f"'{param}.{name}' is required.", f"{param}.{name}")
 
 
 def parts(value: Any, param: str) -> Iterator[tuple[str, Members]]:
@@ -212,7 +212,7 @@ def parts(value: Any, param: str) -> Iterator[tuple[str, Members]]:
 
 
 def unsupported_type(kind: str, param: str) -> APIError:
-    return not_supported(f"{clip(kind)!r} is not supported in '{param}'.", f"{param}.type")
+    return not_supported(f"{truncate(kind)!r} is not supported in '{param}'.", f"{param}.type")
 
 
 def of_kind(kind: str, value: Any, param: str, default: str | None = None) -> Members:
@@ -234,14 +234,14 @@ def shallow(value: Any, param: str, max_depth: int = MAX_DEPTH) -> dict[str, Any
         level = [x for item in holders for x in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return given
-    raise bad(f"'{param}' is nested more than {max_depth} deep.", param)
+    raise bad_request(f"'{param}' is nested more than {max_depth} deep.", param)
 
 
 def token_ids(value: Any, param: str, max_ids: int | None = None) -> tuple[int, ...]:
     """Token ids; the model's range is checked later."""
     ids = array(value, param, " of integers" if max_ids is not None else " of token ids")
     if max_ids is not None and len(ids) > max_ids:
-        raise bad(f"'{param}' may hold at most {max_ids} tokens.", param)
+        raise bad_request(f"'{param}' may hold at most {max_ids} tokens.", param)
     read = integer(0, 2**31 - 1)
     return tuple(read(item, f"{param}[{i}]") for i, item in enumerate(ids))
 
@@ -252,7 +252,7 @@ def _one_text(value: Any, param: str) -> Text:
     elif not isinstance(value, str):
         raise wrong(param, "a string or an array of token ids", value)
     if not value:
-        raise bad(f"'{param}' must not be empty.", param)
+        raise bad_request(f"'{param}' must not be empty.", param)
     return value if isinstance(value, tuple) else str(value)
 
 
@@ -266,5 +266,5 @@ def texts(value: Any, param: str) -> tuple[Text, ...]:
     if not isinstance(value, list):
         raise wrong(param, "a string or an array", value)
     if not 0 < len(value) <= MAX_PROMPTS:
-        raise bad(f"'{param}' must hold 1 to {MAX_PROMPTS} items, not {len(value)}.", param)
+        raise bad_request(f"'{param}' must hold 1 to {MAX_PROMPTS} items, not {len(value)}.", param)
     return tuple(_one_text(item, f"{param}[{i}]") for i, item in enumerate(value))

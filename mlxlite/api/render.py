@@ -16,7 +16,7 @@ from mlxlite.api.readers import Text
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
-from mlxlite.http.errors import bad, not_supported
+from mlxlite.http.errors import bad_request, not_supported
 from mlxlite.models.interface import Model, PromptError
 from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
@@ -37,9 +37,9 @@ def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prom
     try:
         return [model.render(messages, arguments, is_continuation=is_continuation, **more)]
     except PromptError as error:
-        raise bad(str(error), "messages") from error
+        raise bad_request(str(error), "messages") from error
     except ImageError as error:  # also of one that is decoded only now
-        raise bad(str(error), error.param or "messages") from error
+        raise bad_request(str(error), error.param or "messages") from error
 
 
 def _pictures(model: Model, sources: tuple[Source, ...], config: Config) -> tuple[LoadedImage, ...]:
@@ -94,7 +94,7 @@ def complete(
                 constraint, is_thinking=prompt.starts_in_reasoning, budget=request.thinking_budget
             )
         except ConstraintError as error:
-            raise bad(f"'{param}': {error}", param) from error
+            raise bad_request(f"'{param}': {error}", param) from error
     if config.enable_prefix_caching and request.cache_prompt:
         scope = _cache_scope(model, tenant, request.cache_salt, config)
         blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.message_starts)
@@ -106,14 +106,14 @@ def encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
     if not isinstance(text, str):
         for token in text:
             if token >= model.num_vocab:
-                raise bad(f"the model has no token {token}", param)
+                raise bad_request(f"the model has no token {token}", param)
         return text
     try:
         tokens = model.encode(text, add_special=True)
     except PromptError as error:
-        raise bad(str(error), param) from error
+        raise bad_request(str(error), param) from error
     if not tokens:
-        raise bad(f"'{param}' has no tokens", param)
+        raise bad_request(f"'{param}' has no tokens", param)
     return tokens
 
 

@@ -16,7 +16,7 @@ from mlxlite.api.shared_fields import SAMPLING_FIELDS
 from mlxlite.api.tools import Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.http.errors import bad
+from mlxlite.http.errors import bad_request
 from mlxlite.output.grammar import Constraint
 from mlxlite.vision.images import Source
 
@@ -87,10 +87,10 @@ def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[st
     is_stream = given.take("stream", False)
     stream_options = given.take("stream_options")
     if stream_options is not None and not is_stream:
-        raise bad("'stream_options' needs 'stream': true.", "stream_options")
+        raise bad_request("'stream_options' needs 'stream': true.", "stream_options")
     max_tokens, sampling = given.take("max_tokens"), given.take_each(SAMPLING_FIELDS)
     if max_tokens is not None and sampling.get("min_tokens", 0) > max_tokens:
-        raise bad(f"'min_tokens' must not be more than '{max_tokens_name}'.", "min_tokens")
+        raise bad_request(f"'min_tokens' must not be more than '{max_tokens_name}'.", "min_tokens")
     same = ("model", "ignore_eos", "priority", "return_progress", "cache_prompt", "cache_salt")
     return {
         **given.take_each(dict.fromkeys((*same, "thinking_budget"))),
@@ -112,7 +112,7 @@ def logprobs_option(given: Given, *, is_wanted: bool, needed: str) -> dict[str, 
     """The sampling parameter of `top_logprobs`, which needs another field. Raises APIError 400."""
     num_top = given.take("top_logprobs", 0)
     if num_top and not is_wanted:
-        raise bad(f"'top_logprobs' needs {needed}.", "top_logprobs")
+        raise bad_request(f"'top_logprobs' needs {needed}.", "top_logprobs")
     return {"top_logprobs": num_top} if is_wanted else {}
 
 
@@ -124,10 +124,10 @@ def sole_constraint(
         return None
     if len(constraints) > 1:
         names = " and ".join(f"'{name}'" for _, name in constraints)
-        raise bad(f"{names} exclude each other.", constraints[1][1])
+        raise bad_request(f"{names} exclude each other.", constraints[1][1])
     for other, given in (("ignore_eos", options), ("min_tokens", options["sampling"])):
         if given.get(other):
-            raise bad(f"'{other}' cannot be had with '{constraints[0][1]}'.", other)
+            raise bad_request(f"'{other}' cannot be had with '{constraints[0][1]}'.", other)
     return constraints[0]
 
 

@@ -19,7 +19,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
 from mlxlite.errors import bearable, trace_of
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, clip, later
+from mlxlite.http.errors import APIError, ErrorKind, retry_later, truncate
 from mlxlite.metrics import Metrics
 from mlxlite.models.interface import Model
 
@@ -98,14 +98,14 @@ class Service:
             Phase.DRAINING: ("the server is shutting down", 5),
             Phase.FAILED: ("the model has failed; see /health", 30),
         }.get(self.phase, ("the model is loading", 2))
-        raise later(Cause.UNAVAILABLE, message, retry_after_s)
+        raise retry_later(ErrorKind.UNAVAILABLE, message, retry_after_s)
 
     def check_model(self, wanted: str | None) -> None:
         """Any name stands for the served model, unless `--strict-model-id`."""
         served = self.need_model().model.id
         if self.config.strict_model_id and wanted not in (None, served):
-            message = f"the model {clip(str(wanted))!r} does not exist here; see /v1/models"
-            raise APIError(Cause.NO_MODEL, message, param="model")
+            message = f"the model {truncate(str(wanted))!r} does not exist here; see /v1/models"
+            raise APIError(ErrorKind.NO_MODEL, message, param="model")
 
     def start_threads(self) -> None:
         """One thread for short bodies, in order of arrival; one for long ones; two for images."""

@@ -18,7 +18,7 @@ from mlxlite.api.fields import (
 from mlxlite.api.readers import flag, integer, json_object, nested, one_of, text, token_ids, wrong
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.http.errors import bad, clip
+from mlxlite.http.errors import bad_request, truncate
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_SALT = 128  # characters, as in vLLM
@@ -34,13 +34,13 @@ def _max_tokens(value: Any, param: str) -> int | None:
     """-1 is llama-server's «no limit»."""
     number: int = integer(-1, _MAX_INT)(value, param)
     if number == 0:
-        raise bad(f"'{param}' must be at least 1.", param)
+        raise bad_request(f"'{param}' must be at least 1.", param)
     return None if number == -1 else number
 
 
 def _salt(value: Any, param: str) -> str:
     if len(text(value, param)) > MAX_SALT:
-        raise bad(f"'{param}' is longer than {MAX_SALT} characters.", param)
+        raise bad_request(f"'{param}' is longer than {MAX_SALT} characters.", param)
     return str(value)
 
 
@@ -49,12 +49,14 @@ def _stop(value: Any, param: str) -> tuple[str, ...]:
     if not isinstance(strings, list):
         raise wrong(param, "a string or an array of strings", value)
     if len(strings) > MAX_STOP_STRINGS:
-        raise bad(f"'{param}' may hold at most {MAX_STOP_STRINGS} strings.", param)
+        raise bad_request(f"'{param}' may hold at most {MAX_STOP_STRINGS} strings.", param)
     for string in strings:
         if not text(string, param):
-            raise bad(f"'{param}' must not hold an empty string.", param)
+            raise bad_request(f"'{param}' must not hold an empty string.", param)
         if len(string.encode()) > MAX_STOP_BYTES:
-            raise bad(f"a string in '{param}' is longer than {MAX_STOP_BYTES} bytes.", param)
+            raise bad_request(
+                f"a string in '{param}' is longer than {MAX_STOP_BYTES} bytes.", param
+            )
     return tuple(dict.fromkeys(strings))
 
 
@@ -88,7 +90,9 @@ def _template_kwargs(value: Any, param: str) -> dict[str, Any]:
     kwargs = json_object(value, param)
     for name in kwargs:
         if name in _RESERVED_KWARGS or not name.isidentifier():
-            raise bad(f"'{param}' may not set {clip(name)!r}.", f"{param}.{clip(name)}")
+            raise bad_request(
+                f"'{param}' may not set {truncate(name)!r}.", f"{param}.{truncate(name)}"
+            )
     if not isinstance(kwargs.get("enable_thinking", True), bool):
         raise wrong(f"{param}.enable_thinking", "a boolean", kwargs["enable_thinking"])
     return kwargs

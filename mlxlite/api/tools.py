@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from mlxlite.api.readers import MAX_DEPTH, Reader, array, flag, json_object, members, shallow
-from mlxlite.http.errors import bad, clip, not_supported
+from mlxlite.http.errors import bad_request, not_supported, truncate
 from mlxlite.output.grammar import CallConstraint, Constraint, ToolSchema
 
 MAX_TOOLS = 128  # OpenAI's
@@ -42,7 +42,7 @@ def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool
     name = function.text("name")
     if not _TOOL_NAME.fullmatch(name):
         message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
-        raise bad(message, f"{param}.name")
+        raise bad_request(message, f"{param}.name")
     is_strict = flag(function.get("strict") or False, f"{param}.strict")
     schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
     parameters = {"type": "object", "properties": {}} | stable(schema)
@@ -54,12 +54,12 @@ def array_of(read: Reader, word: str = "tools") -> Reader:
 
     def read_all(value: Any, param: str) -> tuple[Tool, ...]:
         if len(array(value, param)) > MAX_TOOLS:
-            raise bad(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
+            raise bad_request(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
         tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
         for i, item in enumerate(value):  # unknown members too: Responses repeat all of it
             shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
         if len({tool.name for tool in tools}) < len(tools):
-            raise bad(f"'{param}' holds two tools of one name.", param)
+            raise bad_request(f"'{param}' holds two tools of one name.", param)
         return tools
 
     return read_all
@@ -91,10 +91,10 @@ class ToolUse:
 
     def __post_init__(self) -> None:
         if self.is_forced and not self.tools:
-            raise bad(f"'{self.param}' needs 'tools'.", self.param)
+            raise bad_request(f"'{self.param}' needs 'tools'.", self.param)
         if self.is_forced and not self.callable:
-            name = clip(self.choice["name"])
-            raise bad(f"there is no tool {name!r} in 'tools'.", self.param)
+            name = truncate(self.choice["name"])
+            raise bad_request(f"there is no tool {name!r} in 'tools'.", self.param)
 
     @property
     def is_forced(self) -> bool:
@@ -126,7 +126,9 @@ class ToolUse:
 def _tool(value: Any, param: str) -> Tool:
     tool = json_object(value, param)
     if (kind := tool.get("type", "function")) != "function":
-        shown = clip(kind) if isinstance(kind, str) else "no string"  # which may be of any depth
+        shown = (
+            truncate(kind) if isinstance(kind, str) else "no string"
+        )  # which may be of any depth
         raise not_supported(f"tools of type {shown!r} are not supported.", param)
     return function_of(tool.get("function"), f"{param}.function")
 

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from mlxlite.errors import trace_of
-from mlxlite.http.errors import APIError, Cause, ErrorBody, error_body, our_fault
+from mlxlite.http.errors import APIError, ErrorBody, ErrorKind, error_body, internal_error
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed
 from mlxlite.http.sse import sse_comment
 
@@ -193,7 +193,7 @@ class Client(asyncio.Protocol):
                     self._exchange.has_body = True
                     self._guard(self._exchange, self.connections.app.on_body, data)
                 case Malformed(status, message):
-                    self._malformed(APIError(Cause.MALFORMED, message, status=status))
+                    self._malformed(APIError(ErrorKind.MALFORMED, message, status=status))
                 case _:
                     break
         self._is_pumping = False
@@ -226,7 +226,7 @@ class Client(asyncio.Protocol):
             exchange.fail(error)
         except Exception as error:  # our own bug gets a response too
             log.error("%r failed: %s", exchange, trace_of(error))
-            exchange.abandon(our_fault())
+            exchange.abandon(internal_error())
 
     def write(self, data: bytes) -> None:
         """Send bytes; disconnect a peer whose backlog exceeds `MAX_UNSENT_BYTES`."""
@@ -292,7 +292,7 @@ class Client(asyncio.Protocol):
         elif now > self._deadline:
             if self._exchange is not None and not self._exchange.has_body:
                 message = "the body did not come in time"
-                self._exchange.fail(APIError(Cause.SLOW_BODY, message))
+                self._exchange.fail(APIError(ErrorKind.SLOW_BODY, message))
             else:
                 self._transport.abort()
 

@@ -1,4 +1,4 @@
-"""Errors of the API: each `Cause` has its HTTP status, `type` and `code` in one place.
+"""Errors of the API: each `ErrorKind` has its HTTP status, `type` and `code` in one place.
 
 An `APIError` becomes the body of a response or the last frame of a stream; it is never a
 traceback.
@@ -13,7 +13,7 @@ import orjson
 _MAX_ECHO = 200  # characters of the client's input quoted in an error (vLLM's bound)
 
 
-class Cause(Enum):
+class ErrorKind(Enum):
     """The kind of an error: HTTP status, OpenAI's `type`, and our `code`."""
 
     BAD_REQUEST = (400, "invalid_request_error", None)
@@ -39,7 +39,7 @@ class APIError(Exception):
 
     def __init__(
         self,
-        cause: Cause,
+        kind: ErrorKind,
         message: str,
         *,
         param: str | None = None,
@@ -48,7 +48,7 @@ class APIError(Exception):
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
-        own, self.type, self.code = cause.value
+        own, self.type, self.code = kind.value
         self.status: int = status or own
         self.message = message
         self.param = param
@@ -73,26 +73,26 @@ def error_body(error: APIError, request_id: str) -> bytes:
     return error.body()
 
 
-def bad(message: str, param: str | None = None) -> APIError:
+def bad_request(message: str, param: str | None = None) -> APIError:
     """A 400 that names its field."""
-    return APIError(Cause.BAD_REQUEST, message, param=param)
+    return APIError(ErrorKind.BAD_REQUEST, message, param=param)
 
 
 def not_supported(message: str, param: str) -> APIError:
-    """A 400 for what a field may ask of other servers."""
-    return APIError(Cause.UNSUPPORTED, message, param=param)
+    """A 400 for a value that only other servers support."""
+    return APIError(ErrorKind.UNSUPPORTED, message, param=param)
 
 
-def our_fault() -> APIError:
+def internal_error() -> APIError:
     """A 500 for a bug of ours, without details."""
-    return APIError(Cause.INTERNAL, "internal error")
+    return APIError(ErrorKind.INTERNAL, "internal error")
 
 
-def later(cause: Cause, message: str, retry_after_s: int) -> APIError:
+def retry_later(cause: ErrorKind, message: str, retry_after_s: int) -> APIError:
     """A temporary error, with a Retry-After header."""
     return APIError(cause, message, headers=(("retry-after", str(retry_after_s)),))
 
 
-def clip(text: str) -> str:
+def truncate(text: str) -> str:
     """A client's input, shortened for an error message."""
     return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxlite.http.connection import HEADER_TIMEOUT_S, Application, Client, Observer
-from mlxlite.http.errors import APIError, Cause, later
+from mlxlite.http.errors import APIError, ErrorKind, retry_later
 from mlxlite.http.parser import Limits
 
 if TYPE_CHECKING:
@@ -95,9 +95,11 @@ class Listener:
         self.observer.connection_opened()
         self.clients.add(client)
         if self._is_draining:
-            return later(Cause.UNAVAILABLE, "the server is shutting down", retry_after_s=5)
+            return retry_later(
+                ErrorKind.UNAVAILABLE, "the server is shutting down", retry_after_s=5
+            )
         if len(self.clients) > self._max_connections:
-            return later(Cause.UNAVAILABLE, "too many connections", retry_after_s=1)
+            return retry_later(ErrorKind.UNAVAILABLE, "too many connections", retry_after_s=1)
         return None
 
     def left(self, client: Client) -> None:
@@ -110,7 +112,7 @@ class Listener:
         largest = max(self.clients, key=lambda client: client.num_waiting_bytes)
         if largest.num_waiting_bytes:
             message = "too much is being sent at a time; try again later"
-            largest.refuse(later(Cause.UNAVAILABLE, message, retry_after_s=5))
+            largest.refuse(retry_later(ErrorKind.UNAVAILABLE, message, retry_after_s=5))
 
     def tick(self, now: float) -> None:
         """Check every connection's deadlines; keep silent streams alive."""

@@ -36,7 +36,7 @@ from mlxlite.api.writers import (
 )
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.engine.step import Load
-from mlxlite.http.errors import APIError, Cause, bad, clip, later
+from mlxlite.http.errors import APIError, ErrorKind, bad_request, retry_later, truncate
 from mlxlite.output.events import (
     Done,
     ParserEvent,
@@ -623,8 +623,8 @@ def test_a_chunk_carries_the_logprobs_of_its_tokens(text: str, include_usage: bo
 # --- errors -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cause", Cause)
-def test_an_error_has_all_four_keys_whatever_its_cause(cause: Cause) -> None:
+@pytest.mark.parametrize("cause", ErrorKind)
+def test_an_error_has_all_four_keys_whatever_its_cause(cause: ErrorKind) -> None:
     error = APIError(cause, "what went wrong")
     status, type_, code = cause.value
     assert error.status == status
@@ -637,7 +637,7 @@ def test_an_error_has_all_four_keys_whatever_its_cause(cause: Cause) -> None:
 
 @pytest.mark.parametrize("message", [text for text in AWKWARD if text])
 def test_any_message_survives_an_error_and_stays_on_one_line(message: str) -> None:
-    error = bad(message, "stop")
+    error = bad_request(message, "stop")
     assert json.loads(error.body())["error"]["message"] == message
     assert json.loads(error.line())["message"] == message
     assert b"\n" not in error.body()
@@ -645,11 +645,11 @@ def test_any_message_survives_an_error_and_stays_on_one_line(message: str) -> No
 
 
 def test_a_status_of_its_own_replaces_the_causes() -> None:
-    assert APIError(Cause.MALFORMED, "too large", status=413).status == 413
+    assert APIError(ErrorKind.MALFORMED, "too large", status=413).status == 413
 
 
 def test_an_error_that_passes_says_when_to_come_back() -> None:
-    error = later(Cause.QUEUE_FULL, "full", retry_after_s=3)
+    error = retry_later(ErrorKind.QUEUE_FULL, "full", retry_after_s=3)
     assert error.status == 429
     assert error.headers == (("retry-after", "3"),)
 
@@ -667,8 +667,8 @@ def test_too_long_a_prompt_is_told_in_the_words_that_clients_look_for() -> None:
 
 
 def test_an_error_repeats_at_most_200_characters() -> None:
-    assert clip("x" * 200) == "x" * 200
-    assert clip("x" * 201) == "x" * 200 + "…"
+    assert truncate("x" * 200) == "x" * 200
+    assert truncate("x" * 201) == "x" * 200 + "…"
 
 
 # --- models, health, cancel ---------------------------------------------------------------------

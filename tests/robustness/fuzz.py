@@ -38,7 +38,7 @@ from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import FinishReason, Usage
-from mlxlite.http.errors import APIError, bad
+from mlxlite.http.errors import APIError, bad_request
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed, Signal
 from mlxlite.output.events import Done, TextDelta
 from mlxlite.vision.fetch import Limits as ImageLimits
@@ -140,7 +140,7 @@ def media(data: bytes) -> None:
         source = source_of(text, "url")
         load([source], ImageLimits(max_source_pixels=1 << 20))
     except ImageError as error:
-        _check(bad(str(error), error.param))
+        _check(bad_request(str(error), error.param))
 
 
 PARSERS: Mapping[str, tuple[Callable[[bytes], Any], Callable[[Any], object]]] = {

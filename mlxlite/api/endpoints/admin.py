@@ -13,7 +13,7 @@ from mlxlite.api.readers import parse_object, text
 from mlxlite.api.service import ModelCard, Phase, Service
 from mlxlite.engine.step import Load
 from mlxlite.http.connection import JSON, Exchange
-from mlxlite.http.errors import APIError, Cause, clip
+from mlxlite.http.errors import APIError, ErrorKind, truncate
 from mlxlite.prefix_cache.operations import CacheStats
 
 _PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8"),)
@@ -32,8 +32,8 @@ def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
     card = service.need_model().card
     name = exchange.head.path.removeprefix("/v1").removeprefix("/models/")
     if name != card.id:
-        message = f"the model {clip(name)!r} does not exist here; see /v1/models"
-        raise APIError(Cause.NO_MODEL, message, param="model")
+        message = f"the model {truncate(name)!r} does not exist here; see /v1/models"
+        raise APIError(ErrorKind.NO_MODEL, message, param="model")
     exchange.respond(200, orjson.dumps(card.as_json()))
 
 

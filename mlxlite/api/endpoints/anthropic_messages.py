@@ -26,7 +26,7 @@ from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, bad
+from mlxlite.http.errors import APIError, bad_request
 from mlxlite.http.sse import sse_event
 from mlxlite.output import events
 from mlxlite.vision.images import Source, source_of, source_of_base64
@@ -224,7 +224,7 @@ def _request(given: fields.Given) -> ChatRequest:
     thinking, max_tokens = given.take("thinking", {}), options["max_tokens"]
     if max_tokens is not None and thinking.get("budget_tokens", 0) >= max_tokens:
         message = "'thinking.budget_tokens' must be less than 'max_tokens'."
-        raise bad(message, "thinking.budget_tokens")
+        raise bad_request(message, "thinking.budget_tokens")
     is_thinking = thinking["type"] != "disabled" if thinking else None
     output, system = given.take("output_config", {}), given.take("system")
     use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))

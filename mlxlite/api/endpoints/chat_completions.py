@@ -20,7 +20,7 @@ from mlxlite.api.request import (
 )
 from mlxlite.api.tools import ToolUse, function_list, tool_choice, tool_list
 from mlxlite.engine.sequence import Logprobs, Prompt
-from mlxlite.http.errors import bad
+from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model
 from mlxlite.output import events
 
@@ -78,7 +78,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     given.close()
     if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
         message = "'continue_final_message' needs an assistant's message at the end."
-        raise bad(message, "continue_final_message")
+        raise bad_request(message, "continue_final_message")
     return request
 
 
@@ -87,7 +87,7 @@ def _tool_use(given: fields.Given) -> ToolUse:
     for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
         value, older = given.take(name), given.take(old)
         if value is not None and older is not None and value != older:
-            raise bad(f"'{old}' and its newer form '{name}' disagree.", old)
+            raise bad_request(f"'{old}' and its newer form '{name}' disagree.", old)
         taken |= {name: value, old: older}
     param = "function_call" if taken["tool_choice"] is None else "tool_choice"
     return ToolUse(
@@ -103,10 +103,10 @@ def _continues(given: fields.Given) -> bool | None:
     wanted, prompted = given.take("continue_final_message"), given.take("add_generation_prompt")
     if wanted and prompted:
         message = "'continue_final_message' and 'add_generation_prompt' exclude each other."
-        raise bad(message, "continue_final_message")
+        raise bad_request(message, "continue_final_message")
     if prompted is False and not wanted:
         message = "'add_generation_prompt': false is only possible with 'continue_final_message'."
-        raise bad(message, "add_generation_prompt")
+        raise bad_request(message, "add_generation_prompt")
     return False if prompted else wanted
 
 

@@ -18,7 +18,7 @@ from mlxlite.api.shared_fields import COMPLETION_FIELDS, UNSUPPORTED_FIELDS
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import bad
+from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model
 from mlxlite.output.events import ParserEvent, TextDelta
 
@@ -55,7 +55,9 @@ def parse_completion(body: bytes) -> CompletionRequest:
     options = shared_options(given)
     is_echo, num_logprobs = given.take("echo", False), given.take("logprobs")
     if is_echo and num_logprobs is not None:
-        raise bad("'echo' cannot have 'logprobs': those of a prompt are not computed.", "echo")
+        raise bad_request(
+            "'echo' cannot have 'logprobs': those of a prompt are not computed.", "echo"
+        )
     if num_logprobs is not None:
         options["sampling"]["top_logprobs"] = num_logprobs
     request = CompletionRequest(

@@ -20,7 +20,7 @@ from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL
 from mlxlite.errors import FOREIGN, trace_of
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, bad
+from mlxlite.http.errors import APIError, ErrorKind, bad_request
 from mlxlite.models.interface import Model
 
 log = logging.getLogger("mlxlite.api")
@@ -75,7 +75,7 @@ def embeddings(
     """OpenAI's list; base64 is of little-endian float32. Raises APIError."""
     size = min(map(len, vectors))
     if request.dimensions is not None and request.dimensions > size:
-        raise bad(f"this model's vectors have {size} dimensions", "dimensions")
+        raise bad_request(f"this model's vectors have {size} dimensions", "dimensions")
 
     def encode(vector: Sequence[float]) -> Any:
         if request.dimensions is not None:
@@ -106,11 +106,11 @@ async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
             inputs, is_mean=request.is_mean, is_wanted=lambda: not exchange.is_lost
         )
     except NotImplementedError as error:
-        raise APIError(Cause.NOT_OFFERED, f"no embeddings: {error}") from None
+        raise APIError(ErrorKind.NOT_OFFERED, f"no embeddings: {error}") from None
     except FOREIGN as error:
         log.error("an embedding failed: %s", trace_of(error))
         kind = type(error).__name__
-        raise APIError(Cause.MODEL_FAILED, f"the model failed: {kind}") from None
+        raise APIError(ErrorKind.MODEL_FAILED, f"the model failed: {kind}") from None
     if vectors is not None:
         work = partial(embeddings, request, vectors, ready.model.id, sum(map(len, inputs)))
         exchange.respond(200, await service.in_thread(len(body), work))

@@ -30,7 +30,7 @@ from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.service import Service
 from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, Cause, bad, clip, not_supported
+from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported, truncate
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
@@ -46,7 +46,7 @@ def _input(value: Any, param: str) -> tuple[Message, ...]:
             raise readers.unsupported_type(kind, item.path)
         _add(turns, read(item))
     if not turns:
-        raise bad(f"'{param}' must hold at least one message.", param)
+        raise bad_request(f"'{param}' must hold at least one message.", param)
     return tuple(bounded(turns))
 
 
@@ -107,15 +107,15 @@ def _include(value: Any, param: str) -> tuple[str, ...]:
         raise readers.wrong(param, "an array of strings", value)
     for i, name in enumerate(value):
         if readers.text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
-            raise not_supported(f"{clip(name)!r} is not supported in '{param}'.", param)
+            raise not_supported(f"{truncate(name)!r} is not supported in '{param}'.", param)
     return tuple(value)
 
 
 def _metadata(value: Any, param: str) -> dict[str, str]:
     pairs = readers.json_object(value, param)
     if len(pairs) > MAX_METADATA:
-        raise bad(f"'{param}' may hold at most {MAX_METADATA} pairs.", param)
-    return {name: readers.text(item, f"{param}.{clip(name)}") for name, item in pairs.items()}
+        raise bad_request(f"'{param}' may hold at most {MAX_METADATA} pairs.", param)
+    return {name: readers.text(item, f"{param}.{truncate(name)}") for name, item in pairs.items()}
 
 
 def _tool(value: Any, param: str) -> Tool:
@@ -291,8 +291,8 @@ def _resume(service: Service, exchange: Exchange, request: ResponsesRequest) -> 
         return request
     history = service.stored_responses.load(_stored_id(exchange, id))
     if history is None:
-        message = f"there is no response {clip(id)!r} here (any more)"
-        raise APIError(Cause.NOT_FOUND, message, param="previous_response_id")
+        message = f"there is no response {truncate(id)!r} here (any more)"
+        raise APIError(ErrorKind.NOT_FOUND, message, param="previous_response_id")
     return request.after(history)
 
 
@@ -309,7 +309,7 @@ def _store(
 
 
 def _missing(id: str) -> APIError:
-    return APIError(Cause.NOT_FOUND, f"there is no response {clip(id)!r} here")
+    return APIError(ErrorKind.NOT_FOUND, f"there is no response {truncate(id)!r} here")
 
 
 def _get(service: Service, exchange: Exchange, _body: bytes) -> None:

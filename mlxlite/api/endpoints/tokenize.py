@@ -20,7 +20,7 @@ from mlxlite.api.shared_fields import MODEL, TEMPLATE_FIELDS
 from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import bad
+from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model, PromptError
 from mlxlite.vision.images import Source
 
@@ -66,7 +66,7 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     """Raises APIError 400 naming the field at fault."""
     given = read_fields(parse_object(body), TOKENIZE_FIELDS)
     if ("content" in given) == ("messages" in given):
-        raise bad("one of 'content', 'prompt' and 'messages' is required.", "content")
+        raise bad_request("one of 'content', 'prompt' and 'messages' is required.", "content")
     request = TokenizeRequest(
         model=given.take("model"),
         content=given.take("content"),
@@ -93,7 +93,7 @@ def _tokens(model: Model, config: Config, request: TokenizeRequest) -> tuple[int
     try:
         return model.encode(request.content, add_special=request.add_special)
     except PromptError as error:
-        raise bad(str(error), "content") from error
+        raise bad_request(str(error), "content") from error
 
 
 def tokenized(
@@ -142,7 +142,7 @@ def _detokenize(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
     request = parse_detokenize(body)
     for token in request.tokens:
         if token >= model.num_vocab:
-            raise bad(f"the model has no token {token}", "tokens")
+            raise bad_request(f"the model has no token {token}", "tokens")
     return request, model.detokenize(request.tokens)
 
 

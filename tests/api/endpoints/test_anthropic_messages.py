@@ -52,7 +52,7 @@ from mlxlite.api.stored_responses import MAX_CONVERSATIONS, StoredResponses
 from mlxlite.api.tools import MAX_TOOLS, Tool
 from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
-from mlxlite.http.errors import APIError, Cause
+from mlxlite.http.errors import APIError, ErrorKind
 from mlxlite.output.events import (
     Done,
     ParserEvent,
@@ -75,7 +75,7 @@ CUT = Done(FinishReason.LENGTH, USAGE)
 CANCELLED = Done(FinishReason.CANCELLED, USAGE)
 STOPPED = Done(FinishReason.STOP, USAGE, stop="###")
 CALLED = Done(FinishReason.STOP, USAGE, num_calls=2)
-FAILURE = APIError(Cause.MODEL_FAILED, "the model failed")
+FAILURE = APIError(ErrorKind.MODEL_FAILED, "the model failed")
 AWKWARD = [
     "plain",
     "",
@@ -1326,20 +1326,20 @@ def test_a_messages_stream_that_fails_ends_with_anthropics_error() -> None:
 @pytest.mark.parametrize(
     ("cause", "status", "kind", "raised"),
     [
-        (Cause.UNSUPPORTED, 400, "invalid_request_error", anthropic.BadRequestError),
-        (Cause.UNAUTHORIZED, 401, "authentication_error", anthropic.AuthenticationError),
-        (Cause.HOST, 403, "permission_error", anthropic.PermissionDeniedError),
-        (Cause.NO_MODEL, 404, "not_found_error", anthropic.NotFoundError),
-        (Cause.METHOD, 405, "invalid_request_error", anthropic.APIStatusError),
-        (Cause.BAD_REQUEST, 413, "request_too_large", anthropic.APIStatusError),
-        (Cause.QUEUE_FULL, 429, "rate_limit_error", anthropic.RateLimitError),
-        (Cause.INTERNAL, 500, "api_error", anthropic.InternalServerError),
-        (Cause.UNAVAILABLE, 503, "overloaded_error", anthropic.InternalServerError),
-        (Cause.UNAVAILABLE, 529, "overloaded_error", anthropic.InternalServerError),
+        (ErrorKind.UNSUPPORTED, 400, "invalid_request_error", anthropic.BadRequestError),
+        (ErrorKind.UNAUTHORIZED, 401, "authentication_error", anthropic.AuthenticationError),
+        (ErrorKind.HOST, 403, "permission_error", anthropic.PermissionDeniedError),
+        (ErrorKind.NO_MODEL, 404, "not_found_error", anthropic.NotFoundError),
+        (ErrorKind.METHOD, 405, "invalid_request_error", anthropic.APIStatusError),
+        (ErrorKind.BAD_REQUEST, 413, "request_too_large", anthropic.APIStatusError),
+        (ErrorKind.QUEUE_FULL, 429, "rate_limit_error", anthropic.RateLimitError),
+        (ErrorKind.INTERNAL, 500, "api_error", anthropic.InternalServerError),
+        (ErrorKind.UNAVAILABLE, 503, "overloaded_error", anthropic.InternalServerError),
+        (ErrorKind.UNAVAILABLE, 529, "overloaded_error", anthropic.InternalServerError),
     ],
 )
 def test_an_error_has_anthropics_type_for_its_status(
-    cause: Cause, status: int, kind: str, raised: type[Exception]
+    cause: ErrorKind, status: int, kind: str, raised: type[Exception]
 ) -> None:
     body = anthropic_error(APIError(cause, "no", status=status), "req_1")
     error = {"type": kind, "message": "no"}
