@@ -63,6 +63,7 @@ def load(config: Config) -> tuple[Model, Runner]:
         network, model = load_model(config)
         store = _open_store(config, model.fingerprint)
         budget = memory_budget(network, config.memory_limit_bytes())
+        cpu.optimize_for_cpu(network)
         runner = ModelRunner(network, kv_bits=kv_bits, memory_bytes=budget, store=store)
         runner.warm_up()
     except FOREIGN as error:  # of a foreign network, on the first tokens that it gets

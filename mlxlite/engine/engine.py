@@ -194,14 +194,13 @@ class Engine:
            computes, and it never waits for them. A stop string therefore overshoots by two rows; an
            end-of-sequence token, which the scheduler sees at once, by one;
         3. the wait last; the lane has by then dispatched the step and waits for the one before.
-           Where that launch is as slow as a step, one that brings first tokens is waited for alone.
         """
         in_flight: Launched | None = None
         events: list[Event] = []
         while True:
             started_at = perf_counter()
             events += self._apply_commands()
-            step = None if self._is_awaited(in_flight) else self._scheduler.schedule()
+            step = self._scheduler.schedule()
             if step is None and in_flight is None:
                 self._live.publish(events, started_at)
                 events = []
@@ -226,12 +225,6 @@ class Engine:
                 self._observer.lane(outcome.build_s, outcome.dispatch_s, outcome.wait_s)
                 self._observe(in_flight.step, started_at, scheduled_at, published_at)
             in_flight = launched
-
-    def _is_awaited(self, in_flight: Launched | None) -> bool:
-        """Whether a step brings first tokens, which a slow launch of the next would hold up."""
-        if in_flight is None or not self._runner.is_slow_to_launch:
-            return False
-        return bool(in_flight.step.chunks and in_flight.step.rows)
 
     def _apply_commands(self) -> list[Event]:
         events: list[Event] = []

@@ -197,10 +197,6 @@ class Runner(Protocol):
     def memory(self) -> Memory:
         """What sequences hold by length, and the budget for them."""
 
-    @property
-    def is_slow_to_launch(self) -> bool:
-        """Whether a launch takes about as long as the step: what is in flight is told before."""
-
     def advance(
         self, step: Step | None, in_flight: Launched | None
     ) -> tuple[Launched | None, Outcome | None]:

@@ -67,7 +67,6 @@ class BatchCache:
             return cast("mx.array", model(tokens[rows, None], cache=cache, **more)[:, -1])
 
         if self._merged is not None:
-            _share_offsets(self._merged)
             return run(slice(None), self._merged)
         logits = [run(slice(i, i + 1), cache) for i, cache in enumerate(self._plain)]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
@@ -110,14 +109,6 @@ class BatchCache:
             self._plain = []
 
 
-def _share_offsets(cache: Cache) -> None:
-    """One array for all layers whose rows are equally far: who needs it computes from it once."""
-    leaves = [leaf for leaf in _leaves(cache) if isinstance(leaf, _BatchKV)]
-    for leaf in leaves[1:]:
-        if leaf.is_as_far_as(leaves[0]):
-            leaf.offset = leaves[0].offset
-
-
 def can_pack(layer: Any) -> bool:
     """Whether rows of unlike length can be prefilled together without waiting for the device."""
     if isinstance(layer, CacheList):
@@ -126,9 +117,7 @@ def can_pack(layer: Any) -> bool:
 
 
 def merge(caches: SequenceOf[Cache]) -> Cache:
-    merged = [_merge_layer(layers) for layers in zip(*caches, strict=True)]
-    _share_offsets(merged)
-    return merged
+    return [_merge_layer(layers) for layers in zip(*caches, strict=True)]
 
 
 def _merge_layer(layers: tuple[Any, ...]) -> Any:
@@ -331,10 +320,6 @@ class _BatchKV(BatchKVCache):
 
     def num_padding(self, row: int) -> int:
         return self._pads[row]
-
-    def is_as_far_as(self, other: "_BatchKV") -> bool:
-        """Whether both have the same offsets: those are their length less their padding."""
-        return self._idx == other._idx and self._pads == other._pads
 
     def make_mask(self, N: int, return_array: bool = False, **kwargs: Any) -> mx.array | None:
         if N == 1 and not return_array and not kwargs.get("window_size") and not any(self._pads):

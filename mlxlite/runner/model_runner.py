@@ -41,7 +41,6 @@ from mlxlite.engine.step import (
 from mlxlite.errors import FOREIGN, summary_of
 from mlxlite.prefix_cache.disk import Store
 from mlxlite.prefix_cache.operations import Hit, Stored
-from mlxlite.runner.cpu import fit, is_cpu
 from mlxlite.runner.kv_cache import (
     BatchCache,
     Cache,
@@ -90,10 +89,14 @@ class _InFlight:
     failed: tuple[tuple[int, str], ...]
     lost: tuple[int, ...]
     writes: list[PendingWrite]  # for the store, once they are computed
-    launched_at: float  # when the device may have begun
+    launched_at: float  # when the device may have begun: some layers are dispatched early
     build_s: float
     dispatch_s: float
     is_matched: bool = False  # its tokens have gone to the matchers
+
+    @property
+    def launch_s(self) -> float:
+        return self.build_s + self.dispatch_s
 
     def __repr__(self) -> str:
         return f"<in flight: step {self.step.number}, {len(self.ids)} rows>"
@@ -103,8 +106,7 @@ class ModelRunner:
     """Implements `sequence.Runner` over an mlx-lm model.
 
     `memory_bytes` is what sequences may hold beside the weights; None is no limit. `store` has the
-    prefix cache's files. On a CPU the model's layers get other forms (`cpu.fit`). Raises ValueError
-    when the model cannot keep its cache in `kv_bits`.
+    prefix cache's files. Raises ValueError when the model cannot keep its cache in `kv_bits`.
     """
 
     def __init__(
@@ -130,10 +132,7 @@ class ModelRunner:
         self._deltas: mx.array | None = None
         self._has_deltas = bool(getattr(model, "has_positions", False))
         self._done_at = 0.0
-        # The CPU's queue takes about 100 operations (MLX's MAX_ACTIVE_TASKS) and then blocks.
-        self.is_slow_to_launch = is_cpu()
-        self._sampler = Sampler(self.num_vocab, is_slow_to_launch=self.is_slow_to_launch)
-        self._rotations = fit(model) if self.is_slow_to_launch else ()
+        self._sampler = Sampler(self.num_vocab)
         self.memory = self._measure(memory_bytes)
         self._can_pack = all(map(can_pack, self._new_cache()))
 
@@ -141,7 +140,6 @@ class ModelRunner:
         """What a row holds, from the caches that a short prompt leaves behind."""
         cache = self._new_cache()
         self._model(mx.zeros((1, 2), mx.uint32), cache=cache)
-        self._forget_rotations()
         mx.eval([layer.state for layer in cache])
         self._payloads = Payloads(kept(cache, 0, 2, has_states=True), self._store)
         sizes = [size for layer in cache for size in layer_sizes(layer)]
@@ -167,9 +165,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile and touch what a first request would wait for: alone, in a batch, drawn."""
         prompt = Prompt((0,) * 5)
-        kinds = [SamplingParams(0.0), SamplingParams(1.0)]
-        if not self.is_slow_to_launch:  # a CPU has no kernels to make for a sort
-            kinds.append(SamplingParams(1.0, top_p=0.9))
+        kinds = (SamplingParams(0.0), SamplingParams(1.0), SamplingParams(1.0, top_p=0.9))
         admitted = tuple(
             Admission(Sequence(-1 - i, prompt, sampling, max_tokens=2))
             for i, sampling in enumerate(kinds)
@@ -191,15 +187,10 @@ class ModelRunner:
         self._ids = []
         self._batch = BatchCache()
         self._tokens = self._deltas = None
-        self._sampler = Sampler(self.num_vocab, is_slow_to_launch=self.is_slow_to_launch)
+        self._sampler = Sampler(self.num_vocab)
         if (forget := getattr(self._model, "forget", None)) is not None:
             forget()  # what was seen in pictures
-        self._forget_rotations()  # of a pass that was broken off
         mx.clear_cache()
-
-    def _forget_rotations(self) -> None:
-        for rotations in self._rotations:
-            rotations.forget()
 
     def advance(
         self, step: Step | None, in_flight: Launched | None
@@ -207,11 +198,10 @@ class ModelRunner:
         """Dispatch `step`, then wait for `in_flight`. Raises what MLX raises; then call `reset`."""
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
-        self._forget_rotations()
         outcome = self._wait(in_flight) if in_flight else None
         has_more = launched is not None and (launched.step.chunks or launched.step.looks)
-        if outcome and launched and has_more and self.is_slow_to_launch:
-            # Most of a chunk was computed during its launch: the one before ended when nobody saw.
+        if outcome and launched and has_more and outcome.wait_s < launched.launch_s:
+            # It ended during the launch, when is unknown: with a short queue a launch blocks.
             outcome = replace(outcome, device_s=0.0)
             self._done_at = launched.launched_at
         return launched, outcome
@@ -235,7 +225,6 @@ class ModelRunner:
             begun = self._embedding.pop(part.id) if part.id in self._embedding else None
             cache, total = begun or (self._new_cache(), total)
         hidden = states(mx.array(padded), cache=cache).astype(mx.float32)  # [B, T, D]
-        self._forget_rotations()
         if is_mean:
             is_token = mx.arange(longest)[None] < lengths
             pooled = total + mx.sum(mx.where(is_token[..., None], hidden, 0.0), axis=1)
@@ -279,9 +268,7 @@ class ModelRunner:
         if not self._ids and not self._prefills:
             mx.clear_cache()  # nobody is left: give the buffers back rather than sit on them
         lost, writes = self._payloads.told()
-        # Where layers are begun while later ones are built, the device has had it since then.
-        device_at = began_at if self.is_slow_to_launch else launched_at
-        times = device_at, launched_at - began_at, dispatch_s
+        times = began_at, launched_at - began_at, dispatch_s
         return _InFlight(step, rows, output, logprobs, states, tuple(failed), lost, writes, *times)
 
     def _admit(self, admission: Admission) -> tuple[int, str] | None:
@@ -395,8 +382,6 @@ class ModelRunner:
     ) -> tuple[mx.array, LogprobArrays | None]:
         assert self._tokens is not None
         logits = self._batch.forward(self._model, self._tokens, self._deltas)
-        if self.is_slow_to_launch:
-            mx.async_eval(logits)  # the device is at them while the rest is built
         masks = self._masks(logits, in_flight, states, failed) if self._matchers else None
         self._tokens, logprobs = self._sampler(logits, masks)
         return self._tokens, logprobs

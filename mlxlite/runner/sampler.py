@@ -90,14 +90,10 @@ class _Group(Protocol):
 
 
 class Sampler:
-    """Draws for a set of rows, which changes only through `regroup`.
+    """Draws for a set of rows, which changes only through `regroup`."""
 
-    `is_slow_to_launch`: a group is begun while the next one is built.
-    """
-
-    def __init__(self, num_vocab: int, *, is_slow_to_launch: bool = False) -> None:
+    def __init__(self, num_vocab: int) -> None:
         self._num_vocab = num_vocab
-        self._begin = mx.async_eval if is_slow_to_launch else lambda _: None
         self._rows: list[_Row] = []
         self._num_draws = 0
         self._step = 0
@@ -178,10 +174,7 @@ class Sampler:
     ) -> tuple[mx.array, LogprobArrays | None]:
         """Logits `[B, V]` and the bits `[B, V/32]` of what may be drawn to token ids `[B]`."""
         scores = self._adjust(logits if masks is None else self._masked(logits, masks))
-        drawn = []
-        for group in self._groups:
-            drawn.append(group.draw(scores, self._step))
-            self._begin(drawn[-1])
+        drawn = [group.draw(scores, self._step) for group in self._groups]
         tokens = drawn[0] if len(drawn) == 1 else mx.concatenate(drawn)
         if self._order is not None:
             tokens = tokens[self._order]
@@ -348,19 +341,10 @@ class _Narrow(_Cut):
 
 
 class _Wide(_Cut):
-    """Rows with a top_p alone, or a large top_k.
-
-    Their shares are sorted as the integers that have the same bits, and without their ids: on CPU
-    that is faster. Equal numbers make it faster still: shares so small that all of them together
-    could not reach what a top_p leaves out are raised to one and the same, as which of them come
-    first does not matter.
-    """
+    """Rows with a top_p alone, or a large top_k. Their shares are sorted without their ids."""
 
     def __init__(self, members: list[_Member], num_rows: int, num_vocab: int) -> None:
         super().__init__(members, num_rows, num_vocab)
-        # Half of it, to be far from rounding; a top_k needs the sum of its shares as they are.
-        spare = [0.0 if m.params.top_k else (1.0 - m.params.top_p) / 2 for m in members]
-        self._negligible = _column([share / num_vocab for share in spare])
         top_k = np.array([[m.params.top_k or num_vocab] for m in members])
         self._is_within: mx.array | None = None
         if (top_k < num_vocab).any():
@@ -371,8 +355,7 @@ class _Wide(_Cut):
         # An infinite score has no share: the largest finite one wins as well.
         scores = mx.minimum(self._heat(_rows(scores, self._index)), mx.finfo(mx.float32).max)
         shares = mx.softmax(scores, axis=-1)
-        ranked = mx.maximum(shares, self._negligible)
-        ranked = mx.sort(ranked.view(mx.int32), axis=-1).view(mx.float32)
+        ranked = mx.sort(shares, axis=-1)
         is_kept = self._is_kept(ranked)
         lowest = mx.min(mx.where(is_kept, ranked, mx.inf), axis=-1, keepdims=True)
         kept = mx.where(shares < lowest, 0.0, shares)

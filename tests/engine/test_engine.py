@@ -154,11 +154,8 @@ def calls_of(runner: FakeRunner) -> list[int | None]:
     return calls
 
 
-def test_where_a_launch_is_slow_first_tokens_are_published_before_the_next_step_begins():
+def test_each_step_is_launched_before_the_one_in_flight_is_waited_for() -> None:
     assert calls_of(FakeRunner())[:4] == [1, 2, 3, 4]
-    slow = FakeRunner()
-    slow.is_slow_to_launch = True
-    assert calls_of(slow)[:5] == [1, 2, None, 3, 4], "the second chunk brings the first row"
 
 
 def test_the_engine_reports_when_it_is_idle():

@@ -143,8 +143,6 @@ class FakeRunner:
     what it says sequences hold.
     """
 
-    is_slow_to_launch = False
-
     def __init__(
         self,
         *,

@@ -413,8 +413,6 @@ class ScriptedRunner:
     and every step, in order, and `before_embed` is called ahead of each.
     """
 
-    is_slow_to_launch = False
-
     def __init__(self, memory: Memory | None = None) -> None:
         self.memory = memory or Memory()
         self.error: Exception | None = None
