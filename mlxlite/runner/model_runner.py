@@ -52,7 +52,7 @@ from mlxlite.runner.kv_cache import (
     merge,
     quantized,
 )
-from mlxlite.runner.sampler import Draw, LogprobArrays, Sampler
+from mlxlite.runner.sampler import LogprobArrays, Sampler, SamplerRow
 from mlxlite.runner.snapshots import Payloads, PendingWrite
 
 if TYPE_CHECKING:
@@ -526,10 +526,10 @@ def _fault_of(matcher: Matcher | None, call: Callable[[], None]) -> str | None:
         return type(error).__name__  # what it says may quote the answer
 
 
-def _draw(prefill: _Prefill) -> Draw:
+def _draw(prefill: _Prefill) -> SamplerRow:
     admission = prefill.admission
     sequence = admission.sequence
-    return Draw(
+    return SamplerRow(
         sequence.sampling,
         sequence.prompt.tokens + admission.outputs,
         len(admission.outputs),

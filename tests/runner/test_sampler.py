@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.runner.sampler import Draw, Sampler, _split_seed
+from mlxlite.runner.random import split_seed
+from mlxlite.runner.sampler import Sampler, SamplerRow
 
 GREEDY = SamplingParams(temperature=0.0)
 PLAIN = SamplingParams(temperature=0.9, seed=5)
@@ -28,7 +29,7 @@ SETTINGS = (
 Logits = npt.NDArray[np.float32]
 
 
-def sampler_of(num_vocab: int, *rows: Draw) -> Sampler:
+def sampler_of(num_vocab: int, *rows: SamplerRow) -> Sampler:
     sampler = Sampler(num_vocab)
     sampler.regroup([], rows)
     return sampler
@@ -36,14 +37,14 @@ def sampler_of(num_vocab: int, *rows: Draw) -> Sampler:
 
 def draws(params: SamplingParams, logits: Logits, num: int, num_drawn: int = 0) -> list[int]:
     """`num` tokens of one row alone, one after another."""
-    sampler = sampler_of(len(logits), Draw(params, num_drawn=num_drawn))
+    sampler = sampler_of(len(logits), SamplerRow(params, num_drawn=num_drawn))
     row = mx.array(logits)[None]
     return [int(sampler(row)[0].item()) for _ in range(num)]
 
 
 def draw_among(rows: list[tuple[SamplingParams, Logits]], num: int = 1) -> list[list[int]]:
     """`num` tokens of each row, all rows in one batch."""
-    sampler = sampler_of(len(rows[0][1]), *(Draw(params) for params, _ in rows))
+    sampler = sampler_of(len(rows[0][1]), *(SamplerRow(params) for params, _ in rows))
     logits = mx.array(np.stack([row for _, row in rows]))
     return np.array([sampler(logits)[0].tolist() for _ in range(num)]).T.tolist()
 
@@ -95,7 +96,7 @@ def test_draws_of_one_seed_follow_the_softmax_along_the_positions(
     """Rows at every hundredth position: one seed's first ten thousand."""
     logits = random_logits(1, 9, 1.0, seed=3)[0]
     row = replace(params, seed=seed)
-    sampler = sampler_of(9, *(Draw(row, num_drawn=100 * i) for i in range(100)))
+    sampler = sampler_of(9, *(SamplerRow(row, num_drawn=100 * i) for i in range(100)))
     batch = mx.array(np.tile(logits, (100, 1)))
     tokens = np.array([sampler(batch)[0].tolist() for _ in range(100)])
     assert_fits(tokens.ravel(), softmax(logits.astype(np.float64)))
@@ -118,7 +119,7 @@ def test_a_token_without_a_chance_is_never_drawn_however_many_there_are():
     logits[77] = 40.0
     rows = mx.broadcast_to(mx.array(logits), (4, logits.size))
     for first in range(0, 64, 4):
-        draws = [Draw(SamplingParams(seed=first + i)) for i in range(4)]
+        draws = [SamplerRow(SamplingParams(seed=first + i)) for i in range(4)]
         assert sampler_of(logits.size, *draws)(rows)[0].tolist() == [77] * 4
 
 
@@ -441,7 +442,7 @@ def test_half_precision_logits_draw_as_their_values_in_float32(
     params: SamplingParams, dtype: mx.Dtype
 ):
     half = mx.array(random_logits(2, 700, seed=11)).astype(dtype)
-    one, two = (sampler_of(700, Draw(params), Draw(PLAIN)) for _ in range(2))
+    one, two = (sampler_of(700, SamplerRow(params), SamplerRow(PLAIN)) for _ in range(2))
     for _ in range(10):
         assert one(half)[0].tolist() == two(half.astype(mx.float32))[0].tolist()
 
@@ -490,9 +491,9 @@ class Row:
     outputs: list[int] = field(default_factory=list)
 
     @property
-    def draw(self) -> Draw:
+    def draw(self) -> SamplerRow:
         tokens = tuple(self.prompt + self.outputs)
-        return Draw(self.params, tokens, len(self.outputs), EOS)
+        return SamplerRow(self.params, tokens, len(self.outputs), EOS)
 
     def expected(self, logits: Logits) -> int:
         """The next token: the reference's best, or what a sampler draws from its scores."""
@@ -547,11 +548,11 @@ def test_penalties_are_those_of_the_reference_while_rows_come_and_go(seed: int):
 def test_rows_that_leave_take_their_counts_with_them_and_none_is_penalised_for_another(window: int):
     penalised = SamplingParams(0.0, repetition_penalty=2.0, repetition_context_size=window)
     logits = mx.array(np.array([[3.0, 2.0, 1.0]] * 2, np.float32))
-    sampler = sampler_of(3, Draw(penalised, (0,)), Draw(GREEDY, (0,)))
+    sampler = sampler_of(3, SamplerRow(penalised, (0,)), SamplerRow(GREEDY, (0,)))
     assert sampler(logits)[0].tolist() == [1, 0]
     sampler.regroup([1], [])  # nobody is penalised now
     assert sampler(logits[:1])[0].tolist() == [0]
-    sampler.regroup([0], [Draw(penalised, (0, 0))])
+    sampler.regroup([0], [SamplerRow(penalised, (0, 0))])
     assert sampler(logits)[0].tolist() == [0, 1]
 
 
@@ -571,7 +572,7 @@ def test_min_tokens_holds_the_end_back_exactly_so_long(temperature: float, num_d
     params = SamplingParams(temperature, min_tokens=5)
     logits = np.zeros((1, 20), np.float32)
     logits[0, 11] = 50.0
-    sampler = sampler_of(20, Draw(params, (1, 2), num_drawn, EOS | {10**6}))
+    sampler = sampler_of(20, SamplerRow(params, (1, 2), num_drawn, EOS | {10**6}))
     tokens = [int(sampler(mx.array(logits))[0].item()) for _ in range(8)]
     held = max(0, 5 - num_drawn)
     assert 11 not in tokens[:held]
@@ -583,9 +584,9 @@ def test_min_tokens_of_one_row_holds_nobody_elses_end_back():
     logits = np.zeros(20, np.float32)
     logits[11] = 50.0
     rows = [
-        Draw(GREEDY, eos_tokens=EOS),
-        Draw(SamplingParams(0.0, min_tokens=2), eos_tokens=EOS),
-        Draw(SamplingParams(0.0, min_tokens=2), eos_tokens=frozenset({4})),
+        SamplerRow(GREEDY, eos_tokens=EOS),
+        SamplerRow(SamplingParams(0.0, min_tokens=2), eos_tokens=EOS),
+        SamplerRow(SamplingParams(0.0, min_tokens=2), eos_tokens=frozenset({4})),
     ]
     sampler = sampler_of(20, *rows)
     batch = mx.array(np.stack([logits] * 3))
@@ -606,7 +607,7 @@ def hashed(x: np.uint64) -> np.uint64:
 
 def coin(seed: int, num_drawn: int) -> float:
     """What xtc throws for one token, in (0, 1)."""
-    low, high = _split_seed(seed)
+    low, high = split_seed(seed)
     position = hashed(np.uint64((high + num_drawn) & 0xFFFFFFFF))
     bits = hashed(position ^ np.uint64(low) ^ np.uint64(0x58544321))
     return (int(bits) >> 9) * 2.0**-23 + 2.0**-24
@@ -657,7 +658,7 @@ def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
 def test_the_top_logprobs_are_sorted_and_those_of_the_logits(num_top: int):
     params = SamplingParams(0.7, seed=1, repetition_penalty=3.0, top_k=2, top_logprobs=num_top)
     logits = random_logits(1, 40, seed=num_top)
-    sampler = sampler_of(40, Draw(params, (1, 2, 3)))
+    sampler = sampler_of(40, SamplerRow(params, (1, 2, 3)))
     tokens, logprobs = sampler(mx.array(logits))
     assert logprobs is not None
     expected = log_softmax(logits[0])
@@ -671,7 +672,9 @@ def test_the_top_logprobs_are_sorted_and_those_of_the_logits(num_top: int):
 def test_only_the_rows_that_ask_are_reported_and_nothing_when_none_does():
     asking = SamplingParams(0.0, top_logprobs=3)
     logits = random_logits(4, 30)
-    sampler = sampler_of(30, *(Draw(p) for p in (GREEDY, asking, PLAIN, replace(asking, seed=4))))
+    sampler = sampler_of(
+        30, *(SamplerRow(p) for p in (GREEDY, asking, PLAIN, replace(asking, seed=4)))
+    )
     tokens, logprobs = sampler(mx.array(logits))
     assert logprobs is not None
     assert logprobs.rows == (1, 3)
@@ -684,7 +687,7 @@ def test_only_the_rows_that_ask_are_reported_and_nothing_when_none_does():
 
 
 def test_more_top_logprobs_than_the_vocabulary_has_are_all_of_it():
-    sampler = sampler_of(5, Draw(SamplingParams(0.0, top_logprobs=20)))
+    sampler = sampler_of(5, SamplerRow(SamplingParams(0.0, top_logprobs=20)))
     logits = random_logits(1, 5)
     _, logprobs = sampler(mx.array(logits))
     assert logprobs is not None
@@ -693,7 +696,7 @@ def test_more_top_logprobs_than_the_vocabulary_has_are_all_of_it():
 
 def test_logprobs_of_half_precision_logits_are_taken_in_float32():
     logits = mx.array(random_logits(1, 300)).astype(mx.bfloat16)
-    _, logprobs = sampler_of(300, Draw(SamplingParams(0.0, top_logprobs=5)))(logits)
+    _, logprobs = sampler_of(300, SamplerRow(SamplingParams(0.0, top_logprobs=5)))(logits)
     assert logprobs is not None
     expected = np.sort(log_softmax(np.array(logits.astype(mx.float32))[0]))[::-1][:5]
     np.testing.assert_allclose(logprobs.top.tolist(), [expected], atol=1e-5)
@@ -716,10 +719,10 @@ OTHERS = (
 @pytest.mark.parametrize("params", SETTINGS + OTHERS, ids=str)
 def test_every_setting_draws_the_same_in_a_company_of_all_the_others(params: SamplingParams):
     logits = random_logits(16, 60, 2.0, seed=13)
-    mine = Draw(params, (1, 5, 5, 9), 1, EOS)
+    mine = SamplerRow(params, (1, 5, 5, 9), 1, EOS)
     alone = sampler_of(60, mine)
     expected = [alone(mx.array(logits[i : i + 1]))[0].item() for i in range(12)]
-    company = [Draw(p, (2, 5, 5), 2, EOS) for p in (*SETTINGS, *OTHERS)]
+    company = [SamplerRow(p, (2, 5, 5), 2, EOS) for p in (*SETTINGS, *OTHERS)]
     together = sampler_of(60, *company)
     other = random_logits(1, 60)[0]
     for _ in range(3):  # the others have begun before, and half of them leave in the middle
@@ -764,7 +767,7 @@ def test_every_row_of_a_changing_company_draws_what_it_draws_alone(seed: int, is
                 settings[chance.integers(len(settings))], seed=int(chance.integers(99))
             )
             tokens = tuple(chance.integers(0, 90, chance.integers(1, 12)).tolist())
-            joining.append(Draw(params, tokens, int(chance.integers(len(tokens))), EOS))
+            joining.append(SamplerRow(params, tokens, int(chance.integers(len(tokens))), EOS))
         together.regroup(keep, joining)
         alone = [alone[i] for i in keep] + [sampler_of(90, draw) for draw in joining]
         for _ in range(chance.choice([1, 3, 40])):
@@ -777,7 +780,7 @@ def test_every_row_of_a_changing_company_draws_what_it_draws_alone(seed: int, is
 def test_a_draw_is_lazy():
     """Nothing is computed for it before somebody asks: the logits stay without memory."""
     settings = SETTINGS + OTHERS + GROUPS
-    sampler = sampler_of(5000, *(Draw(params, (1, 2, 3), 1, EOS) for params in settings))
+    sampler = sampler_of(5000, *(SamplerRow(params, (1, 2, 3), 1, EOS) for params in settings))
     logits = mx.random.normal((len(settings), 5000))
     before = mx.get_active_memory()
     tokens = [sampler(logits)[0] for _ in range(3)]
