@@ -1,14 +1,19 @@
-"""The prefix cache's payloads on the lane: what is kept of caches, and how it comes back.
+"""Copies of what rows have computed, and the prefix cache's operations on them.
 
-The index decides (`prefix`), this does: it copies out of rows, cuts, drops, and fills new caches.
-Files are another's (`store`); here they become arrays again, if they are of this model's layers.
-What should be there and is not is told, never guessed.
+The index decides (`prefix_cache.index`), this executes: copy ranges of tokens and states out of
+rows, split, drop, write to disk, load into new caches. What comes from disk is used only if it is
+of this model's layers. A snapshot that should exist and does not is reported as lost, never
+guessed. Every call is made on the device thread.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxlite.prefix_cache.disk import Array, File, Store
 from mlxlite.prefix_cache.operations import (
@@ -22,7 +27,7 @@ from mlxlite.prefix_cache.operations import (
     Unlink,
     Write,
 )
-from mlxlite.runner.kv_cache import Cache, Kept, fill
+from mlxlite.runner.kv_cache import Cache, kind_of, layers_of
 
 _DTYPES = {
     mx.float32: "F32",
@@ -32,83 +37,191 @@ _DTYPES = {
     mx.int32: "I32",
     mx.uint8: "U8",
     mx.bool_: "BOOL",
-}  # in safetensors' words
-PendingWrite = tuple[int, Stored, Kept]
+}  # safetensors' names
 
 
-class Take(Protocol):
+@dataclass(frozen=True, slots=True)
+class CacheSnapshot:
+    """What a row's caches held, in memory of its own; in the order of the layers' caches.
+
+    `tokens` has keys and values `[1, H, n, D]` of the tokens `[start, start + n)` for each cache
+    that keeps all tokens; `states` the whole state of each that does not, or is empty.
+    """
+
+    start: int
+    tokens: list[Any]
+    states: list[Any]
+
+    @classmethod
+    def of(
+        cls, cache: Cache, start: int, stop: int, *, has_states: bool, row: int | None = None
+    ) -> "CacheSnapshot":
+        """Copy the tokens `[start, stop)` of a plain cache or a row, and perhaps its states."""
+        tokens, states = [], []
+        for layer in layers_of(cache):
+            kind = kind_of(layer)
+            if kind.has_all_tokens:
+                tokens.append(kind.snapshot(layer, start, stop, row))
+            elif has_states:
+                states.append(kind.snapshot(layer, start, stop, row))
+        return cls(start, tokens, states)
+
+    def arrays(self) -> list[mx.array]:
+        leaves = _flat((self.tokens, self.states))
+        return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+
+    def leaves(self) -> dict[str, Any]:
+        """Every array or other value, by a name that gives its place."""
+        return {
+            f"{part}.{name}": leaf
+            for part, tree in (("tokens", self.tokens), ("states", self.states))
+            for name, leaf in _flat(tree)
+        }
+
+    @classmethod
+    def of_leaves(cls, start: int, leaves: Mapping[str, Any]) -> "CacheSnapshot":
+        """The inverse of `leaves`."""
+
+        def part(prefix: str) -> list[Any]:
+            own = [(k.removeprefix(prefix), v) for k, v in leaves.items() if k.startswith(prefix)]
+            return cast("list[Any]", tree_unflatten(own)) if own else []
+
+        return cls(start, part("tokens."), part("states."))
+
+    def has_range(self, start: int, stop: int) -> bool:
+        """Whether it has the tokens `[start, stop)` and no other."""
+        arrays = [leaf for _, leaf in _flat(self.tokens)]
+        return self.start == start and all(part.shape[2] == stop - start for part in arrays)
+
+    def is_like(self, other: "CacheSnapshot") -> bool:
+        """Whether both are of the same layers, whatever their lengths."""
+        mine, theirs = self.leaves(), other.leaves()
+        if not self.states:
+            theirs = {name: leaf for name, leaf in theirs.items() if name.startswith("tokens.")}
+        return mine.keys() == theirs.keys() and all(
+            _form(leaf) == _form(theirs[name]) for name, leaf in mine.items()
+        )
+
+    def split(self, num_tokens: int) -> "tuple[CacheSnapshot, CacheSnapshot]":
+        """The first tokens and the others, each in memory of its own."""
+        first = tree_map(lambda part: mx.contiguous(part[:, :, :num_tokens]), self.tokens)
+        rest = tree_map(lambda part: mx.contiguous(part[:, :, num_tokens:]), self.tokens)
+        return (
+            CacheSnapshot(self.start, first, []),
+            CacheSnapshot(self.start + num_tokens, rest, []),
+        )
+
+
+def restore(cache: Cache, parts: SequenceOf[tuple[CacheSnapshot, int]], num_tokens: int) -> None:
+    """Fill a new cache as it would be after `num_tokens`.
+
+    `parts` adjoin one another, each used up to a token; the states are those of the last one.
+    """
+    layers = [(kind_of(layer), layer) for layer in layers_of(cache)]
+    full = [(kind, layer) for kind, layer in layers if kind.has_all_tokens]
+    for i, (kind, layer) in enumerate(full):
+        ranges = [
+            tree_map(lambda held, n=stop - part.start: held[:, :, :n], part.tokens[i])
+            for part, stop in parts
+            if stop > part.start
+        ]
+        kind.restore(layer, ranges, num_tokens)
+    others = [(kind, layer) for kind, layer in layers if not kind.has_all_tokens]
+    for (kind, layer), state in zip(others, parts[-1][0].states if others else [], strict=True):
+        kind.restore(layer, [state], num_tokens)
+
+
+def _form(leaf: Any) -> Any:
+    """An array's dtype and its shape without the axis of tokens; of any other value its type."""
+    if isinstance(leaf, mx.array):
+        return leaf.dtype, *leaf.shape[:2], *leaf.shape[3:]
+    return type(leaf)
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    return cast("list[tuple[str, Any]]", tree_flatten(tree))
+
+
+# --- the prefix cache's operations ------------------------------------------------------------
+
+PendingWrite = tuple[int, Stored, CacheSnapshot]
+
+
+class TakeSnapshot(Protocol):
     """Copies what a sequence has computed of tokens `[start, stop)`; None when it has failed."""
 
-    def __call__(self, id: int, start: int, stop: int, *, has_states: bool) -> Kept | None: ...
+    def __call__(
+        self, id: int, start: int, stop: int, *, has_states: bool
+    ) -> CacheSnapshot | None: ...
 
 
-class Payloads:
-    """What is kept, by id. `like` is what any payload of this model looks like."""
+class Snapshots:
+    """The prefix cache's payloads, by id. `like` has the form of every payload of this model."""
 
-    def __init__(self, like: Kept, store: Store | None) -> None:
+    def __init__(self, like: CacheSnapshot, store: Store | None) -> None:
         self._like = like
         self._store = store
-        self.kept: dict[int, Kept] = {}  # the payloads in memory
-        self._lost: list[int] = []  # that this step should have had
-        self._writes: list[PendingWrite] = []  # for the store, that this step brings
+        self.by_id: dict[int, CacheSnapshot] = {}  # those in memory
+        self._lost: list[int] = []  # that the steps since `drain` should have had
+        self._writes: list[PendingWrite] = []  # to disk, since then
         self._last_writes: list[PendingWrite] = []  # those of the step in flight
 
     def clear(self) -> None:
-        self.kept.clear()
+        self.by_id.clear()
         self._writes.clear()
         self._lost.clear()
 
-    def told(self) -> tuple[tuple[int, ...], list[PendingWrite]]:
-        """What is lost and what is to be written since the last call."""
+    def drain(self) -> tuple[tuple[int, ...], list[PendingWrite]]:
+        """The ids that are lost, and what is to be written, since the last call."""
         lost, self._lost = tuple(self._lost), []
         writes, self._writes = self._writes, []
         self._last_writes = writes
         return lost, writes
 
     def write(self, writes: list[PendingWrite]) -> None:
-        """To the store, once the arrays are computed."""
-        for id, stored, payload in writes:
+        """To disk, once the arrays are computed."""
+        for id, stored, snapshot in writes:
             assert self._store is not None
-            self._store.write(id, _file_of(stored, payload))
+            self._store.write(id, _file_of(stored, snapshot))
 
-    def fill(self, cache: Cache, hit: Hit) -> bool:
-        """Make a new cache what a hit says; False, and nothing done, where some of it is lost."""
+    def restore(self, cache: Cache, hit: Hit) -> bool:
+        """Load a hit into a new cache; False, and nothing done, where some of it is lost."""
         wanted = [(segment.extent, segment.stop) for segment in hit.segments]
         if hit.checkpoint is not None:
             wanted.append((hit.checkpoint, hit.num_tokens))
-        missing = [id for id, _ in wanted if self._payload(id) is None]
+        missing = [id for id, _ in wanted if self._load(id) is None]
         self._lost += missing
         if not missing:
-            fill(cache, [(self.kept[id], stop) for id, stop in wanted], hit.num_tokens)
+            restore(cache, [(self.by_id[id], stop) for id, stop in wanted], hit.num_tokens)
         return not missing
 
-    def _payload(self, id: int) -> Kept | None:
-        """What is kept in memory under an id, or has just come from disk."""
-        if id not in self.kept and self._store and (file := self._store.take(id)) is not None:
-            payload, stop = _kept_of(file), len(file.stored.words) // 4
-            is_like = payload is not None and payload.is_like(self._like)
-            if payload is not None and is_like and payload.is_of(file.stored.start, stop):
-                self.kept[id] = payload
-        return self.kept.get(id)
+    def _load(self, id: int) -> CacheSnapshot | None:
+        """What is in memory under an id, or has just been read from disk."""
+        if id not in self.by_id and self._store and (file := self._store.take(id)) is not None:
+            snapshot, stop = _snapshot_of(file), len(file.stored.words) // 4
+            is_like = snapshot is not None and snapshot.is_like(self._like)
+            if snapshot is not None and is_like and snapshot.has_range(file.stored.start, stop):
+                self.by_id[id] = snapshot
+        return self.by_id.get(id)
 
-    def work_on(self, ops: tuple[CacheOp, ...], take: Take) -> list[mx.array]:
-        """Do what the prefix cache has decided; the arrays that this makes."""
+    def execute(self, ops: tuple[CacheOp, ...], take: TakeSnapshot) -> list[mx.array]:
+        """Execute the index's operations; the arrays that this makes."""
         made: list[mx.array] = []
         for op in ops:
             match op:
                 case Save():
                     made += self._save(op, take)
                 case Split(extent, at, rest):
-                    if (whole := self._payload(extent)) is None:
+                    if (whole := self._load(extent)) is None:
                         self._lost += [extent, rest]
                         continue
                     parts = whole.split(at - whole.start)
-                    self.kept[extent], self.kept[rest] = parts
+                    self.by_id[extent], self.by_id[rest] = parts
                     made += parts[0].arrays() + parts[1].arrays()
                 case Drop(id):
-                    self._payload(id)  # from the store's hands too
-                    self.kept.pop(id, None)
-                case Write(id, stored) if self._store and (whole := self._payload(id)):
+                    self._load(id)  # so that the store does not keep what it has read
+                    self.by_id.pop(id, None)
+                case Write(id, stored) if self._store and (whole := self._load(id)):
                     self._writes.append((id, stored, whole))
                 case Unlink(id) if self._store:
                     for writes in (self._writes, self._last_writes):  # not yet the store's
@@ -118,7 +231,7 @@ class Payloads:
                     self._store.fetch(id, stored)
         return made
 
-    def _save(self, save: Save, take: Take) -> list[mx.array]:
+    def _save(self, save: Save, take: TakeSnapshot) -> list[mx.array]:
         made: list[mx.array] = []
         for id, start, stop in (
             (save.extent, save.start, save.stop),
@@ -126,19 +239,19 @@ class Payloads:
         ):
             if id is None:
                 continue
-            payload = take(save.id, start, stop, has_states=id == save.checkpoint)
-            if payload is None:
+            snapshot = take(save.id, start, stop, has_states=id == save.checkpoint)
+            if snapshot is None:
                 self._lost.append(id)
                 continue
-            self.kept[id] = payload
-            made += payload.arrays()
+            self.by_id[id] = snapshot
+            made += snapshot.arrays()
         return made
 
 
-def _file_of(stored: Stored, payload: Kept) -> File:
-    """A copy of a payload that is no MLX object, and so may leave the lane."""
+def _file_of(stored: Stored, snapshot: CacheSnapshot) -> File:
+    """A copy without MLX objects, which may leave the device thread."""
     arrays, values = {}, {}
-    for name, leaf in payload.leaves().items():
+    for name, leaf in snapshot.leaves().items():
         if isinstance(leaf, mx.array):
             dtype = _DTYPES[leaf.dtype]
             plain = leaf.view(mx.uint16) if leaf.dtype == mx.bfloat16 else leaf
@@ -146,11 +259,11 @@ def _file_of(stored: Stored, payload: Kept) -> File:
             arrays[name] = Array(dtype, tuple(leaf.shape), data)
         else:
             values[name] = leaf
-    return File(stored, arrays, {"start": payload.start, "leaves": values})
+    return File(stored, arrays, {"start": snapshot.start, "leaves": values})
 
 
-def _kept_of(file: File) -> Kept | None:
-    """A payload out of its file, or None where that makes no sense."""
+def _snapshot_of(file: File) -> CacheSnapshot | None:
+    """The inverse; None for a file that holds something else."""
     dtypes = {name: dtype for dtype, name in _DTYPES.items()}
     try:
         leaves = dict(file.values["leaves"])
@@ -159,6 +272,6 @@ def _kept_of(file: File) -> Kept | None:
             word = np.uint16 if dtype == mx.bfloat16 else np.dtype(str(dtype).split(".")[-1])
             plain = mx.array(np.frombuffer(array.data, word).reshape(array.shape))
             leaves[name] = plain.view(dtype) if dtype == mx.bfloat16 else plain
-        return Kept.of_leaves(int(file.values["start"]), leaves)
+        return CacheSnapshot.of_leaves(int(file.values["start"]), leaves)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
         return None

@@ -199,7 +199,7 @@ def test_a_decode_that_raises_costs_its_step_and_who_waits_is_served(
             await streamed.open_stream("ABCDE", max_tokens=3000)
             await until_it_talks(streamed)
             await whole.send(chat_request("FGHIJ", max_tokens=3000))
-            await until(lambda: len(device.runner._ids) == 2, "two rows")
+            await until(lambda: len(device.runner._batch.ids) == 2, "two rows")
             if place == "decode":
                 device.network.faults["decode"] = error
             else:
@@ -207,7 +207,7 @@ def test_a_decode_that_raises_costs_its_step_and_who_waits_is_served(
                 def raising(*_: Any) -> Any:
                     raise error
 
-                device.runner._sampler = raising  # until the reset brings a new one
+                device.runner._batch._sampler = raising  # until the reset brings a new one
             assert_ends_with_an_error(await streamed.rest(), type(error).__name__)
             answer = await whole.answer()
             assert answer.status == 500
@@ -237,7 +237,7 @@ def test_an_embedding_that_raises_costs_its_own_request(
             assert answer.status == 500
             assert answer.error["code"] == "model_error"
             assert type(error).__name__ in answer.error["message"]
-            assert device.runner._embedding == {}, "nothing is kept of it"
+            assert device.runner._embedder.unfinished == {}, "nothing is kept of it"
             assert (await running.rest())[-2].json["choices"][0]["finish_reason"] == "length"
             assert (await other.post("/v1/embeddings", {"input": "ABC"})).status == 200
 
@@ -299,7 +299,7 @@ def test_a_matcher_that_raises_costs_its_own_sequence(place: str, error: BaseExc
     assert len(run.tokens(2)) in (num_told, num_told + 1)
     for sequence in (free, matched):
         assert run.tokens(sequence.id) == judge("qwen3", sequence)
-    assert runner._matchers == {}
+    assert runner._batch.matchers == {}
 
 
 # --- the tokenizer, the parser of tools, the sink -----------------------------------------------

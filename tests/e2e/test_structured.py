@@ -138,7 +138,7 @@ def run(
         log.setdefault(tick, []).append(command)
     policy = Policy(max_rows=max_rows, memory=memory or Memory())
     found = drive(Scheduler(policy), runner, log)
-    assert runner._matchers == {}, "nobody is left, and some matcher is"
+    assert runner._batch.matchers == {}, "nobody is left, and some matcher is"
     return found
 
 
@@ -545,9 +545,9 @@ def test_a_reset_forgets_all_matchers():
         if launched is not None and outcome is not None:
             scheduler.complete(launched.step, outcome)
         launched = new
-    assert runner._matchers
+    assert runner._batch.matchers
     runner.reset()
-    assert runner._matchers == {}
+    assert runner._batch.matchers == {}
 
 
 # --- over HTTP, with the demo model -------------------------------------------------------------
@@ -816,4 +816,4 @@ def matchers_of(server: mlxlite.Server) -> dict[int, Any]:
     assert server.service.ready is not None
     runner = server.service.ready.engine._runner
     assert isinstance(runner, ModelRunner)
-    return runner._matchers
+    return runner._batch.matchers

@@ -101,7 +101,7 @@ def test_an_input_in_parts_equals_the_whole(
         part = Part(1, at + size == len(tokens))
         vectors = runner.embed([tokens[at : at + size]], is_mean=is_mean, part=part)
         at += size
-        assert (1 in runner._embedding) is not part.is_last
+        assert (1 in runner._embedder.unfinished) is not part.is_last
     assert np.allclose(vectors[0], whole, atol=1e-4)
 
 
@@ -110,16 +110,16 @@ def test_inputs_in_parts_do_not_mix_and_can_be_dropped(tiny: nn.Module) -> None:
     inputs = {1: text_tokens(90, 1), 2: text_tokens(90, 2)}
     for id, tokens in inputs.items():
         assert runner.embed([tokens[:50]], is_mean=True, part=Part(id, False)) == []
-    assert runner._embedding.keys() == {1, 2}
+    assert runner._embedder.unfinished.keys() == {1, 2}
     runner.drop_embedding(1)
     runner.drop_embedding(1)
     runner.drop_embedding(7)
-    assert runner._embedding.keys() == {2}
+    assert runner._embedder.unfinished.keys() == {2}
     (vector,) = runner.embed([inputs[2][50:]], is_mean=True, part=Part(2, True))
     assert np.allclose(vector, pooled(tiny, inputs[2], is_mean=True), atol=1e-4)
     runner.embed([inputs[1][:50]], is_mean=True, part=Part(3, False))
     runner.reset()
-    assert runner._embedding == {}
+    assert runner._embedder.unfinished == {}
 
 
 def test_a_model_without_accessible_states_has_no_embeddings() -> None:
@@ -170,7 +170,7 @@ def test_a_long_input_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
                 monkeypatch.setattr(embeddings_module, "EMBED_TOKENS", 10_000)
                 whole = await vectors(server, inputs, pooling=pooling)
                 assert np.allclose(in_parts, whole, atol=1e-4)
-            assert runner._embedding == {}
+            assert runner._embedder.unfinished == {}
 
     test()
 
@@ -190,7 +190,7 @@ def test_a_disconnect_in_the_middle_of_an_input_leaves_no_state(
 
             def counting(*args: Any, **kwargs: Any) -> list[list[float]]:
                 found = embed(*args, **kwargs)
-                half_done.append(len(runner._embedding))
+                half_done.append(len(runner._embedder.unfinished))
                 return found
 
             monkeypatch.setattr(runner, "embed", counting)
@@ -201,7 +201,7 @@ def test_a_disconnect_in_the_middle_of_an_input_leaves_no_state(
             )
             assert found is None
             assert half_done == [1, 1]
-            assert runner._embedding == {}
+            assert runner._embedder.unfinished == {}
 
     test()
 

@@ -33,8 +33,9 @@ from mlxlite.engine.step import Add, ClearCache, Command, Finished, Token, Unsto
 from mlxlite.prefix_cache import disk
 from mlxlite.prefix_cache.disk import Array, File, Store, _locked, decode, encode
 from mlxlite.prefix_cache.operations import CacheStats, Stored
-from mlxlite.runner.kv_cache import Cache, KVBits
+from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
+from mlxlite.runner.prefill import Prefills, Row
 from tests.e2e.test_command_line import ask, chat, free_port, running
 from tests.prefix_cache.test_texts import BLOCK, PLENTY, cacheable, some_tokens
 from tests.runner.test_model_runner import MODELS, build, build_wide, generate
@@ -259,15 +260,15 @@ def test_bfloat16_caches_are_restored_from_disk_to_the_bit(kind: str, tmp_path: 
     again = Life(network, tmp_path)
     assert [again.ask(prompt, 6, heads) for prompt, heads in asked] == warm
     assert again.stats.num_from_disk > 0
-    for id, kept in again.runner._payloads.kept.items():
+    for id, kept in again.runner._snapshots.by_id.items():
         for name, leaf in kept.leaves().items():
-            other = first.runner._payloads.kept[id].leaves()[name]
+            other = first.runner._snapshots.by_id[id].leaves()[name]
             if isinstance(leaf, mx.array):
                 assert leaf.dtype == other.dtype
                 assert leaf.tolist() == other.tolist(), name
             else:
                 assert leaf == other
-    arrays = [a for kept in again.runner._payloads.kept.values() for a in kept.arrays()]
+    arrays = [a for kept in again.runner._snapshots.by_id.values() for a in kept.arrays()]
     assert mx.bfloat16 in {array.dtype for array in arrays}
 
 
@@ -409,7 +410,7 @@ def test_the_prefix_of_a_corrupted_file_is_computed_again(
 def test_prefixes_of_files_that_vanish_or_break_at_run_time_are_computed_again(
     kind: str, num_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mlxlite.runner.model_runner._ANEW_TOKENS", num_at_once)
+    monkeypatch.setattr("mlxlite.runner.prefill.RECOMPUTED_TOKENS", num_at_once)
     num_anew = watch_anew(monkeypatch)
     start = lives(kind, tmp_path)
     asked = talk(start())
@@ -423,7 +424,7 @@ def test_prefixes_of_files_that_vanish_or_break_at_run_time_are_computed_again(
     again = start()
     shutil.rmtree(again.directory)
     for prompt, heads in asked:
-        again.runner._payloads.kept.clear()
+        again.runner._snapshots.by_id.clear()
         again.directory.mkdir(exist_ok=True)
         again.ask(prompt, 6, heads)
     assert num_anew
@@ -433,22 +434,22 @@ def test_prefixes_of_files_that_vanish_or_break_at_run_time_are_computed_again(
 def watch_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Record the tokens of each pass over a lost prefix."""
     found: list[int] = []
-    resume = ModelRunner._resume
+    recompute = Prefills._recompute
 
-    def watched(runner: ModelRunner, cache: Cache, *args: Any) -> None:
-        network = runner._model
+    def watched(prefills: Prefills, row: Row) -> None:
+        network = prefills._model
 
         def noted(tokens: mx.array, **more: Any) -> mx.array:
             found.append(tokens.shape[1])
             return network(tokens, **more)
 
-        runner._model = noted
+        prefills._model = noted
         try:
-            resume(runner, cache, *args)
+            recompute(prefills, row)
         finally:
-            runner._model = network
+            prefills._model = network
 
-    monkeypatch.setattr(ModelRunner, "_resume", watched)
+    monkeypatch.setattr(Prefills, "_recompute", watched)
     return found
 
 

@@ -28,8 +28,9 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Sequence
 from mlxlite.engine.step import Add, Admission, Chunk, Command, Finish, Runner, Step, Token
-from mlxlite.runner.kv_cache import KVBits, merge
+from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
+from mlxlite.runner.row_batch import merge
 
 VOCABULARY = 97
 
@@ -591,7 +592,7 @@ def test_a_sequence_whose_cache_cannot_be_made_costs_nobody_else_anything(
     monkeypatch: pytest.MonkeyPatch,
 ):
     scheduler, runner = Scheduler(Policy(max_rows=8)), ModelRunner(build("qwen3"))
-    made, new_cache = 0, runner._new_cache
+    made, new_cache = 0, runner._prefills._new_cache
 
     def second_fails() -> Any:
         nonlocal made
@@ -600,7 +601,7 @@ def test_a_sequence_whose_cache_cannot_be_made_costs_nobody_else_anything(
             raise MemoryError("no room for a cache")
         return new_cache()
 
-    monkeypatch.setattr(runner, "_new_cache", second_fails)
+    monkeypatch.setattr(runner._prefills, "_new_cache", second_fails)
     sequences = [make_sequence(i, n) for i, n in enumerate((5, 22, 60), start=1)]
     run = drive(scheduler, runner, {0: [Add(s) for s in sequences]})
     (end,) = run.ends(2)

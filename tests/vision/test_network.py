@@ -332,7 +332,7 @@ def test_a_lost_prefix_is_computed_again(checkpoint: Checkpoint):
     server = checkpoint.server()
     turns = [*ONE, ["A thing."], ["And?"]]
     server.ask(checkpoint.prompt(*ONE))
-    server.runner._payloads.kept.clear()
+    server.runner._snapshots.by_id.clear()
     server.network.forget()
     assert server.ask(checkpoint.prompt(*turns)) == checkpoint.expected(*turns)
     assert server.network.num_encoded == 2
