@@ -55,8 +55,8 @@ class PaddedKV(BatchKVCache):
         self._right_pads = right_padding or []
 
     def finalize(self) -> None:
-        """After that pass. The rows are not rolled to the right, as mlx-lm's are: that copies all
-        of them number by number, and they can only be extracted now.
+        """After that pass. The rows are not rolled to the right, as mlx-lm's are: that copies
+        them element by element, and extraction is all that may follow.
         """
 
     def filter(self, batch_indices: mx.array) -> None:
@@ -89,10 +89,10 @@ class PaddedKV(BatchKVCache):
         return batch
 
     def extend(self, *others: "PaddedKV") -> None:
-        """Append rows, in new arrays with room for the next token: each number is copied once.
+        """Append rows, in new arrays with room for the next token: each element is copied once.
 
-        mlx-lm's own pads both sides, puts them together and copies all again for that token, which
-        all rows wait for when a long prompt joins them.
+        mlx-lm's own pads both sides, concatenates them and copies all again for that token: a
+        pause of all rows when a long prompt joins them.
         """
         batches = (self, *others)
         longest = max(batch._idx for batch in batches)
@@ -167,7 +167,7 @@ class PaddedQuantizedKV(PaddedKV):
 def _right_justified(batches: SequenceOf[PaddedKV], parts: list[Any], longest: int) -> Any:
     """All rows' keys or values, ending at `longest`, with room behind it; None where there is none.
 
-    Arrays, or the triples of mx.quantize. Zeros are before them, as mlx-lm has it.
+    Arrays, or the triples of mx.quantize. The padding is zeros, as in mlx-lm.
     """
     stops = list(accumulate(len(batch._pads) for batch in batches))
     size = longest + PaddedKV.step  # rows a power of two apart would share a CPU's cache lines
