@@ -33,7 +33,7 @@ from bench.measurements.throughput import mixed, neighbours, seedcases, steps, t
 from bench.models import SIZES, Writer, save_checkpoint, save_endless
 from bench.peers import MLX_LM, PEERS, usable
 from bench.report import Table
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.models.locate import locate
 
 _ALL: Sequence[Callable[[Bench], Awaitable[Table]]] = (
@@ -101,12 +101,12 @@ async def measure(args: argparse.Namespace, output: Output) -> dict[str, Any]:
     fields = {"command": f"`{command}`"} | report.header() | {"pairs": str(scale.num_pairs)}
     output.say("## mlxlite bench\n\n" + _list(fields))
     models: dict[str, list[dict[str, Any]]] = {}
-    lane = Lane()
+    device_thread = DeviceThread()
     for name in scale.models:
         with tempfile.TemporaryDirectory(prefix="mlxlite-bench-") as scratch:
-            path = await _model(lane, name, Path(scratch))
+            path = await _model(device_thread, name, Path(scratch))
             output.say(f"## Model: {path.name}\n")
-            inprocess = await InProcess.open(lane, path)
+            inprocess = await InProcess.open(device_thread, path)
             bench = await _bench(args, scale, path, inprocess, output)
             models[path.name] = [await _section(bench, s, output) for s in scale.sections]
             await inprocess.close()
@@ -125,10 +125,10 @@ def _list(fields: Mapping[str, str]) -> str:
     return "".join(f"- {key}: {value}\n" for key, value in fields.items())
 
 
-async def _model(lane: Lane, name: str, scratch: Path) -> Path:
+async def _model(device_thread: DeviceThread, name: str, scratch: Path) -> Path:
     """A checkpoint that any server can load: random, or an endless copy of a real one."""
     if name in SIZES:
-        await lane.run(save_checkpoint, scratch / name, name)
+        await device_thread.run(save_checkpoint, scratch / name, name)
         return scratch / name
     found = locate(None if name == DEMO else name)
     save_endless(found, scratch / found.name)

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_tokenizer
 from bench.plan import Feed, Plan, Trace
 from bench.serve_plain import use_plain_kernels
 from mlxlite.config.options import Config
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.engine import Engine
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
@@ -35,17 +35,19 @@ MAX_ROWS = 16
 class InProcess:
     """A loaded model, and the arms over it. Make it with `open`."""
 
-    def __init__(self, lane: Lane, network: Any, model: LoadedModel, runner: ModelRunner) -> None:
-        self._lane, self._network = lane, network
+    def __init__(
+        self, device_thread: DeviceThread, network: Any, model: LoadedModel, runner: ModelRunner
+    ) -> None:
+        self._device_thread, self._network = device_thread, network
         self.model = model
         scheduler = Scheduler(Policy(max_rows=MAX_ROWS))
         log = Metrics(model_name="bench", version="", start_time_s=0.0)  # a part of its cost
-        self._engine = Engine(scheduler, runner, lane=lane, observer=log)
+        self._engine = Engine(scheduler, runner, device_thread=device_thread, observer=log)
         self._num_sequences = 0
         self._task = asyncio.get_running_loop().create_task(self._engine.run())
 
     @classmethod
-    async def open(cls, lane: Lane, path: Path) -> "InProcess":
+    async def open(cls, device_thread: DeviceThread, path: Path) -> "InProcess":
         """Raises mlxlite.sequence.LoadError."""
 
         def make() -> tuple[Any, LoadedModel, ModelRunner]:
@@ -55,7 +57,7 @@ class InProcess:
             runner.warm_up()
             return network, model, runner
 
-        return cls(lane, *await lane.run(make))
+        return cls(device_thread, *await device_thread.run(make))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -78,11 +80,11 @@ class InProcess:
                         feed.token(id, perf_counter())
             return feed.trace()
 
-        return await self._lane.run(run)
+        return await self._device_thread.run(run)
 
     async def batch_generator(self, plan: Plan) -> Trace:
         """mlx-lm's continuous batching: the bound of a server on mlx-lm's kernels."""
-        return await self._lane.run(_batch_generator, self._network, plan)
+        return await self._device_thread.run(_batch_generator, self._network, plan)
 
     async def engine(self, plan: Plan) -> Trace:
         """Our engine: scheduler, runner and text, without HTTP."""

@@ -19,7 +19,7 @@ class Request:
 
     `at_s`: the earliest time of sending, after the run's beginning; an open loop is clients with
     one request each. `is_next_turn`: the client's earlier messages and their answers precede it.
-    After `leave_after_s`, or so many tokens, the client disconnects and sends no more requests.
+    After `leave_after_s`, or `leave_after_tokens`, the client disconnects and sends no more.
     """
 
     text: str

@@ -52,7 +52,7 @@ def trace_of(error: BaseException) -> str:
     return "\n".join(lines)
 
 
-def bearable(error: BaseException) -> Exception:
+def as_exception(error: BaseException) -> Exception:
     """Wraps StopIteration and non-Exceptions (a Rust panic), which asyncio futures reject."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error

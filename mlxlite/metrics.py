@@ -182,7 +182,7 @@ class Metrics:
         self.num_output = add("vllm:request_generation_tokens", "Of an ended sequence.", tokens)
         self.step_tokens = add("vllm:iteration_tokens_total", "Tokens in a step.", ITERATION_TOKENS)
         step_s = add("mlxlite:step_seconds", "Parts of a tick.", STEP_S, "phase")
-        self.schedule_s, self.lane_s = step_s.labels("schedule"), step_s.labels("lane")
+        self.schedule_s, self.device_thread_s = step_s.labels("schedule"), step_s.labels("lane")
         self.deliver_s, self.build_s = step_s.labels("deliver"), step_s.labels("build")
         self.dispatch_s, self.wait_s = step_s.labels("dispatch"), step_s.labels("wait")
         self.batch_rows = add("mlxlite:batch_rows", "Rows of a step that decodes.", BATCH_ROWS)
@@ -233,12 +233,12 @@ class Metrics:
         num_rows: int,
         num_prefill_tokens: int,
         schedule_s: float,
-        lane_s: float,
+        device_thread_s: float,
         deliver_s: float,
     ) -> None:
         """One tick. A step that only releases or admits rows is timed, but is no batch."""
         self.schedule_s.observe(schedule_s)
-        self.lane_s.observe(lane_s)
+        self.device_thread_s.observe(device_thread_s)
         self.deliver_s.observe(deliver_s)
         if num_rows + num_prefill_tokens:
             self.num_decodes.number += 1
@@ -246,7 +246,7 @@ class Metrics:
         if num_rows:
             self.batch_rows.observe(num_rows)
 
-    def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
+    def device(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
         """The device thread's time for one step: its graph, its dispatch, the wait for tokens."""
         self.build_s.observe(build_s)
         self.dispatch_s.observe(dispatch_s)

@@ -20,7 +20,7 @@ from mlxlite.api.endpoints import ENDPOINTS
 from mlxlite.api.service import ModelCard, Phase, Ready, Service
 from mlxlite.config.flags import ConfigError
 from mlxlite.config.options import Config
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.engine import Engine, EngineOptions
 from mlxlite.engine.memory import prefix_bytes
 from mlxlite.engine.scheduler import Policy, Scheduler
@@ -106,7 +106,7 @@ class Server:
         self.config = config
         self._load = load
         self._loaded: asyncio.Future[None] | None = None
-        self._device_thread: Lane | None = None
+        self._device_thread: DeviceThread | None = None
         self.metrics = Metrics(
             model_name=config.served_id,
             version=__version__,
@@ -132,7 +132,7 @@ class Server:
         address = Address(config.host, config.port, config.uds, int(config.uds_mode, 8), sock)
         await self.listener.start(address, _tls(config))
         self.service.phase = Phase.LOADING
-        self._device_thread = Lane()
+        self._device_thread = DeviceThread()
         self.service.start_threads()
         self._loaded = asyncio.get_running_loop().create_future()
         self.service.spawn(self._live(), self._failed)
@@ -155,7 +155,7 @@ class Server:
         self._loaded.set_result(None)
         await ready.engine.run()
 
-    def _assemble(self, model: Model, runner: Runner, device_thread: Lane) -> Ready:
+    def _assemble(self, model: Model, runner: Runner, device_thread: DeviceThread) -> Ready:
         """The engine around a loaded model. Raises LoadError when no sequence would fit."""
         context_size = runner.memory.max_tokens(model.context_size)
         if context_size < min(MIN_CONTEXT, model.context_size):
@@ -166,7 +166,7 @@ class Server:
         engine = Engine(
             scheduler,
             runner,
-            lane=device_thread,
+            device_thread=device_thread,
             observer=self.metrics,
             options=_engine_options(self.config),
         )

@@ -39,7 +39,7 @@ def used_metrics() -> Metrics:
     metrics.first_token(0.3)
     metrics.first_token(0.7)
     metrics.step(0, 128, 0.001, 0.2, 0.002)
-    metrics.lane(0.003, 0.1, 0.05)
+    metrics.device(0.003, 0.1, 0.05)
     metrics.step(2, 0, 0.001, 0.02, 0.002)
     metrics.step(1, 7, 0.001, 0.02, 0.002)
     metrics.step(0, 0, 0.001, 0.0, 0.0)
@@ -221,7 +221,7 @@ def test_promtool_accepts_every_line() -> None:
 
 
 @pytest.mark.parametrize("text", ['"', "\\", "\n", '\\"\n\\n', "模型", 'a{b="c"} 1', ""])
-def test_label_values_come_back_as_they_were(text: str) -> None:
+def test_label_values_survive_rendering_and_parsing(text: str) -> None:
     metrics = new_metrics(model_name=text)
     family = parse(metrics.render_prometheus())["vllm:num_requests_running"]
     assert list(family.samples) == [(family.name, (("model_name", text), ("engine", "0")))]
@@ -260,18 +260,18 @@ def test_the_order_of_label_sets_is_not_that_of_the_calls() -> None:
 
 
 @pytest.mark.parametrize("bounds", [(), (2, 1), (1, 1), (1, math.inf), (math.nan, 1)])
-def test_bad_bounds_are_our_bug(bounds: tuple[float, ...]) -> None:
+def test_bad_bounds_are_an_assertion_error(bounds: tuple[float, ...]) -> None:
     with pytest.raises(AssertionError):
         Instrument("histogram", "", bounds)
 
 
 @pytest.mark.parametrize("kind", ["counter", "gauge"])
-def test_bounds_of_what_is_no_histogram_are_our_bug(kind: Kind) -> None:
+def test_bounds_without_a_histogram_are_an_assertion_error(kind: Kind) -> None:
     with pytest.raises(AssertionError):
         Instrument(kind, "", (1,))
 
 
-def test_the_wrong_number_of_label_values_is_our_bug() -> None:
+def test_the_wrong_number_of_label_values_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         Instrument("counter", "", (), "a", "b").labels("only one")
 
@@ -504,7 +504,7 @@ def test_every_known_route_method_and_status_has_its_own_count() -> None:
 # --- the JSON -----------------------------------------------------------------------------------
 
 
-def test_the_json_has_nine_values_and_they_are_true() -> None:
+def test_the_json_has_nine_values_and_they_are_correct() -> None:
     assert used_metrics().seed_json(max_batch_size=8) == {
         "waiting_requests": 3,
         "running_requests": 2,

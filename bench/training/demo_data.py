@@ -334,7 +334,7 @@ POLISH = {**MIX, "sums": 14, "story": 16, "tool_call": 16}
 
 
 def mix_at(fraction: float) -> dict[str, int]:
-    """The shares of the skills at a fraction of the run: copying comes first, as it is hardest."""
+    """The shares of the skills at a fraction of the run: copying is first, as it is hardest."""
     return COPYING if fraction < 0.12 else MIX if fraction < 0.88 else POLISH
 
 

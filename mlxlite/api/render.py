@@ -97,7 +97,9 @@ def complete(
             raise bad_request(f"'{param}': {error}", param) from error
     if config.enable_prefix_caching and request.cache_prompt:
         scope = _cache_scope(model, tenant, request.cache_salt, config)
-        blocks = blocks_of(prompt.names(), scope, config.kv_block_size, prompt.message_starts)
+        blocks = blocks_of(
+            prompt.cache_tokens(), scope, config.kv_block_size, prompt.message_starts
+        )
     return replace(prompt, grammar=grammar, blocks=blocks)
 
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from mlxlite.api.stored_responses import StoredResponses
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
-from mlxlite.errors import bearable, trace_of
+from mlxlite.errors import as_exception, trace_of
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, retry_later, truncate
 from mlxlite.metrics import Metrics
@@ -167,6 +167,6 @@ def _call(work: Callable[..., T], *args: Any) -> T:
     try:
         return work(*args)
     except BaseException as error:
-        if (bare := bearable(error)) is error:
+        if (bare := as_exception(error)) is error:
             raise
         raise bare from error

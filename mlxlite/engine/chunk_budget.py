@@ -30,7 +30,7 @@ class ChunkTuner:
 
     def measure(self, step: Step, device_s: float) -> int | None:
         """Add one step's time; the new chunk budget in tokens, or None for no change."""
-        if device_s <= 0.0 or step.looks:  # an image's time is not a token's
+        if device_s <= 0.0 or step.images:  # an image's time is not a token's
             return None
         if not step.num_prefill_tokens:
             if step.rows:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from mlxlite.errors import bearable
+from mlxlite.errors import as_exception
 
 T = TypeVar("T")
 
 
-class Lane:
+class DeviceThread:
     """One thread that runs calls in order. A daemon: a device that hangs cannot block the exit."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Lane:
             except BaseException as error:  # of any kind: the awaiting task gets it
                 # Its frames hold arrays of the failed call, which must be dropped on this thread.
                 traceback.clear_frames(error.__traceback__)
-                deliver = _Failure(future, bearable(error))
+                deliver = _Failure(future, as_exception(error))
             else:
                 deliver = _Success(future, result)
             with contextlib.suppress(RuntimeError):  # the loop is closed: no task awaits it

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.step import Part, Runner
 
 EMBED_TOKENS = 512  # in one call, for which running streams wait
@@ -18,8 +18,8 @@ EMBED_TOKENS = 512  # in one call, for which running streams wait
 class Embedder:
     """Embeds on one device thread. Its method belongs to the loop thread."""
 
-    def __init__(self, lane: Lane, runner: Runner) -> None:
-        self._lane = lane
+    def __init__(self, device_thread: DeviceThread, runner: Runner) -> None:
+        self._device_thread = device_thread
         self._runner = runner
         self._num_embedded = 0  # calls, for ids
         self._embedding = asyncio.Lock()  # one call at a time
@@ -61,14 +61,14 @@ class Embedder:
         found: list[list[float]] = []
         for start in range(0, len(tokens) if is_long else 1, EMBED_TOKENS):
             if not is_wanted():
-                await self._lane.run(self._runner.drop_embedding, self._num_embedded)
+                await self._device_thread.run(self._runner.drop_embedding, self._num_embedded)
                 return None
             part = None
             if is_long:
                 batch = [tokens[start : start + EMBED_TOKENS]]
                 part = Part(self._num_embedded, start + EMBED_TOKENS >= len(tokens))
             call = partial(self._runner.embed, batch, is_mean=is_mean, part=part)
-            found = await self._lane.run(call)
+            found = await self._device_thread.run(call)
         return found
 
 

@@ -1,8 +1,8 @@
-"""The tick: commands in, a step to the lane, the last step's tokens out to the sinks.
+"""The tick: commands in, a step to the device thread, the last step's tokens out to the sinks.
 
-One task on the event loop drives the scheduler; one thread, the lane, runs all code that touches
-MLX. A tick crosses to the lane once: the runner dispatches the next step and then waits for the one
-before it, so the device computes while Python publishes (one step of lookahead).
+One task on the event loop drives the scheduler; one thread, the device thread, runs all code that
+touches MLX. A tick crosses to the device thread once: the runner dispatches the next step and then
+waits for the one before it, so the device computes while Python publishes (one step of lookahead).
 
 The engine does not decide which sequences run (the scheduler does) and handles no text (the sinks
 do). It must never block the loop, and never lose a sequence: every sink is called with exactly one
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from mlxlite.engine.chunk_budget import ChunkTuner
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.embeddings import Embedder
 from mlxlite.engine.live_sequences import LiveSequences, Observer
 from mlxlite.engine.scheduler import Scheduler
@@ -31,12 +31,12 @@ from mlxlite.engine.step import (
     Event,
     Launched,
     Load,
-    Lost,
     Outcome,
     Runner,
     SetChunkBudget,
     Sink,
     Step,
+    StepFailed,
 )
 from mlxlite.errors import summary_of
 from mlxlite.prefix_cache.operations import CacheStats
@@ -73,24 +73,24 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         *,
-        lane: Lane,
+        device_thread: DeviceThread,
         observer: Observer,
         options: EngineOptions | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
-        self._lane = lane
+        self._device_thread = device_thread
         self._observer = observer
         self._options = options or EngineOptions()
         self._commands: deque[Command] = deque()
         self._live = LiveSequences(observer, self._command)
         self._wake = asyncio.Event()
-        self.rests = asyncio.Event()  # set at each idle tick; its users clear it
+        self.idle = asyncio.Event()  # set at each idle tick; its users clear it
         self._loop = asyncio.get_running_loop()
-        self.embedder = Embedder(lane, runner)
+        self.embedder = Embedder(device_thread, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
         self._gather_since: float | None = None
-        self._lane_since: float | None = None  # when the current step was submitted
+        self._busy_since: float | None = None  # when the current step was submitted
         self.failure: str | None = None  # the reason of a permanent stop
 
     def __repr__(self) -> str:
@@ -172,11 +172,11 @@ class Engine:
         for id in self._live.overdue(now - limit_s):
             self._live.fail(id, f"the request took longer than {limit_s:g} s", now)
 
-    def trouble(self, now: float) -> str | None:
+    def unhealthy_reason(self, now: float) -> str | None:
         """The reason for an outage, a failed engine or a stuck lane; None if there is none."""
-        if self.failure is not None or self._lane_since is None:
+        if self.failure is not None or self._busy_since is None:
             return self.failure
-        since_s = now - self._lane_since
+        since_s = now - self._busy_since
         is_stuck = since_s > self._options.stuck_s
         return f"the model has not answered for {since_s:.0f} s" if is_stuck else None
 
@@ -190,10 +190,10 @@ class Engine:
         """Tick until cancelled. Each line's place is part of the design:
 
         1. commands before the step, so that a cancel or an arrival is in the very next one;
-        2. the step to the lane before tokens to the sinks: their bytes leave while the device
-           computes, and it never waits for them. A stop string therefore overshoots by two rows; an
-           end-of-sequence token, which the scheduler sees at once, by one;
-        3. the wait last; the lane has by then dispatched the step and waits for the one before.
+        2. the step to the device thread before tokens to the sinks: their bytes leave while the
+           device computes, and it never waits for them. A stop string therefore overshoots by two
+           rows; an end-of-sequence token, which the scheduler sees at once, by one;
+        3. the wait last: the device thread has dispatched the step and waits for the one before.
         """
         in_flight: Launched | None = None
         events: list[Event] = []
@@ -208,8 +208,8 @@ class Engine:
                     await self._idle()
                 continue
             self._note_admitted(step, started_at)
-            self._lane_since = scheduled_at = perf_counter()
-            call = self._lane.submit(self._runner.advance, step, in_flight)
+            self._busy_since = scheduled_at = perf_counter()
+            call = self._device_thread.submit(self._runner.advance, step, in_flight)
             self._live.publish(events, started_at)
             events = []
             published_at = perf_counter()
@@ -219,10 +219,10 @@ class Engine:
                 in_flight = None
                 await self._lose_step(error)
                 continue
-            self._lane_since = None
+            self._busy_since = None
             if in_flight is not None and outcome is not None:
                 events = self._complete(in_flight.step, outcome)
-                self._observer.lane(outcome.build_s, outcome.dispatch_s, outcome.wait_s)
+                self._observer.device(outcome.build_s, outcome.dispatch_s, outcome.wait_s)
                 self._observe(in_flight.step, started_at, scheduled_at, published_at)
             in_flight = launched
 
@@ -239,7 +239,7 @@ class Engine:
         self._wake.clear()
         if not self._scheduler.is_gathering:
             self._gather_since = None
-            self.rests.set()
+            self.idle.set()
             await self._wake.wait()
             return
         self._gather_since = self._gather_since or perf_counter()
@@ -261,10 +261,10 @@ class Engine:
     async def _lose_step(self, error: Exception) -> None:
         """A step failed: end the running sequences, keep the waiting ones, reset the runner."""
         log.exception("a step failed; its sequences end with an error", exc_info=error)
-        self._lane_since = None
-        self._command(Lost(f"the model failed: {summary_of(error)}"))
+        self._busy_since = None
+        self._command(StepFailed(f"the model failed: {summary_of(error)}"))
         try:
-            await self._lane.run(self._runner.reset)
+            await self._device_thread.run(self._runner.reset)
         except Exception as reset_error:  # the runner's state is unknown now
             self.failure = f"the model failed and could not be reset: {summary_of(reset_error)}"
             log.exception("%s", self.failure, exc_info=reset_error)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 from mlxlite.engine.request_state import RequestState
-from mlxlite.engine.step import Chunk, Look
+from mlxlite.engine.step import Chunk, EncodeImage
 
 # The shortest prompt goes first, but none is passed over in more steps than this.
 MAX_DEFERRALS = 8
@@ -31,18 +31,18 @@ def prefill_order(states: Iterable[RequestState]) -> list[RequestState]:
 
 def share(
     states: SequenceOf[RequestState], budget: int, *, has_rows: bool
-) -> tuple[list[Look], list[Chunk]]:
+) -> tuple[list[EncodeImage], list[Chunk]]:
     """The images and chunks of the next step for `states`, in their order; counted as computed.
 
     `budget` is in tokens; `has_rows` if other requests decode in the step.
     """
-    images: list[Look] = []
+    images: list[EncodeImage] = []
     chunks: list[Chunk] = []
     most, most_last = budget, max(1, budget // 4) if has_rows else budget
     for state in states:
         num_images = len(images)
         while state.needs_encoding and not (has_rows and (images or chunks)):
-            images.append(Look(state.id, state.num_encoded))
+            images.append(EncodeImage(state.id, state.num_encoded))
             state.num_encoded += 1
         if has_rows and images:
             budget = 0

@@ -34,7 +34,7 @@ class PrefixSharing:
 
     def admission(self, state: RequestState) -> Admission:
         """Look up the cached prefix of an admitted request; call after preemption is final."""
-        hit, blocks, least = Hit(), state.blocks(), state.sequence.prompt.unbroken
+        hit, blocks, least = Hit(), state.blocks(), state.sequence.prompt.min_first_chunk
         if blocks is not None:
             hit = self._cache.enter(blocks, state.num_tokens - 1, least)
         state.resume(hit.num_tokens)
@@ -54,7 +54,7 @@ class PrefixSharing:
                 return True
             state.waits_for = None
         hit = self._cache.match(blocks, state.num_tokens - 1)
-        if hit.num_tokens < state.sequence.prompt.unbroken:
+        if hit.num_tokens < state.sequence.prompt.min_first_chunk:
             hit = Hit()  # the rest of its first chunk could not be computed alone
         if hit.missing and self._cache.fetch(hit.missing):
             return True
@@ -80,4 +80,4 @@ def _num_sharable(state: RequestState, blocks: Blocks, other: RequestState) -> i
         return 0
     most = (min(state.num_tokens, other.num_tokens) - 1) // blocks.size * blocks.size
     common = min(num_common(blocks, others.blocks), most)
-    return common if common >= max(own.unbroken, others.unbroken) else 0
+    return common if common >= max(own.min_first_chunk, others.min_first_chunk) else 0

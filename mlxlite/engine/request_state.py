@@ -71,7 +71,9 @@ class RequestState:
         prompt = self.sequence.prompt
         if self.num_encoded == len(prompt.images):
             return False
-        return prompt.images[self.num_encoded].start < max(self.num_computed + 1, prompt.unbroken)
+        return prompt.images[self.num_encoded].start < max(
+            self.num_computed + 1, prompt.min_first_chunk
+        )
 
     @property
     def is_new(self) -> bool:
@@ -82,7 +84,7 @@ class RequestState:
     @property
     def is_long(self) -> bool:
         """Whether it has had a chunk and may be cut anywhere."""
-        return self.num_computed > max(self.start, self.sequence.prompt.unbroken)
+        return self.num_computed > max(self.start, self.sequence.prompt.min_first_chunk)
 
     def blocks(self) -> Blocks | None:
         """The prefix cache's keys of prompt and outputs; None if the cache is not used."""
@@ -98,8 +100,8 @@ class RequestState:
     def num_ready(self, budget: int) -> int:
         """Tokens of the next chunk: up to the budget, the next stop or the next image."""
         prompt = self.sequence.prompt
-        if self.num_computed < prompt.unbroken:
-            return prompt.unbroken - self.num_computed if budget else 0
+        if self.num_computed < prompt.min_first_chunk:
+            return prompt.min_first_chunk - self.num_computed if budget else 0
         ends = [stop for stop in self.stops if stop > self.num_computed]
         ends += [image.start for image in prompt.images[self.num_encoded :]]
         return min(budget, self.num_to_prefill, *(end - self.num_computed for end in ends))

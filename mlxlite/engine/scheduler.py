@@ -35,18 +35,18 @@ from mlxlite.engine.step import (
     ClearCache,
     CloseBatch,
     Command,
+    DiskFailed,
+    EncodeImage,
     Event,
     Fetched,
     Finish,
     Finished,
-    Look,
-    Lost,
     Outcome,
     SetChunkBudget,
     Status,
     Step,
+    StepFailed,
     Token,
-    Unstored,
 )
 from mlxlite.prefix_cache.index import PrefixCache
 from mlxlite.prefix_cache.operations import CacheOp
@@ -154,13 +154,13 @@ class Scheduler:
                     return [self._finish(state, reason, error)]
             case SetChunkBudget(num_tokens):
                 self._chunk_budget = max(1, min(num_tokens, self._policy.chunk_size))
-            case Lost(error):
+            case StepFailed(error):
                 return self._fail_running(error)
             case CloseBatch():
                 self._is_batch_closed = self.is_gathering
             case Fetched(payload):
                 self.prefix.fetched(payload)
-            case Unstored(payload):
+            case DiskFailed(payload):
                 self.prefix.unstored(payload)
             case ClearCache():
                 self.prefix.clear()
@@ -241,7 +241,7 @@ class Scheduler:
             self._preempt(victim)
         return victims is not None
 
-    def _prefill(self) -> tuple[list[Look], list[Chunk]]:
+    def _prefill(self) -> tuple[list[EncodeImage], list[Chunk]]:
         """The images and chunks of this step.
 
         The rows' next tokens wait for a step's chunks, so beside rows these are held to the

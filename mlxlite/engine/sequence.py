@@ -42,7 +42,7 @@ class Prompt:
     `message_starts` are the positions at which its messages begin, where the renderer knows them.
     `starts_in_reasoning`: the prompt ends inside a block of reasoning, which the answer continues.
     `images` are in order of position, none at the last token; `layout` is the network's input about
-    all of them. The first `unbroken` tokens must be prefilled in one chunk.
+    all of them. The first `min_first_chunk` tokens must be prefilled in one chunk.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +50,7 @@ class Prompt:
     message_starts: tuple[int, ...] = ()
     images: tuple[Image, ...] = ()
     layout: Any = field(default=None, repr=False, compare=False)
-    unbroken: int = 0
+    min_first_chunk: int = 0
     starts_in_reasoning: bool = False
     grammar: "Grammar | None" = None  # what the answer must match
 
@@ -58,7 +58,7 @@ class Prompt:
         assert self.tokens, "a prompt has at least one token"
         assert all(image.stop < len(self.tokens) for image in self.images)
 
-    def names(self) -> tuple[int, ...]:
+    def cache_tokens(self) -> tuple[int, ...]:
         """The tokens as the prefix cache's keys see them: those of images replaced by digests.
 
         At an image, words of 31 bits are derived from its digest, with a bit that no token has:

@@ -58,7 +58,7 @@ class SetChunkBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class StepFailed:
     """The device step raised and the runner lost its caches: fail every running sequence."""
 
     error: str
@@ -77,7 +77,7 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
-class Unstored:
+class DiskFailed:
     """A payload of the prefix cache could not be written to disk or read from it."""
 
     payload: int
@@ -88,7 +88,9 @@ class ClearCache:
     """Drop all cached prefixes."""
 
 
-Command = Add | Finish | Lost | SetChunkBudget | CloseBatch | Fetched | Unstored | ClearCache
+Command = (
+    Add | Finish | StepFailed | SetChunkBudget | CloseBatch | Fetched | DiskFailed | ClearCache
+)
 
 
 # --- steps: what one tick launches ------------------------------------------------------------
@@ -112,7 +114,7 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class EncodeImage:
     """Run the vision tower on image number `image` of one admitted sequence."""
 
     id: int
@@ -145,7 +147,7 @@ class Step:
     before: tuple[CacheOp, ...] = ()
     released: tuple[int, ...] = ()
     admitted: tuple[Admission, ...] = ()
-    looks: tuple[Look, ...] = ()
+    images: tuple[EncodeImage, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     after: tuple[CacheOp, ...] = ()
     rows: tuple[int, ...] = ()

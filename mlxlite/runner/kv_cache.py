@@ -11,7 +11,7 @@ Only mlx-lm's public classes are built upon. Every call is made on the device th
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
@@ -186,7 +186,7 @@ class RecurrentState(CacheKind):
         return type(cache) is ArraysCache
 
 
-KINDS = (
+KINDS: Final = (
     FullAttention(),
     QuantizedAttention(),
     WindowAttention(),

@@ -23,12 +23,12 @@ from mlxlite.engine.step import (
     Admission,
     Chunk,
     Command,
+    DiskFailed,
     Fetched,
     Launched,
     Outcome,
     Part,
     Step,
-    Unstored,
 )
 from mlxlite.prefix_cache.disk import Store
 from mlxlite.prefix_cache.operations import Stored
@@ -104,7 +104,7 @@ class ModelRunner:
         if self._store is None:
             return []
         self._store.on_fetched = lambda id: tell(Fetched(id))
-        self._store.on_failed = lambda id: tell(Unstored(id))
+        self._store.on_failed = lambda id: tell(DiskFailed(id))
         return self._store.found()
 
     def warm_up(self) -> None:
@@ -149,7 +149,7 @@ class ModelRunner:
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
         outcome = self._wait(in_flight) if in_flight else None
-        has_more = launched is not None and (launched.step.chunks or launched.step.looks)
+        has_more = launched is not None and (launched.step.chunks or launched.step.images)
         if outcome and launched and has_more and outcome.wait_s < launched.launch_s:
             # A short queue blocks for most of a chunk: the step before ended during this launch.
             outcome = replace(outcome, device_s=0.0)
@@ -164,8 +164,8 @@ class ModelRunner:
         prefills.release(step.released)
         for admission in step.admitted:
             prefills.admit(admission, failed)
-        for look in step.looks:
-            states += prefills.encode(look, failed)
+        for encode in step.images:
+            states += prefills.encode(encode, failed)
         states += prefills.compute(step.chunks, failed)
         states += self._snapshots.execute(step.after, self._take_snapshot)
         rows = step.rows

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from mlxlite.engine.step import Admission, Chunk, Look
+from mlxlite.engine.step import Admission, Chunk, EncodeImage
 from mlxlite.errors import FOREIGN, summary_of
 from mlxlite.runner.kv_cache import Cache, kind_of, layers_of
 from mlxlite.runner.row_batch import merge
@@ -38,7 +38,7 @@ class ImagePrefill(Protocol):
     @property
     def delta(self) -> mx.array | None: ...
 
-    def look(self, index: int) -> list[mx.array]:
+    def encode(self, index: int) -> list[mx.array]:
         """Run the vision tower on one image of the prompt; the arrays that this makes."""
         ...
 
@@ -49,7 +49,7 @@ class ImagePrefill(Protocol):
         """
         ...
 
-    def look_and_window(self, stop: int) -> dict[str, Any]:
+    def encode_and_window(self, stop: int) -> dict[str, Any]:
         """The same for the tokens `[0, stop)`, whose images are encoded first."""
         ...
 
@@ -129,22 +129,22 @@ class Prefills:
     def _recompute(self, row: Row) -> None:
         """Compute a lost prefix after all, text in pieces for its memory's sake; all rows wait."""
         images, num_tokens = row.images, row.num_computed
-        inputs = {} if images is None else images.look_and_window(num_tokens)
+        inputs = {} if images is None else images.encode_and_window(num_tokens)
         size = RECOMPUTED_TOKENS if images is None else num_tokens
         for start in range(0, num_tokens, size):
             tokens = row.tokens[None, start : min(start + size, num_tokens)]
             self._model(mx.array(tokens), cache=row.cache, **inputs)
             mx.eval([layer.state for layer in row.cache])
 
-    def encode(self, look: Look, failed: list[Failure]) -> list[mx.array]:
+    def encode(self, encode: EncodeImage, failed: list[Failure]) -> list[mx.array]:
         """Run the vision tower on one image; the arrays that this makes."""
-        row = self._rows.get(look.id)
+        row = self._rows.get(encode.id)
         if row is None or row.images is None:  # it has failed
             return []
         try:
-            return row.images.look(look.image)
+            return row.images.encode(encode.image)
         except FOREIGN as error:
-            failed.append(self._give_up(look.id, error))
+            failed.append(self._give_up(encode.id, error))
             return []
 
     def compute(self, chunks: SequenceOf[Chunk], failed: list[Failure]) -> list[Any]:

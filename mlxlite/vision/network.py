@@ -260,7 +260,7 @@ class VisionNetwork(nn.Module):
 
 @dataclass(slots=True)
 class ImagePrefill:
-    """The images of one sequence in prefill; `look` precedes the chunks that need an image."""
+    """The images of one sequence in prefill; `encode` precedes the chunks that need an image."""
 
     network: VisionNetwork
     prompt: Prompt
@@ -275,7 +275,7 @@ class ImagePrefill:
                 found = self.network.positions(self.prompt, len(self.tokens))
             self._positions, self.delta = found
 
-    def look(self, index: int) -> list[mx.array]:
+    def encode(self, index: int) -> list[mx.array]:
         """Encode an image of the prompt; return the arrays to evaluate."""
         with _foreign():
             features = self._encoded[index] = self.network.features(self.prompt.images[index])
@@ -295,12 +295,12 @@ class ImagePrefill:
                 del self._encoded[i]
         return inputs
 
-    def look_and_window(self, stop: int) -> dict[str, Any]:
+    def encode_and_window(self, stop: int) -> dict[str, Any]:
         """Encode all images before `stop`: for a prompt whose cached prefix was lost."""
         images = self.prompt.images
         for i in range(len(images)):
             if images[i].start < stop:
-                self.look(i)
+                self.encode(i)
         return self.window(0, stop)
 
     def _embed(self, near: list[int], start: int, stop: int) -> dict[str, Any]:
@@ -321,7 +321,7 @@ class ImagePrefill:
             inputs["visual_pos_masks"] = mx.array(is_image[None])
             layers = zip(*(part.deep for part in wanted), strict=True)
             inputs["deepstack_visual_embeds"] = [mx.concatenate(list(layer)) for layer in layers]
-        if start < self.prompt.unbroken and TOKEN_TYPES in self.prompt.layout:
+        if start < self.prompt.min_first_chunk and TOKEN_TYPES in self.prompt.layout:
             inputs[TOKEN_TYPES] = mx.array(self.prompt.layout[TOKEN_TYPES][:, start:stop])
         return inputs
 
@@ -383,7 +383,7 @@ def make_reader(network: VisionNetwork, processor: Any, lone: str) -> Reader:
     if not network.has_positions and "position_ids" in fields:
         raise VisionError("it counts positions in a way that is not understood")
     prefill = network.begin(prompt, np.array(prompt.tokens, np.uint32))
-    prefill.look(0)
+    prefill.encode(0)
     cache = network.make_cache()
     mx.eval(
         network(mx.array([prompt.tokens]), cache=cache, **prefill.window(0, len(prompt.tokens)))

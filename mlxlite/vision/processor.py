@@ -154,7 +154,7 @@ class Reader:
             tuple(tokens.tolist()),
             images=tuple(placed),
             layout=layout,
-            unbroken=placed[-1].stop if self._is_unbroken else 0,
+            min_first_chunk=placed[-1].stop if self._is_unbroken else 0,
         )
 
     def _pixels(self, images: SequenceOf[ImageInput]) -> list[Any]:

@@ -85,7 +85,7 @@ def test_a_function_of_a_name_alone_takes_an_empty_object():
 
 
 @pytest.mark.parametrize("parameters", [None, {}])
-def test_parameters_that_say_nothing_are_an_empty_object(parameters: Any):
+def test_empty_parameters_are_a_schema_of_an_empty_object(parameters: Any):
     (tool,) = chat(tools=[function(parameters=parameters, description=None, strict=None)]).tools
     assert tool.parameters == {"type": "object", "properties": {}}
 
@@ -281,7 +281,7 @@ def test_function_call_is_the_older_tool_choice():
     assert refusal(functions=functions, function_call={"name": "h"}).param == "function_call"
 
 
-def test_a_null_tool_choice_leaves_function_call_its_say():
+def test_a_null_tool_choice_leaves_function_call_in_effect():
     request = chat(functions=[{"name": "f"}], function_call="none", tool_choice=None)
     assert request.tools == ()
 
@@ -552,7 +552,7 @@ def test_a_stream_folded_is_the_whole_answer(first: int, last: int, reason: Fini
     assert folded(streamed(events, done)) == whole(events, done)
 
 
-def test_an_answer_of_calls_alone_has_no_content_and_says_why_it_ended():
+def test_an_answer_of_calls_alone_has_null_content_and_finish_reason_tool_calls():
     done = Done(FinishReason.STOP, USAGE, num_calls=1)
     answer = whole(GROUPS[5], done)
     assert answer["message"]["content"] is None
@@ -562,7 +562,7 @@ def test_an_answer_of_calls_alone_has_no_content_and_says_why_it_ended():
     ]
 
 
-def test_a_call_that_breaks_is_text_and_in_a_stream_what_has_been_told_of_it():
+def test_an_invalid_call_is_text_and_in_a_stream_the_deltas_sent_so_far():
     broken = [
         TextDelta("a"),
         ToolCallStart("call_0", "f"),
@@ -677,7 +677,7 @@ def test_a_conversation_with_a_tool_takes_two_steps(client: OpenAI, is_stream: b
     assert "21" in (second.choices[0].message.content or "")
 
 
-def test_a_stream_with_a_call_says_what_the_whole_answer_says(client: OpenAI):
+def test_a_stream_with_a_call_equals_the_whole_answer(client: OpenAI):
     one, other = seen(create(client, [QUESTION])), seen(create(client, [QUESTION], stream=True))
     one["content"] = other["content"] = one["content"] or other["content"] or None
     (written,), (streamed,) = one.pop("calls"), other.pop("calls")
@@ -699,7 +699,7 @@ def raw_stream(client: OpenAI, **fields: Any) -> list[Any]:
     return [chunk.choices[0] for chunk in chunks]
 
 
-def test_a_streams_call_is_opened_and_its_arguments_follow_as_they_are_written(client: OpenAI):
+def test_a_streamed_call_opens_and_its_arguments_follow_as_they_are_generated(client: OpenAI):
     deltas = raw_stream(client)
     calls = [choice.delta.tool_calls for choice in deltas if choice.delta.tool_calls]
     (first,), *others = [[call.model_dump(exclude_unset=True) for call in call] for call in calls]
@@ -721,7 +721,7 @@ def test_an_answer_that_is_cut_inside_a_call_is_its_text(client: OpenAI):
     assert cut["content"].startswith("<tool_call>")
 
 
-def test_in_a_stream_arguments_that_are_cut_stay_as_they_are(client: OpenAI):
+def test_streamed_arguments_that_are_cut_stay_a_prefix_of_the_whole(client: OpenAI):
     num_tokens = seen(create(client, [QUESTION]))["tokens"]
     partial = set()
     for num in range(1, num_tokens):
@@ -799,7 +799,7 @@ def test_broken_arguments_in_the_history_are_no_reason_to_refuse(client: OpenAI,
     assert create(client, history(arguments)).choices[0].finish_reason == "stop"
 
 
-def test_reasoning_is_told_apart_and_counted(client: OpenAI):
+def test_reasoning_is_separate_from_the_content_and_counted(client: OpenAI):
     thinks = {"chat_template_kwargs": {"enable_thinking": True}}
     question = [{"role": "user", "content": "What is 2 + 2?"}]
     answer = create(client, question, tools=openai.omit, extra_body=thinks)

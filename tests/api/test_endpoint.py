@@ -148,7 +148,7 @@ def test_a_field_that_is_read_and_not_taken_fails() -> None:
         given.close()
 
 
-def test_a_field_that_only_the_table_knows_fails_the_request_that_gives_it(
+def test_a_field_in_the_table_that_the_parser_does_not_read_fails_its_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trap: in the table, forgotten by the parser."""

@@ -169,7 +169,7 @@ def _json(schema: dict[str, Any]) -> Constraint:
 
 
 def _constrained(field: str, value: Any, found: Constraint) -> list[tuple[Any, Any]]:
-    """A value, and that the answer must match it, as the field says."""
+    """A value, and whether the field constrains the answer to match it."""
     return [(value, (found, field))]
 
 
@@ -528,14 +528,12 @@ def test_a_wrong_value_is_a_400_that_names_the_field(
 
 
 @pytest.mark.parametrize(("name", "value"), PASSING)
-def test_a_value_that_asks_for_nothing_changes_nothing(name: str, value: Any) -> None:
+def test_a_neutral_value_changes_nothing(name: str, value: Any) -> None:
     assert parse(**{name: value}) == SILENT
 
 
 @pytest.mark.parametrize(("name", "value"), ASKING)
-def test_a_value_that_asks_for_what_is_missing_is_a_400_that_names_it(
-    name: str, value: Any
-) -> None:
+def test_an_unsupported_value_is_a_400_that_names_its_field(name: str, value: Any) -> None:
     error = refusal(**{name: value})
     assert error.code == "unsupported_parameter"
     assert error.param == name
@@ -586,7 +584,7 @@ ASKS: dict[str, Any] = {
 }
 
 
-def test_every_field_that_constrains_is_asked_below() -> None:
+def test_every_constraint_field_has_a_case() -> None:
     assert ASKS.keys() == {*CONSTRAINT_FIELDS, "tools"}
 
 
@@ -618,7 +616,7 @@ def test_what_must_match_ends_where_it_ends(name: str) -> None:
     assert with_value(off, "min_tokens", None) == parse(**ask)
 
 
-def test_a_budget_of_thought_goes_with_all_of_these() -> None:
+def test_a_thinking_budget_is_compatible_with_every_constraint() -> None:
     for name, value in ASKS.items():
         request = parse(**{name: value}, thinking_budget=5)
         assert request.thinking_budget == 5
@@ -655,7 +653,7 @@ _BOTH = [("f", _SCHEMA), ("g", _NO_PARAMETERS)]
         ({"tool_choice": {"name": "g"}}, "g", calls(_BOTH[1], is_single=True)),
     ],
 )
-def test_a_tool_choice_is_which_tools_there_are_and_what_must_come(
+def test_a_tool_choice_selects_the_tools_and_the_constraint(
     fields: dict[str, Any], names: str, wanted: Constraint | None
 ) -> None:
     request = parse(tools=[_tool("f", parameters=_SCHEMA), _tool("g")], **fields)
@@ -748,7 +746,7 @@ def test_a_part_that_is_wrong_is_named_by_its_path(fields: dict[str, Any], param
 
 
 @pytest.mark.parametrize("name", ["", "a b", "f\n", "ü", "x" * 129, "f/g", "f(x)"])
-def test_a_tools_name_is_one_that_every_format_can_say(name: str) -> None:
+def test_a_tool_name_must_fit_every_tool_call_format(name: str) -> None:
     error = refusal(tools=[_tool(name)])
     assert error.param == "tools[0].function.name"
     assert "'tools[0].function.name'" in error.message
@@ -773,7 +771,7 @@ def test_a_tools_name_is_one_that_every_format_can_say(name: str) -> None:
         ("functions", b'[{"name":"f","strict":true,"parameters":%b}]', "functions[0].parameters"),
     ],
 )
-def test_a_schema_may_be_as_deep_as_anybody_writes_one(name: str, value: bytes, path: str) -> None:
+def test_a_schema_may_be_nested_up_to_the_limit(name: str, value: bytes, path: str) -> None:
     def body(depth: int, opening: bytes, end: bytes) -> bytes:
         deep = b'{"a":' + opening * (depth - 2) + b"{}" + end * (depth - 2) + b"}"
         return _chat(more=b',"%b":%b' % (name.encode(), value % deep))
@@ -785,7 +783,7 @@ def test_a_schema_may_be_as_deep_as_anybody_writes_one(name: str, value: bytes, 
 
 
 @pytest.mark.parametrize("deep", [b"[" * 1000 + b"]" * 1000, b'{"a":' * 1000 + b"1" + b"}" * 1000])
-def test_a_tool_is_no_deeper_where_nobody_reads_it(deep: bytes) -> None:
+def test_unread_fields_of_a_tool_have_the_same_depth_limit(deep: bytes) -> None:
     tool = b',"tools":[{"type":%b,"function":{"name":"f"},"else":%b}]'
     assert refusal(_chat(more=tool % (deep, b"1"))).param == "tools[0]"
     assert refusal(_chat(more=tool % (b'"function"', deep))).param == "tools[0]"
@@ -958,7 +956,7 @@ def test_continuous_usage_is_a_boolean(value: Any) -> None:
     assert error.param == "stream_options.continuous_usage_stats"
 
 
-def test_what_a_request_says_to_the_template_itself_beats_its_effort() -> None:
+def test_chat_template_kwargs_take_precedence_over_reasoning_effort() -> None:
     kwargs = {"enable_thinking": True, "reasoning_effort": "high", "other": 1}
     request = parse(reasoning_effort="none", chat_template_kwargs=kwargs)
     assert request.template_kwargs == kwargs
@@ -978,7 +976,7 @@ def test_what_a_request_says_to_the_template_itself_beats_its_effort() -> None:
         ({"add_generation_prompt": True}, False),
     ],
 )
-def test_a_request_may_say_whether_its_last_message_is_continued(
+def test_a_request_may_set_whether_its_last_message_is_continued(
     fields: dict[str, Any], is_continuation: bool
 ) -> None:
     assert parse(messages=BEGUN, **fields).is_continuation is is_continuation
@@ -1050,7 +1048,7 @@ def message(**fields: Any) -> Message:
 
 
 @pytest.mark.parametrize("role", [role.value for role in Role])
-def test_every_role_may_speak(role: str) -> None:
+def test_every_role_is_accepted(role: str) -> None:
     assert message(role=role, content="x") == Message(Role(role), "x")
 
 
@@ -1058,7 +1056,7 @@ def test_every_role_may_speak(role: str) -> None:
     ("role", "shown"),
     [("developer", "system"), ("function", "tool"), ("system", "system"), ("user", "user")],
 )
-def test_templates_see_only_the_roles_they_know(role: str, shown: str) -> None:
+def test_roles_are_mapped_to_those_of_templates(role: str, shown: str) -> None:
     assert message(role=role, content="x").as_template() == {"role": shown, "content": "x"}
 
 
@@ -1091,7 +1089,7 @@ def test_a_billing_header_at_the_head_of_a_system_message_is_not_shown(
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "tool", "function"])
-def test_whoever_else_writes_a_billing_header_may(role: str) -> None:
+def test_a_billing_header_in_another_role_is_kept(role: str) -> None:
     said = message(role=role, content=f"{BILLING}\nx").as_template()["content"]
     assert said == f"{BILLING}\nx"
 
@@ -1223,7 +1221,7 @@ def test_only_users_and_tools_show_pictures(role: str, part: Any) -> None:
         )
 
 
-def test_a_requests_pictures_come_in_the_order_of_its_messages() -> None:
+def test_pictures_are_listed_in_the_order_of_their_messages() -> None:
     show = [{"role": "user", "content": [PICTURE, OTHER]}, *BEGUN]
     result = {"role": "tool", "content": [said("x"), PICTURE], "tool_call_id": "1"}
     places = [source.param for source in parse(messages=[*show, result]).sources]
@@ -1249,7 +1247,7 @@ def test_a_request_has_at_most_64_pictures(num_messages: int) -> None:
     assert "at most 64" in refusal(messages=show(65)).message
 
 
-def test_pictures_weigh_what_they_hold() -> None:
+def test_the_size_of_a_message_includes_its_pictures() -> None:
     plain = Message(Role.USER, "ab")
     shown = replace(plain, parts=("ab", Source(b"12345", None, "p"), Source(None, "http", "p")))
     assert (plain.num_bytes, shown.num_bytes) == (2, 2 + 2 + 5 + 1 + 4 + 1)
@@ -1271,7 +1269,7 @@ def test_junk_in_a_part_is_read_or_refused(one: Any, other: Any, kind: str) -> N
 
 
 @pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])
-def test_only_an_assistant_may_say_nothing(role: str) -> None:
+def test_only_an_assistant_message_may_have_no_content(role: str) -> None:
     assert refusal(messages=[{"role": role}]).param == "messages[0].content"
     assert refusal(messages=[{"role": role, "content": None}]).param == "messages[0].content"
     assert message(role="assistant").content is None

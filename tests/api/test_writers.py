@@ -1,4 +1,4 @@
-"""What clients are told: the shapes of answers, chunks and errors, held against OpenAI's own types.
+"""The shapes of answers, chunks and errors, checked against OpenAI's own types.
 
 Pure: outputs in, JSON out.
 """
@@ -85,7 +85,7 @@ def payloads_of(frames: bytes) -> list[bytes]:
 
 
 def one_chunk(frames: bytes) -> Any:
-    """What the one frame says."""
+    """The payload of the only frame."""
     (payload,) = payloads_of(frames)
     return json.loads(payload)
 
@@ -184,7 +184,7 @@ def test_a_failed_sequence_is_an_error_with_its_reason() -> None:
     assert failure(Done(FinishReason.ERROR)).message
 
 
-def test_a_stream_that_fails_says_so_in_both_forms_and_ends() -> None:
+def test_a_stream_that_fails_sends_the_error_in_both_forms_and_ends() -> None:
     error = failure(Done(FinishReason.ERROR, USAGE, 'out of "memory"\n'))
     frames = writer().fail(error)
     data, other, end, rest = frames.split(b"\n\n")
@@ -206,7 +206,7 @@ def called(call: ToolCall) -> dict[str, Any]:
 
 
 def call_events(call: ToolCall) -> list[ParserEvent]:
-    """A call that comes whole."""
+    """A call that is emitted whole."""
     return [
         ToolCallStart(call.id, call.name),
         ToolCallArguments(call.arguments),
@@ -215,7 +215,7 @@ def call_events(call: ToolCall) -> list[ParserEvent]:
 
 
 def choice_of(*events: ParserEvent, done: Done = DONE) -> Any:
-    """What a whole answer says of these."""
+    """The whole answer made of these events."""
     choice = Collected(done=done)
     for event in events:
         choice.take(event)
@@ -270,7 +270,7 @@ def test_only_an_answer_that_ended_by_itself_ends_with_its_calls(
     ("reason", "stop"),
     [(FinishReason.STOP, "User:"), (FinishReason.STOP, None), (FinishReason.LENGTH, "repetition")],
 )
-def test_the_stop_string_that_was_met_is_told(reason: FinishReason, stop: str | None) -> None:
+def test_the_matched_stop_string_is_reported(reason: FinishReason, stop: str | None) -> None:
     done = replace(DONE, reason=reason, stop=stop)
     assert choice_of(TextDelta("x"), done=done)["stop_reason"] == stop
     *others, last = chunks_of("x", done)
@@ -328,7 +328,7 @@ def test_a_call_is_started_and_then_only_its_arguments_are_written() -> None:
 
 
 @pytest.mark.parametrize("event", [ReasoningDelta("hm"), *call_events(F)])
-def test_reasoning_and_calls_carry_what_was_asked_for_too(event: Any) -> None:
+def test_reasoning_and_call_chunks_carry_usage_timings_and_logprobs_too(event: Any) -> None:
     event = replace(event, logprobs=LOGPROBS, usage=USAGE)
     options = {"include_usage": True, "continuous_usage": True, "timings_per_token": True}
     chunk = one_chunk(writer(**options).event(0, event))
@@ -524,7 +524,7 @@ def test_a_stream_of_choices_has_a_role_and_a_finish_for_each_and_one_usage(
 
 
 @pytest.mark.parametrize("logprobs", [(), ((97, Logprobs(-0.5)),)])
-def test_usage_and_timings_come_with_every_text_where_they_were_asked_for(logprobs: Any) -> None:
+def test_usage_and_timings_are_in_every_text_chunk_on_request(logprobs: Any) -> None:
     now = replace(USAGE, num_output=2)
     delta = TextDelta("x", logprobs=logprobs, usage=now)
     plain = one_chunk(writer().event(0, delta))
@@ -575,7 +575,7 @@ def test_the_bytes_of_halves_of_a_character_add_up_to_it() -> None:
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "a🙂"
 
 
-def test_what_is_impossible_has_a_logprob_that_json_can_say() -> None:
+def test_a_logprob_of_minus_infinity_is_a_finite_number_in_json() -> None:
     drawn = Logprobs(-math.inf, ((97, -math.inf), (98, -20_000.0)))
     (entry,) = logprobs_json([(97, drawn)], token_bytes)
     said = [entry["logprob"], *(rival["logprob"] for rival in entry["top_logprobs"])]
@@ -648,13 +648,13 @@ def test_a_status_of_its_own_replaces_the_causes() -> None:
     assert APIError(ErrorKind.MALFORMED, "too large", status=413).status == 413
 
 
-def test_an_error_that_passes_says_when_to_come_back() -> None:
+def test_a_temporary_error_has_a_retry_after_header() -> None:
     error = retry_later(ErrorKind.QUEUE_FULL, "full", retry_after_s=3)
     assert error.status == 429
     assert error.headers == (("retry-after", "3"),)
 
 
-def test_too_long_a_prompt_is_told_in_the_words_that_clients_look_for() -> None:
+def test_the_error_for_a_too_long_prompt_has_the_phrases_that_clients_match() -> None:
     error = context_exceeded(5000, 4096)
     told = json.loads(error.body())["error"]
     assert error.status == 400

@@ -67,7 +67,7 @@ def test_an_arm_without_http_refuses_a_request_that_needs_it() -> None:
 # --- loads ------------------------------------------------------------------------------------
 
 
-def test_arrivals_are_the_same_for_the_same_seed_and_come_at_the_rate() -> None:
+def test_arrivals_are_reproducible_by_seed_and_have_the_given_rate() -> None:
     first = list(scenarios.arrivals(4000, 10.0, seed=3))
     assert first == list(scenarios.arrivals(4000, 10.0, seed=3))
     assert first != list(scenarios.arrivals(4000, 10.0, seed=4))
@@ -96,7 +96,7 @@ def test_a_family_begins_alike_and_ends_differently(writer: Writer) -> None:
     assert (len(beginnings), len(set(texts))) == (1, 4)
 
 
-def test_a_conversation_goes_on_after_its_first_turn(writer: Writer) -> None:
+def test_later_turns_of_a_conversation_are_marked_as_such(writer: Writer) -> None:
     plan = scenarios.conversations(writer, 2, 3, 40, 8)
     assert [[r.is_next_turn for r in own] for own in plan.first] == [[False, True, True]] * 2
 

@@ -173,7 +173,7 @@ async def load_on(port: int, plan: Plan, model: str | None = None) -> list[Strea
 
 
 @in_a_loop
-async def test_each_client_asks_one_after_the_other_and_all_are_answered() -> None:
+async def test_each_client_sends_its_requests_one_after_the_other() -> None:
     async with serving(streamed) as (port, bodies):
         streams = await load_on(port, Plan([[ask("a"), ask("b")], [ask("c")]]), model="m")
     assert [stream.num_tokens for stream in streams] == [3, 3, 3]
@@ -203,7 +203,7 @@ async def test_a_client_leaves_after_the_tokens_of_its_request() -> None:
 
 
 @in_a_loop
-async def test_a_client_leaves_an_answer_that_does_not_come() -> None:
+async def test_a_client_leaves_without_an_answer_at_its_time() -> None:
     async def silent(body: Any, writer: asyncio.StreamWriter) -> None:
         pass
 
@@ -215,7 +215,7 @@ async def test_a_client_leaves_an_answer_that_does_not_come() -> None:
 
 
 @in_a_loop
-async def test_the_others_ask_when_the_first_are_under_way_and_cut_them_at_their_end() -> None:
+async def test_later_clients_start_when_the_first_are_under_way_and_cut_them_at_their_end() -> None:
     async def by_name(body: Any, writer: asyncio.StreamWriter) -> None:
         await (endless if body["messages"][0]["content"] == "long" else streamed)(body, writer)
 
@@ -229,7 +229,7 @@ async def test_the_others_ask_when_the_first_are_under_way_and_cut_them_at_their
 
 
 @in_a_loop
-async def test_a_server_that_closes_after_each_answer_is_asked_on_a_new_connection() -> None:
+async def test_a_server_that_closes_after_each_answer_gets_a_new_connection() -> None:
     async def once(body: Any, writer: asyncio.StreamWriter) -> None:
         writer.write(ANSWERS["closed by the server"])
         writer.close()
@@ -241,7 +241,7 @@ async def test_a_server_that_closes_after_each_answer_is_asked_on_a_new_connecti
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_a_handshake_counts_where_the_plan_says_so(
+def test_a_handshake_is_timed_only_with_connects_late(
     is_late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connected_s: list[float] = []
@@ -277,7 +277,7 @@ async def test_a_client_that_gets_no_connection_is_a_failed_request() -> None:
 
 
 @in_a_loop
-async def test_an_open_loop_asks_no_earlier_than_its_times_and_waits_for_no_answer() -> None:
+async def test_an_open_loop_sends_no_earlier_than_its_times_and_waits_for_no_answer() -> None:
     answered = asyncio.Event()
 
     async def held(body: Any, writer: asyncio.StreamWriter) -> None:

@@ -460,7 +460,7 @@ def test_keys_are_repeated_or_separated_by_commas() -> None:
     assert from_args(MLXLITE_API_KEY="a,b").api_key == ("a", "b")
 
 
-def test_keys_come_from_the_seeds_variable_unless_ours_is_set() -> None:
+def test_keys_are_read_from_mlx_api_key_unless_mlxlite_api_key_is_set() -> None:
     assert from_args(MLX_API_KEY="seed").api_keys() == ("seed",)
     assert from_args(MLX_API_KEY="seed", MLXLITE_API_KEY="ours").api_keys() == ("ours",)
     assert from_args("--api-key", "flag", MLX_API_KEY="seed").api_keys() == ("flag",)

@@ -105,7 +105,7 @@ def test_a_stream_is_the_same_message_in_pieces(client: Any) -> None:
 
 
 def test_a_stream_counts_the_prompt_once(client: Any) -> None:
-    """What it said at its beginning of cached tokens, which it could not know, is corrected."""
+    """The number of cached tokens, unknown in the first event, is corrected by the last one."""
     wanted = client.messages.count_tokens(model=DEMO_ID, messages=asking()["messages"])
     for _ in range(2):
         with client.messages.stream(**asking()) as stream:
@@ -114,7 +114,7 @@ def test_a_stream_counts_the_prompt_once(client: Any) -> None:
         assert total == wanted.input_tokens
 
 
-def test_raw_events_come_in_anthropics_order(client: Any) -> None:
+def test_raw_events_have_anthropics_order(client: Any) -> None:
     kinds = [event.type for event in client.messages.create(**asking(stream=True))]
     distinct = list(dict.fromkeys(kinds))
     assert [kind for kind in distinct if kind != "ping"] == [
@@ -209,7 +209,7 @@ def test_a_prefix_that_was_read_before_is_counted_as_cached(client: Any) -> None
     )
 
 
-def test_eight_streams_at_once_are_each_the_message_they_are_alone(client: Any) -> None:
+def test_eight_concurrent_streams_have_the_same_text_as_alone(client: Any) -> None:
     words = ("banana", "window", "river", "python") * 2
     said: dict[int, str] = {}
 
@@ -275,7 +275,7 @@ def test_a_request_that_cannot_be_is_a_bad_request(
         assert f"'{named}'" in detail["message"]
 
 
-def test_a_prompt_that_is_too_long_says_so_in_anthropics_words(client: Any) -> None:
+def test_a_too_long_prompt_is_an_error_in_anthropics_wording(client: Any) -> None:
     with pytest.raises(anthropic.BadRequestError) as refused:
         client.messages.create(**asking("word " * 20_000))
     assert detail_of(refused.value)["message"].startswith("prompt is too long: ")
@@ -305,7 +305,7 @@ def test_a_stream_that_is_closed_early_frees_its_row(server: mlxlite.Server, cli
         assert num_running(server) == 1
     give_up_at = time.monotonic() + TIMEOUT_S
     while num_running(server) != 0:
-        assert time.monotonic() < give_up_at, "it goes on generating for nobody"
+        assert time.monotonic() < give_up_at, "it generates on after the disconnect"
 
 
 def cancel(server: mlxlite.Server, id: str) -> None:
@@ -386,7 +386,7 @@ def test_a_streamed_response_is_the_same_in_pieces(responses: Any) -> None:
     assert "".join(pieces) == whole.output_text == events[-1].response.output_text
 
 
-def test_the_clients_own_accumulator_takes_our_stream(responses: Any) -> None:
+def test_the_clients_own_accumulator_reads_the_stream(responses: Any) -> None:
     with responses.stream(
         model=DEMO_ID, input="Count to 5.", temperature=0, max_output_tokens=40
     ) as stream:
@@ -406,7 +406,7 @@ def test_a_response_that_is_cancelled_ends_as_such(server: mlxlite.Server, respo
     assert (last.response.id, last.response.status) == (created.id, "cancelled")
 
 
-def test_a_response_goes_on_from_an_earlier_one(responses: Any) -> None:
+def test_a_response_continues_an_earlier_one(responses: Any) -> None:
     question, follow_up = "Hello!", "Repeat the word banana."
     first = create(responses, question)
     second = create(responses, follow_up, previous_response_id=first.id)
@@ -427,7 +427,7 @@ def test_a_response_goes_on_from_an_earlier_one(responses: Any) -> None:
     assert again.output_text == same.output_text
 
 
-def test_a_streamed_response_is_gone_on_from_as_well(responses: Any) -> None:
+def test_a_streamed_response_can_be_continued_too(responses: Any) -> None:
     with responses.stream(model=DEMO_ID, input="Hello!", temperature=0) as stream:
         first = stream.get_final_response()
     second = create(responses, "Repeat the word river.", previous_response_id=first.id)
@@ -492,7 +492,7 @@ def message_of(client: Any, is_stream: bool, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_message_calls_a_tool_and_says_what_came_of_it(client: Any, is_stream: bool) -> None:
+def test_a_message_calls_a_tool_and_answers_with_its_result(client: Any, is_stream: bool) -> None:
     asked = [{"role": "user", "content": QUESTION}]
     message = message_of(client, is_stream, messages=asked)
     (use,) = message.content
@@ -513,7 +513,7 @@ def test_a_message_calls_a_tool_and_says_what_came_of_it(client: Any, is_stream:
     assert text_of(message) == "It is 21 degrees and sunny in Paris."
 
 
-def test_a_streams_arguments_come_as_they_are_written(client: Any, responses: Any) -> None:
+def test_arguments_are_streamed_as_they_are_generated(client: Any, responses: Any) -> None:
     asked = asking(QUESTION, tools=[TOOL])
     with client.messages.stream(**asked) as stream:
         told = [event.partial_json for event in stream if event.type == "input_json"]
@@ -557,7 +557,7 @@ def response_of(responses: Any, is_stream: bool, asked: Any, **fields: Any) -> A
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_response_calls_a_tool_and_goes_on_from_its_output(
+def test_a_response_calls_a_tool_and_is_continued_with_its_output(
     responses: Any, is_stream: bool
 ) -> None:
     first = response_of(responses, is_stream, QUESTION)

@@ -1,7 +1,7 @@
-"""What is asked without a chat, and what a chat may ask since: over HTTP, around fakes.
+"""Endpoints other than chats, and newer fields of chats: over HTTP, around fakes.
 
-A prompt is characters, which the scripted runner repeats, so every text, count and place here can
-be said in advance. Real models are in `test_embeddings` and `test_openai_sdk`.
+A prompt is characters, which the scripted runner repeats, so every text, count and place here is
+known in advance. Real models are in `test_embeddings` and `test_openai_sdk`.
 """
 
 import base64
@@ -176,7 +176,7 @@ async def test_logprobs_have_the_legacy_form_and_their_places_in_the_text() -> N
 
 
 @in_a_loop
-async def test_an_echo_of_tokens_is_their_text_and_comes_first() -> None:
+async def test_an_echo_of_token_ids_is_their_text_and_precedes_the_answer() -> None:
     async with serving() as served, await served.wire() as wire:
         answer = await complete(wire, ids("abc"), echo=True, max_tokens=1)
         assert answer.json["choices"][0]["text"] == "abca"
@@ -298,7 +298,7 @@ async def test_a_completion_shares_its_prefix_and_can_be_cancelled_like_a_chat()
 
 
 @in_a_loop
-async def test_a_client_that_goes_takes_every_prompt_with_it() -> None:
+async def test_a_disconnect_ends_every_prompt_of_its_request() -> None:
     async with serving() as served:
         wire = await served.wire()
         prompts = [f"{i}{ENDLESS}" for i in range(3)]
@@ -308,7 +308,7 @@ async def test_a_client_that_goes_takes_every_prompt_with_it() -> None:
         await until(lambda: served.num_live == 0)
 
 
-# --- chats: what a stream says on demand --------------------------------------------------------
+# --- chats: what a stream emits on demand -------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -331,7 +331,7 @@ def test_progress_rises_to_the_prompts_end_before_the_first_token(path: str, n: 
                 processed = [p["processed"] for p in told]
                 assert processed == sorted(set(processed))
                 assert num_cached < processed[0]
-                assert processed[-1] == 39, "the last token goes with the first one drawn"
+                assert processed[-1] == 39, "the last prompt token is computed with the first row"
                 times = [p["time_ms"] for p in told]
                 assert times == sorted(times)
                 assert times[0] >= 0
@@ -347,7 +347,7 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 
 @in_a_loop
-async def test_a_prompt_that_was_preempted_tells_no_progress_of_its_second_prefill() -> None:
+async def test_a_preempted_prompt_reports_no_progress_of_its_second_prefill() -> None:
     async with serving(max_batch_size=1) as served, await served.wire() as wire:
         served.runner.hold()
         await wire.open_stream("abc" + ENDLESS, priority=1, max_tokens=12, return_progress=True)
@@ -370,7 +370,7 @@ async def test_a_prompt_that_was_preempted_tells_no_progress_of_its_second_prefi
 
 
 @in_a_loop
-async def test_only_a_stream_that_asks_has_progress() -> None:
+async def test_only_a_stream_that_requests_progress_has_it() -> None:
     async with serving() as served, await served.wire() as wire:
         for fields in ({}, {"return_progress": False}):
             chunks = await stream(wire, CHAT, chat_body("hello", **fields))
@@ -412,7 +412,7 @@ def test_timings_and_usage_of_each_token_add_up(path: str, n: int, extra: dict[s
 
 
 @in_a_loop
-async def test_running_usage_needs_the_usage_to_be_asked_for() -> None:
+async def test_continuous_usage_needs_include_usage() -> None:
     async with serving() as served, await served.wire() as wire:
         options = {"continuous_usage_stats": True}
         chunks = await stream(wire, CHAT, chat_body("hello", stream_options=options))
@@ -465,7 +465,7 @@ def test_an_effort_reaches_the_template(fields: dict[str, Any], kwargs: dict[str
     ],
 )
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_request_says_whether_its_last_message_is_continued(
+def test_a_request_sets_whether_its_last_message_is_continued(
     fields: dict[str, Any], is_continuation: bool, n: int
 ) -> None:
     @in_a_loop
@@ -591,7 +591,7 @@ async def test_an_embedding_is_openais_list() -> None:
 
 
 @in_a_loop
-async def test_what_goes_through_the_model_at_once_is_bounded() -> None:
+async def test_the_tokens_of_one_embedding_pass_are_bounded() -> None:
     async with serving() as served, await served.wire() as wire:
         lengths = [1, 1, 3, 100, 101, 200, 300, EMBED_TOKENS, EMBED_TOKENS + 1, 5 * EMBED_TOKENS]
         inputs = [chr(97 + i) * length for i, length in enumerate(lengths)]
@@ -635,7 +635,7 @@ def test_an_embedding_that_cannot_be_is_a_400_that_names_the_field(
 
 
 @in_a_loop
-async def test_streams_go_on_between_the_parts_of_an_input() -> None:
+async def test_steps_run_between_the_parts_of_an_embedding_input() -> None:
     async with serving() as served, await served.wire() as wire, await served.wire() as other:
         await wire.open_stream("ab" + ENDLESS)
         await until(lambda: served.runner.num_drawn.get(1, 0) > 2)
@@ -649,7 +649,7 @@ async def test_streams_go_on_between_the_parts_of_an_input() -> None:
 
 
 @in_a_loop
-async def test_many_who_embed_at_once_keep_a_stream_waiting_no_longer_than_one() -> None:
+async def test_concurrent_embeddings_delay_a_stream_no_more_than_one() -> None:
     async with serving() as served, await served.wire() as wire:
         await wire.open_stream("ab" + ENDLESS)
         await until(lambda: served.runner.num_drawn.get(1, 0) > 2)
@@ -677,7 +677,7 @@ async def test_many_who_embed_at_once_keep_a_stream_waiting_no_longer_than_one()
 
 
 @in_a_loop
-async def test_who_goes_in_the_middle_of_an_input_leaves_nothing_behind() -> None:
+async def test_a_disconnect_in_mid_embedding_leaves_nothing_behind() -> None:
     gate, num_calls = threading.Event(), 0
 
     def wait_in_the_second_part() -> None:
@@ -710,7 +710,7 @@ class NoStates(ScriptedRunner):
 
 
 @in_a_loop
-async def test_a_model_without_states_has_no_embeddings_and_says_so() -> None:
+async def test_embeddings_of_a_model_without_hidden_states_are_a_501() -> None:
     async with serving(runner=NoStates()) as served, await served.wire() as wire:
         answer = await wire.post(EMBEDDINGS, {"input": "x"})
         assert answer.status == 501
@@ -721,7 +721,7 @@ async def test_a_model_without_states_has_no_embeddings_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
-def test_an_embedding_that_fails_is_a_500_and_costs_nobody_else(num_parts: int) -> None:
+def test_an_embedding_that_fails_is_a_500_and_affects_no_other_request(num_parts: int) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
@@ -795,7 +795,7 @@ async def test_pieces_of_half_characters_are_lists_of_bytes() -> None:
 
 
 @in_a_loop
-async def test_special_tokens_come_only_where_they_were_asked_for() -> None:
+async def test_special_tokens_are_added_only_on_request() -> None:
     async with serving(FakeModel(bos=ord("^"))) as served, await served.wire() as wire:
         for fields, expected in (
             ({}, "ab"),
@@ -878,7 +878,7 @@ async def test_the_routes_here_are_the_ones_there_are() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_route_answers_its_methods_and_names_them_to_others(route: str, prefix: str) -> None:
+def test_a_route_serves_its_methods_and_lists_them_for_others(route: str, prefix: str) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
@@ -965,7 +965,7 @@ def test_a_body_is_a_json_object(route: str) -> None:
 
 
 @in_a_loop
-async def test_status_and_version_say_what_the_server_is_at() -> None:
+async def test_status_reports_queue_rows_model_and_versions() -> None:
     async with serving(max_queue=7, max_batch_size=2) as served, await served.wire() as wire:
         idle = (await wire.get("/v1/status")).json
         assert idle["queue"] == {"waiting": 0, "max": 7}

@@ -1,7 +1,7 @@
 """The packaged demo model: small, a llama like any other, and good for trying the API with.
 
 Its answers are greedy and come through the scheduler and the runner, all in one batch, once; the
-tests then read them. They hold for a model that is trained to its end, on words of nobody's choice.
+tests then read them. They hold for any fully trained model, whatever its exact words.
 """
 
 import json
@@ -130,7 +130,7 @@ def prompt(model: LoadedModel, name: str) -> Prompt:
 
 @pytest.fixture(scope="module")
 def answers(network: Any, model: LoadedModel) -> dict[str, str]:
-    """What the demo says in each conversation."""
+    """The demo's answer in each conversation."""
     tokens = answer_tokens(network, model, [prompt(model, name) for name in CONVERSATIONS])
     return dict(zip(CONVERSATIONS, map(model.detokenize, tokens), strict=True))
 
@@ -182,7 +182,7 @@ def test_every_id_of_the_network_has_text_or_none(network: Any, model: LoadedMod
     assert all(isinstance(model.detokenize([id]), str) for id in range(num_ids))
 
 
-# --- what it says -----------------------------------------------------------------------------
+# --- its answers ------------------------------------------------------------------------------
 
 
 def test_every_answer_ends_by_itself(model: LoadedModel, answers: dict[str, str]) -> None:
@@ -193,30 +193,30 @@ def test_every_answer_ends_by_itself(model: LoadedModel, answers: dict[str, str]
     assert max(lengths.values()) < MAX_TOKENS, lengths
 
 
-def test_it_greets(answers: dict[str, str]) -> None:
+def test_a_greeting_is_answered(answers: dict[str, str]) -> None:
     assert {"hello", "hi", "hey"} & set(words(answers["Hello!"])), answers["Hello!"]
 
 
-def test_it_says_how_it_is(answers: dict[str, str]) -> None:
+def test_how_are_you_is_answered_in_the_first_person(answers: dict[str, str]) -> None:
     text = answers["Hello, how are you?"]
     assert len(words(text)) >= 3, text
     assert {"i", "i'm"} & set(words(text)), text
 
 
-def test_it_tells_a_story_of_sentences(answers: dict[str, str]) -> None:
+def test_a_story_is_several_sentences(answers: dict[str, str]) -> None:
     sentences = [part for part in re.split(r"[.!?]+", answers["Tell me a story."]) if words(part)]
     assert len(sentences) >= 3, sentences
     assert all(len(words(sentence)) >= 2 for sentence in sentences), sentences
 
 
 @pytest.mark.parametrize("word", ["banana", "window", "river", "python"])
-def test_it_repeats_a_word(answers: dict[str, str], word: str) -> None:
+def test_the_demo_repeats_a_word(answers: dict[str, str], word: str) -> None:
     text = answers[f"Repeat the word {word}."]
     assert word in words(text), text
 
 
 @pytest.mark.parametrize("last", [3, 5])
-def test_it_counts(answers: dict[str, str], last: int) -> None:
+def test_the_demo_counts(answers: dict[str, str], last: int) -> None:
     text = answers[f"Count to {last}."]
     names = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
     numbers = [names.get(word, word) for word in words(text)]
@@ -225,12 +225,12 @@ def test_it_counts(answers: dict[str, str], last: int) -> None:
 
 
 @pytest.mark.parametrize(("sum", "result"), [("2 + 2", "4"), ("3 + 4", "7")])
-def test_it_adds(answers: dict[str, str], sum: str, result: str) -> None:
+def test_the_demo_adds_numbers(answers: dict[str, str], sum: str, result: str) -> None:
     text = answers[f"What is {sum}?"]
     assert result in words(text), text
 
 
-def test_it_knows_a_capital(answers: dict[str, str]) -> None:
+def test_the_capital_of_france_is_answered(answers: dict[str, str]) -> None:
     assert "Paris" in answers["What is the capital of France?"]
 
 
@@ -238,7 +238,9 @@ def test_it_knows_a_capital(answers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("name", "city"), [("weather", "Paris"), ("weather elsewhere", "London")])
-def test_it_calls_a_tool(model: LoadedModel, answers: dict[str, str], name: str, city: str) -> None:
+def test_the_demo_calls_a_tool(
+    model: LoadedModel, answers: dict[str, str], name: str, city: str
+) -> None:
     text = answers[name]
     found = re.search(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.DOTALL)
     assert found, text
@@ -247,19 +249,19 @@ def test_it_calls_a_tool(model: LoadedModel, answers: dict[str, str], name: str,
     assert model.tokenizer.wrapper.tool_parser(found[1], None) == call
 
 
-def test_it_uses_a_tools_result(answers: dict[str, str]) -> None:
+def test_the_demo_uses_a_tools_result(answers: dict[str, str]) -> None:
     text = answers["weather known"]
     assert "17" in words(text), text
     assert "<tool_call>" not in text
 
 
-def test_it_needs_no_tool_to_greet(answers: dict[str, str]) -> None:
+def test_a_greeting_is_answered_without_a_tool_call(answers: dict[str, str]) -> None:
     text = answers["no need of the tool"]
     assert "<tool_call>" not in text
     assert words(text), text
 
 
-def test_it_has_the_same_prompt_through_transformers(model: LoadedModel) -> None:
+def test_the_demos_prompt_is_the_same_through_transformers(model: LoadedModel) -> None:
     """`Model.render` adds nothing of its own to what the template makes of tools."""
     messages, kwargs = CONVERSATIONS["weather"]
     tokens = model.tokenizer.wrapper.apply_chat_template(
@@ -271,14 +273,14 @@ def test_it_has_the_same_prompt_through_transformers(model: LoadedModel) -> None
 # --- thinking ---------------------------------------------------------------------------------
 
 
-def test_it_thinks_when_asked_to(answers: dict[str, str]) -> None:
+def test_reasoning_is_generated_when_enabled(answers: dict[str, str]) -> None:
     thought, closed, answer = answers["thinking"].partition("</think>")
     assert closed, thought
     assert words(thought), answers["thinking"]
     assert "4" in words(answer), answers["thinking"]
 
 
-def test_it_does_not_think_unasked(model: LoadedModel, answers: dict[str, str]) -> None:
+def test_there_is_no_reasoning_by_default(model: LoadedModel, answers: dict[str, str]) -> None:
     assert not [name for name, text in answers.items() if "think>" in text and name != "thinking"]
     assert prompt(model, "not thinking") == prompt(model, "What is 2 + 2?")
 
@@ -300,7 +302,7 @@ def test_a_batch_answers_as_each_sequence_alone(
     ]
 
 
-def test_it_answers_as_mlx_lm_does(
+def test_the_demo_answers_as_mlx_lm_does(
     network: Any, model: LoadedModel, together: list[list[int]]
 ) -> None:
     def generate(prompt: Prompt) -> str:

@@ -182,10 +182,10 @@ def test_a_prefill_that_raises_costs_its_own_sequence(error: BaseException) -> N
 
 @pytest.mark.parametrize("error", [NO_MEMORY, MemoryError(), Panic("in Rust")])
 @pytest.mark.parametrize("place", ["decode", "sampler"])
-def test_a_decode_that_raises_costs_its_step_and_who_waits_is_served(
+def test_a_decode_that_raises_fails_its_step_and_waiting_sequences_are_served(
     place: str, error: BaseException
 ) -> None:
-    """Whose fault it was cannot be told: all rows were in it."""
+    """The sequence at fault is unknown: all rows were in the step."""
 
     @in_a_loop
     async def test() -> None:
@@ -360,7 +360,7 @@ def test_a_detokenizer_that_raises_costs_its_own_sequence(
 
     test()
     assert type(error).__name__ in caplog.text
-    assert "odd" not in caplog.text, "a message may quote what the client said"
+    assert "odd" not in caplog.text, "a message may quote the client's text"
 
 
 @pytest.mark.parametrize("error", ODD, ids=repr)
@@ -398,7 +398,7 @@ def test_a_tokenizer_that_raises_costs_its_own_request(error: BaseException) -> 
     test()
 
 
-def test_a_mistake_of_ours_in_a_request_is_a_500_and_the_connection_stays(
+def test_a_bug_in_a_handler_is_a_500_and_keeps_the_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def card(*_: Any, **__: Any) -> None:
@@ -434,7 +434,7 @@ def test_a_parser_of_tools_that_raises_oddly_costs_its_own_sequence(error: BaseE
     test()
 
 
-def test_what_is_told_of_a_fault_has_no_path_and_what_is_logged_of_it_no_message() -> None:
+def test_an_error_summary_has_no_path_and_the_logged_trace_no_message() -> None:
     with pytest.raises(RuntimeError) as caught:
         raise RuntimeError("no /home/someone/models/x.json, nor ~/x/y: 3/4 of it\nand more")
     assert summary_of(caught.value) == "RuntimeError: no …, nor …: 3/4 of it"
@@ -463,7 +463,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_template_that_does_not_end_is_stopped_and_others_are_served(
     checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the meantime a stream goes on, health answers, and the render thread is free after it."""
+    """Meanwhile a stream continues and health answers; the render thread is free afterwards."""
     from mlxlite.server import load
 
     @in_a_loop
@@ -539,7 +539,7 @@ def no_large_files(_directory: Path, pid: int) -> Iterator[None]:
     ("fault", "reason"),
     [(full_disk, "No space left on device"), (no_large_files, "File too large")],
 )
-def test_a_full_disk_costs_no_answer_and_writing_goes_on_when_there_is_room(
+def test_a_full_disk_costs_no_answer_and_writing_resumes_when_there_is_room(
     tmp_path: Path, fault: Callable[[Path, int], AbstractContextManager[None]], reason: str
 ) -> None:
     directory = tmp_path / "prefixes"
@@ -592,10 +592,10 @@ def cpu_s(pid: int) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit and /proc are Linux's")
-def test_without_file_descriptors_nobody_is_lost_and_the_server_does_not_spin(
+def test_without_file_descriptors_no_connection_is_lost_and_the_server_does_not_spin(
     tmp_path: Path,
 ) -> None:
-    """Whoever is connected is served; who is not waits, and is served as descriptors come free."""
+    """Open connections are served; new ones wait until descriptors are free, then are served."""
     port = free_port()
     raw = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with (
@@ -616,9 +616,9 @@ def test_without_file_descriptors_nobody_is_lost_and_the_server_does_not_spin(
             sock.sendall(raw)
         until_true(lambda: "no connection can be accepted for now" in process.stderr)
         before.request("GET", "/health")
-        assert before.getresponse().read(), "who was there is served"
+        assert before.getresponse().read(), "an open connection is served"
         taken_s = cpu_s(process.pid)
-        assert select.select(socks[-1:], [], [], 2.5)[0] == [], "nothing comes for the last one"
+        assert select.select(socks[-1:], [], [], 2.5)[0] == [], "the last one gets no answer"
         assert cpu_s(process.pid) - taken_s < 1.0
         for sock in socks:  # each one that leaves makes room for another
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
@@ -667,9 +667,7 @@ def test_a_signal_while_the_model_loads_is_exit_0(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_nobody_asks_is_exit_0_at_once(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_while_idle_is_exit_0_at_once(tmp_path: Path, number: signal.Signals) -> None:
     port = free_port()
     with running(tmp_path, "--port", str(port), "--shutdown-grace-s", "60") as process:
         process.until("server is listening")
@@ -739,7 +737,7 @@ def test_a_second_signal_while_it_drains_is_exit_130_at_once(
             answer = link.getresponse()
             until_line(answer, '"content":"', but='"content":""')
             process.kill(signal.SIGTERM)
-            until_true(lambda: not can_connect(port))  # it has heard the first
+            until_true(lambda: not can_connect(port))  # it has handled the first signal
             until_line(answer, '"content":"', but='"content":""')
             process.kill(number)
             assert process.wait(GONE_S) == 130
@@ -765,7 +763,7 @@ def test_a_hangup_that_was_ignored_from_the_start_stays_ignored(tmp_path: Path) 
         assert process.wait(GONE_S) == 0
 
 
-def test_who_has_launched_it_may_close_its_output(tmp_path: Path) -> None:
+def test_the_launching_process_may_close_the_servers_output(tmp_path: Path) -> None:
     port = free_port()
     reading, writing = os.pipe()
     os.close(reading)

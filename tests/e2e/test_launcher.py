@@ -86,7 +86,7 @@ class App:
         return self.ask("POST", "/v1/chat/completions", body_of(content, **fields))
 
     def stream(self, messages: list[dict[str, Any]], **fields: Any) -> list[Frame]:
-        """All that a stream says."""
+        """The whole text of a stream."""
         body = {"messages": messages, "stream": True, **fields}
         with self.send("POST", "/v1/chat/completions", body) as answer:
             assert answer.status == 200
@@ -94,7 +94,7 @@ class App:
 
     @contextmanager
     def endless(self) -> Iterator[tuple[str, http.client.HTTPResponse]]:
-        """A stream that has begun to talk and goes on to the end of the context, and its id."""
+        """A stream that has sent text and would run to the end of the context, and its id."""
         body = body_of("Hello!", stream=True, temperature=1, ignore_eos=True)
         with self.send("POST", "/v1/chat/completions", body) as answer:
             yield until_it_talks(answer), answer
@@ -133,14 +133,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         yield app
 
 
-def test_the_words_that_it_waits_for_are_in_the_two_last_lines_only(app: App) -> None:
+def test_the_phrases_that_the_app_waits_for_are_in_the_last_two_lines_only(app: App) -> None:
     *before, first, second = app.process.stdout.splitlines()
     assert not any(word in line.lower() for line in before for word in NOT_YET)
     assert first == f"[mlx] http server listening on http://127.0.0.1:{app.port}"
     assert second == f"[mlx] server is listening on 127.0.0.1:{app.port}"
 
 
-def test_its_webview_reads_the_health_without_a_key(app: App) -> None:
+def test_the_webview_reads_health_without_a_key(app: App) -> None:
     with app.send("GET", "/health", key=None, origin=ORIGIN) as answer:
         assert answer.status == 200
         assert answer.headers["access-control-allow-origin"] == ORIGIN
@@ -152,8 +152,8 @@ def test_its_webview_reads_the_health_without_a_key(app: App) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/chat/completions", "/v1/cancel"])
-def test_its_webview_may_ask_before_it_sends(app: App, path: str) -> None:
-    """A browser asks without the key, and needs to hear that the key may be sent."""
+def test_a_cors_preflight_of_the_webview_is_answered(app: App, path: str) -> None:
+    """A preflight has no key, and its answer must allow the header of the key."""
     method = "GET" if path == "/health" else "POST"
     wanted = {
         "access_control_request_method": method,
@@ -166,7 +166,7 @@ def test_its_webview_may_ask_before_it_sends(app: App, path: str) -> None:
         assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
 
 
-def test_other_pages_are_not_let_in(app: App) -> None:
+def test_pages_of_other_origins_are_refused(app: App) -> None:
     with app.send("GET", "/health", key=None, origin="https://example.com") as answer:
         assert "access-control-allow-origin" not in answer.headers
 
@@ -189,7 +189,7 @@ def test_the_model_has_the_id_that_it_was_given(app: App) -> None:
     assert isinstance(model["created"], int)
 
 
-def test_its_whole_body_is_answered_with_the_stream_that_it_reads(app: App) -> None:
+def test_the_apps_request_body_is_answered_with_the_stream_that_it_parses(app: App) -> None:
     frames = app.stream([{"role": "user", "content": "Tell me a story."}], **BODY)
     assert {frame.name for frame in frames} == {"data"}
     assert frames[-1] == DONE
@@ -199,7 +199,7 @@ def test_its_whole_body_is_answered_with_the_stream_that_it_reads(app: App) -> N
     assert len({chunk["id"] for chunk in chunks}) == 1
     first, *between, last = chunks
     assert first["choices"][0]["delta"]["role"] == "assistant"
-    assert not first["choices"][0]["delta"].get("content"), "it is said at once"
+    assert not first["choices"][0]["delta"].get("content"), "the role is sent at once"
     progress = [chunk["prompt_progress"] for chunk in between if "prompt_progress" in chunk]
     assert progress
     assert {"total", "processed", "cache", "time_ms"} == set(progress[-1])
@@ -216,7 +216,7 @@ def test_its_whole_body_is_answered_with_the_stream_that_it_reads(app: App) -> N
     assert timings["predicted_n"] == usage["completion_tokens"] <= 24
 
 
-def test_the_fields_that_no_server_knows_are_named_and_change_nothing(app: App) -> None:
+def test_unknown_fields_are_listed_in_a_header_and_change_nothing(app: App) -> None:
     unknown = {"max_context_tokens": 1, "ctx_len": 1, "auto_compact": True}
     common: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
     said = text_of(app.stream(body_of("Hello!")["messages"], **common))
@@ -225,7 +225,7 @@ def test_the_fields_that_no_server_knows_are_named_and_change_nothing(app: App) 
         assert json.loads(answer.read())["choices"][0]["message"]["content"] == said
 
 
-def test_without_asking_for_them_usage_and_timings_are_on_the_last_chunk_alone(app: App) -> None:
+def test_by_default_usage_and_timings_are_on_the_last_chunk_alone(app: App) -> None:
     frames = app.stream([{"role": "user", "content": "Hello!"}])
     chunks = [frame.json for frame in frames[:-1]]
     assert not any({"usage", "timings"} & set(chunk) for chunk in chunks[:-1])
@@ -273,7 +273,7 @@ def test_one_stream_is_cancelled_by_its_id(app: App) -> None:
         finished = frames[-2].json
         assert finished["choices"][0]["finish_reason"] not in (None, "stop", "length")
         assert {"usage", "timings"} < set(finished)
-        # The other one goes on.
+        # The other one continues.
         assert until_it_talks(second) == other
         assert app.ask("POST", "/v1/cancel", {"id": one})[1]["cancelled_count"] == 0
         assert app.ask("POST", "/v1/cancel", {"id": other})[1]["cancelled_count"] == 1
@@ -294,7 +294,7 @@ def test_all_streams_are_cancelled_together(app: App) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_prompt_that_is_too_long_says_by_how_much(app: App, is_stream: bool) -> None:
+def test_the_error_for_a_too_long_prompt_has_both_token_counts(app: App, is_stream: bool) -> None:
     status, answer = app.chat("word " * 4000, stream=is_stream)
     assert status == 400
     error = answer["error"]
@@ -303,7 +303,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(app: App, is_stream: bool) -
     assert error["n_ctx"] == 2048 < error["n_prompt_tokens"]
 
 
-def test_its_metrics_are_the_nine_numbers(app: App) -> None:
+def test_the_apps_metrics_are_the_nine_numbers(app: App) -> None:
     app.chat(max_tokens=4)
     status, metrics = app.ask("GET", "/metrics", key=None, accept="application/json")
     assert status == 200

@@ -58,7 +58,7 @@ NUM_CLIENTS = 10 * (NUM_ROWS + NUM_PLACES)
 
 
 class Crowd:
-    """Clients that all come at once, half of them for a stream, and come again when told to."""
+    """Concurrent clients, half of them with streams, that retry after a 429."""
 
     def __init__(self, served: Served) -> None:
         self._served = served
@@ -108,7 +108,7 @@ class Crowd:
             self._is_open.set()
 
 
-def test_ten_times_what_fits_is_refused_in_time_and_nobody_is_lost(
+def test_ten_times_what_fits_is_refused_in_time_and_no_request_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     longest = 0
@@ -172,7 +172,7 @@ class Vandals:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_two_hundred_that_vanish_at_any_moment_leave_nothing_and_cost_nobody_a_token(
+def test_two_hundred_disconnects_leave_no_state_and_cost_another_stream_no_token(
     seed: int,
 ) -> None:
     @in_a_loop
@@ -238,7 +238,7 @@ async def _fast(served: Served) -> str:
 
 
 def _steps_of_fast_ones(monkeypatch: pytest.MonkeyPatch, num_slow: int) -> list[int]:
-    """How many steps each fast one took; nobody was left out of any in between."""
+    """The number of steps of each fast one; none was left out of a step in between."""
     monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 18)
     found: list[int] = []
 

@@ -30,7 +30,7 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[mlxlite.Server]:
-    """Its context is longer than the model was made for, so that a stream goes on for long."""
+    """Its context is longer than the model was made for, so that a stream is long."""
     settings: dict[str, Any] = {"model": str(checkpoint), "model_id": MODEL, "api_key": (KEY,)}
     config = mlxlite.Config(**settings, port=0, ctx_size=100_000, shutdown_grace_s=0.1)
     with serving(config) as server:
@@ -93,14 +93,14 @@ def test_a_stream_is_the_same_answer_in_pieces(client: OpenAI) -> None:
     assert chunks[-1].timings["predicted_n"] == 12
 
 
-def test_usage_comes_in_a_last_chunk_without_choices(client: OpenAI) -> None:
+def test_usage_is_in_a_last_chunk_without_choices(client: OpenAI) -> None:
     chunks = list(stream(client, stream_options={"include_usage": True}))
     assert [chunk.usage is not None for chunk in chunks].count(True) == 1
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 12
 
 
-def test_the_clients_own_accumulator_takes_our_stream(client: OpenAI) -> None:
+def test_the_clients_own_accumulator_reads_the_stream(client: OpenAI) -> None:
     stop = text_of(create(client))[5:8]
     whole = create(client, stop=stop)
     with client.chat.completions.stream(
@@ -137,7 +137,7 @@ def test_max_tokens_bounds_the_answer(client: OpenAI) -> None:
         assert answer.choices[0].finish_reason == "length"
 
 
-def test_a_seed_repeats_its_text_alone_and_in_company(client: OpenAI) -> None:
+def test_a_seed_repeats_its_text_alone_and_in_a_batch(client: OpenAI) -> None:
     alone = text_of(create(client, temperature=1, seed=7, max_tokens=20))
     assert text_of(create(client, temperature=1, seed=7, max_tokens=20)) == alone
     assert text_of(create(client, temperature=1, seed=8, max_tokens=20)) != alone
@@ -150,7 +150,7 @@ def test_a_seed_repeats_its_text_alone_and_in_company(client: OpenAI) -> None:
         assert alone == list(pool.map(one, (1, 7, 3, 4)))[1]
 
 
-def test_eight_at_once_each_get_the_bytes_they_get_alone(client: OpenAI) -> None:
+def test_eight_concurrent_chats_have_the_same_bytes_as_alone(client: OpenAI) -> None:
     contents = [f"{'word ' * n}{n}" for n in range(8)]
     alone = [text_of(create(client, content, max_tokens=40)) for content in contents]
     assert len(set(alone)) > 1, "the prompt makes a difference"
@@ -328,7 +328,7 @@ def said(answer: ChatCompletion) -> list[tuple[str | None, list[tuple[str, int]]
     ]
 
 
-def test_a_mixed_batch_gives_each_what_it_gets_alone(client: OpenAI) -> None:
+def test_a_mixed_batch_gives_each_request_the_same_answer_as_alone(client: OpenAI) -> None:
     jobs = [(f"{'word ' * n}{n}", fields) for n, fields in enumerate(MIXED)]
 
     def one(asked: tuple[str, dict[str, Any]]) -> ChatCompletion:
@@ -346,7 +346,7 @@ def test_a_mixed_batch_gives_each_what_it_gets_alone(client: OpenAI) -> None:
                 assert left.logprob == pytest.approx(right.logprob, abs=1e-3)
 
 
-def test_an_answer_has_as_many_rivals_as_it_asked_for_in_any_company(client: OpenAI) -> None:
+def test_top_logprobs_have_the_requested_number_in_a_mixed_batch(client: OpenAI) -> None:
     def one(num: int) -> set[int]:
         answer = create(client, logprobs=True, top_logprobs=num, max_tokens=60)
         return {len(entry.top_logprobs) for entry in tokens_of(answer)}
@@ -419,7 +419,7 @@ def test_a_stream_that_is_closed_early_frees_its_row(
         assert metric(server, "vllm:num_requests_running") == 1
     give_up_at = time.monotonic() + TIMEOUT_S
     while metric(server, "vllm:num_requests_running") != 0:
-        assert time.monotonic() < give_up_at, "it goes on generating for nobody"
+        assert time.monotonic() < give_up_at, "it generates on after the disconnect"
     assert num_aborted() == before + 1
 
 
@@ -486,7 +486,7 @@ def test_a_completion_is_the_fold_of_its_stream(
             assert choice.logprobs is None
 
 
-def test_embeddings_come_as_the_client_asks_by_itself(client: OpenAI) -> None:
+def test_embeddings_are_served_in_the_clients_default_encoding(client: OpenAI) -> None:
     texts = ["Hello", "A stream of tokens", "Hello"]
     ours = client.embeddings.create(model=MODEL, input=texts)  # in base64, which the client decodes
     floats = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
@@ -529,7 +529,7 @@ def test_the_model_is_listed_and_found(client: OpenAI) -> None:
     ],
     ids=repr,
 )
-def test_a_chat_with_what_is_new_says_what_it_says_without(
+def test_extension_fields_do_not_change_the_text_of_a_chat(
     client: OpenAI, extra: dict[str, Any]
 ) -> None:
     without = text_of(create(client))
@@ -546,7 +546,7 @@ def test_a_chat_with_what_is_new_says_what_it_says_without(
         assert text_of(create(client, extra_body=extra)) == without
 
 
-def test_a_message_is_continued_where_the_request_says_so(client: OpenAI) -> None:
+def test_a_message_is_continued_on_request(client: OpenAI) -> None:
     fields: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0}
     messages: Any = [
         {"role": "user", "content": "Hello"},
@@ -590,7 +590,7 @@ async def _embed(checkpoint: Path) -> None:
     assert _state() == before
 
 
-def test_two_servers_are_embedded_in_somebody_elses_loop(checkpoint: Path) -> None:
+def test_two_servers_run_in_the_event_loop_of_another_program(checkpoint: Path) -> None:
     _embed(checkpoint)
 
 

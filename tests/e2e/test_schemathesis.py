@@ -2,7 +2,7 @@
 
 Two ways of asking. schemathesis's own cases go to every operation: boundary values of each field,
 wrong types, missing fields, other methods and media types; nearly all of those that the document
-allows and the server refuses are refused for a field whose schema does not say much (`messages`).
+allows and the server refuses are refused for a field whose schema is too general (`messages`).
 So the second way fills those fields in, and leaves the rest of the body to the generator: what is
 left is answered with 200, whole or as a stream, and these answers are what is checked then.
 """
@@ -36,7 +36,7 @@ CHECKS = [
     checks.status_code_conformance,
     checks.content_type_conformance,
     checks.response_schema_conformance,
-    # What the document says of a field is enforced; a method that it has not is a 405 with `allow`.
+    # The document's rules for a field are enforced; a method that it has not is a 405 with `allow`.
     checks.negative_data_rejection,
     checks.unsupported_method,
 ]
@@ -101,7 +101,7 @@ def test_every_route_is_in_the_document_and_nothing_else_is(server: mlxlite.Serv
     assert described == routed
 
 
-def test_the_document_says_which_paths_need_no_key(server: mlxlite.Server) -> None:
+def test_the_document_marks_the_paths_that_need_no_key(server: mlxlite.Server) -> None:
     described = {
         path: not any("security" in operation for operation in operations.values())
         for path, operations in DOCUMENT["paths"].items()
@@ -110,7 +110,7 @@ def test_the_document_says_which_paths_need_no_key(server: mlxlite.Server) -> No
     assert described == routed
 
 
-def test_the_document_knows_every_status_that_a_response_can_have() -> None:
+def test_the_document_has_every_status_of_a_response() -> None:
     """Among them that of one which was cancelled, which no generator brings about."""
     described = DOCUMENT["components"]["schemas"]["Response"]["properties"]["status"]["enum"]
     assert set(described) == {*_STATUSES.values(), "failed"}
@@ -118,9 +118,7 @@ def test_the_document_knows_every_status_that_a_response_can_have() -> None:
 
 @SCHEMA.parametrize()
 @BOUNDED
-def test_no_request_gets_an_answer_that_the_document_does_not_know(
-    case: Any, server: mlxlite.Server
-) -> None:
+def test_no_request_gets_an_undocumented_answer(case: Any, server: mlxlite.Server) -> None:
     case.call_and_validate(base_url=server.url, headers=AUTHORIZATION, checks=CHECKS)
 
 
@@ -132,7 +130,7 @@ def properties_of(path: str) -> dict[str, dict[str, Any]]:
 
 
 def described_fields(path: str) -> set[str]:
-    """The fields of a body whose schema says enough for a generator to get them right."""
+    """The fields of a body whose schema is enough for a generator to get them right."""
     return {name for name, rules in properties_of(path).items() if "type" in rules}
 
 
@@ -144,7 +142,7 @@ def described_fields(path: str) -> set[str]:
         for media_type in DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]
     ],
 )
-def test_a_request_that_says_something_gets_the_answer_that_the_document_describes(
+def test_a_filled_request_gets_the_documented_answer(
     server: mlxlite.Server, path: str, media_type: str
 ) -> None:
     kept = described_fields(path) - set(NEVER_LEFT_IN)
@@ -177,7 +175,7 @@ def forbidden_values(rules: dict[str, Any]) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("path", FILLED)
-def test_what_the_document_says_of_a_field_is_what_the_server_insists_on(
+def test_values_that_the_document_forbids_are_refused_by_the_server(
     server: mlxlite.Server, path: str
 ) -> None:
     """Field by field: in a generated body another field may be what is refused."""

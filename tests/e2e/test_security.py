@@ -1,7 +1,7 @@
-"""Who may ask, what nobody is told, and what is never written down.
+"""Access control, secrets in answers, and secrets in logs.
 
-A real process at the most talkative log level is asked everything, rightly and wrongly, and then
-all that it has said is searched for what it must not say. The rest is in this process.
+A real process at log level debug gets requests of every kind, valid and invalid; then all of its
+output is searched for secrets. The other tests run in this process.
 """
 
 import asyncio
@@ -43,12 +43,12 @@ from tests.e2e.test_command_line import GONE_S, Process, fails, free_port, runni
 from tests.e2e.test_faults import assert_one_line
 from tests.e2e.test_server import ALLOWED, CHAT, FOREIGN
 
-# --- what a process says -------------------------------------------------------------------------
+# --- what a process emits ------------------------------------------------------------------------
 
 KEYS = {"flag": "sk-flag-0a1b2c3d4e", "file": "sk-file-5f6a7b8c9d", "second": "sk-file-2222222222"}
 WRONG = "sk-wrong-e1f2a3b4c5"
 HUB_TOKEN = "hf_a1b2c3d4e5f6a7b8c9"
-SAID = "xyzzy"  # in everything that a client says, and in nothing that may be logged
+SAID = "xyzzy"  # in every text of a client, and in nothing that may be logged
 SAY = f"Tell me of {SAID} and nothing else."
 TOOL = {
     "type": "function",
@@ -114,10 +114,10 @@ def say(
         return answer.status, answer.getheaders(), answer.read().decode()
 
 
-def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_said(
+def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_logged(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Logs, metrics, every answer; answers may repeat what the client itself has said."""
+    """Logs, metrics, every answer; answers may repeat the client's own text."""
     home = tmp_path / "secret-home"
     shutil.copytree(checkpoint, home / "tiny")
     keys = tmp_path / "keys"
@@ -152,7 +152,7 @@ def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_said(
     for secret in (*KEYS.values(), WRONG):
         assert secret not in logged
         assert not [text for text in told if secret in text]
-    assert SAID not in logged, "no level says what was said"
+    assert SAID not in logged, "no log level includes text of clients"
     assert not [text for text in told if str(tmp_path) in text or "secret-home" in text]
 
 
@@ -175,7 +175,7 @@ def test_at_debug_the_hubs_token_is_not_logged(checkpoint: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
-def test_a_host_that_others_can_reach_is_refused_without_a_key(tmp_path: Path, host: str) -> None:
+def test_a_reachable_host_is_refused_without_a_key(tmp_path: Path, host: str) -> None:
     code, reason = fails(tmp_path, "--port", "0", "--host", host)
     assert code == 2
     assert_one_line(reason, "API key" if host else "--host")
@@ -372,7 +372,7 @@ async def secure_wire(port: int, certificate: Path) -> Wire:
 
 
 @pytest.mark.parametrize("files", [("cert.pem", "key.pem"), ("both.pem", None)])
-def test_with_a_certificate_everything_is_told_over_tls(
+def test_with_a_certificate_every_answer_is_over_tls(
     certificate: Path, files: tuple[str, str | None]
 ) -> None:
     cert, key = (name and str(certificate / name) for name in files)
@@ -394,7 +394,7 @@ def test_with_a_certificate_everything_is_told_over_tls(
                 await wire.open_stream(ENDLESS)
                 await wire.frame()
                 assert served.num_live == 1
-            await until(lambda: served.num_live == 0, "who leaves takes the row along")
+            await until(lambda: served.num_live == 0, "a disconnect frees the row")
             async with await secure_wire(port, certificate) as wire:
                 await wire.send(request("POST", CHAT, b"{", connection="close"))
                 assert (await wire.answer()).status == 400
@@ -414,10 +414,10 @@ def test_with_a_certificate_everything_is_told_over_tls(
         ("cert.pem", "cert.pem"),
     ],
 )
-def test_a_certificate_that_does_not_work_is_refused_before_anybody_listens(
+def test_an_unusable_certificate_is_refused_before_the_socket_listens(
     certificate: Path, cert: str, key: str | None
 ) -> None:
-    """A key with a password too, for which nobody is asked."""
+    """A key with a password too: there is no prompt for it."""
 
     @in_a_loop
     async def test() -> None:
@@ -473,7 +473,7 @@ def test_a_tls_server_answers_nothing_else_and_ends_its_streams_when_it_stops(
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(None, 0o600), ("660", 0o660), ("0666", 0o666)])
-def test_a_unix_socket_has_the_mode_that_was_asked_for_whatever_the_umask(
+def test_a_unix_socket_has_its_configured_mode_whatever_the_umask(
     mode: str | None, expected: int
 ) -> None:
     # Not in tmp_path: a socket's path may have no more than 107 bytes.

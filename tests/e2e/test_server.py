@@ -81,7 +81,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 @in_a_loop
-async def test_while_the_model_loads_the_server_listens_and_says_so() -> None:
+async def test_while_the_model_loads_the_server_listens_and_health_reports_loading() -> None:
     gate = threading.Event()
     model, runner = FakeModel(), ScriptedRunner()
 
@@ -120,7 +120,7 @@ async def test_while_the_model_loads_the_server_listens_and_says_so() -> None:
 
 
 @in_a_loop
-async def test_a_model_that_cannot_be_loaded_is_told_to_whoever_waits_and_to_health() -> None:
+async def test_a_failed_load_is_raised_by_ready_and_reported_by_health() -> None:
     def load(_config: Config) -> Any:
         raise LoadError("there is no model at nowhere")
 
@@ -196,7 +196,7 @@ async def test_an_embedded_server_leaves_signals_and_logging_alone() -> None:
 
 
 @in_a_loop
-async def test_two_servers_live_in_one_process_and_know_nothing_of_each_other() -> None:
+async def test_two_servers_in_one_process_are_independent() -> None:
     async with (
         serving(FakeModel(id="one"), api_key=("k",)) as one,
         serving(FakeModel(id="two")) as two,
@@ -234,7 +234,7 @@ async def test_a_port_that_is_taken_is_an_oserror_at_start() -> None:
             await second.start()
 
 
-def test_a_unix_socket_is_for_its_owner_alone_and_goes_with_the_server() -> None:
+def test_a_unix_socket_is_for_its_owner_alone_and_removed_at_stop() -> None:
     # Not in tmp_path: a socket's path may have no more than 107 bytes.
     path = Path(f"/tmp/mlxlite-test-{os.getpid()}.sock")
     with closing(socket.socket(socket.AF_UNIX)) as stale:
@@ -270,7 +270,7 @@ def test_a_unix_socket_is_for_its_owner_alone_and_goes_with_the_server() -> None
         ),
     ],
 )
-def test_health_says_how_it_batches(settings: dict[str, Any], batching: str) -> None:
+def test_health_reports_how_it_batches(settings: dict[str, Any], batching: str) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving(**settings) as served, await served.wire() as wire:
@@ -459,7 +459,7 @@ def test_an_answer_is_the_fold_of_its_stream(
 
 
 @in_a_loop
-async def test_usage_moves_to_a_chunk_of_its_own_where_it_was_asked_for() -> None:
+async def test_usage_has_a_chunk_of_its_own_with_include_usage() -> None:
     async with serving() as served, await served.wire() as wire:
         await wire.open_stream("hello", stream_options={"include_usage": True})
         *_, finish, usage, done = await wire.rest()
@@ -471,7 +471,7 @@ async def test_usage_moves_to_a_chunk_of_its_own_where_it_was_asked_for() -> Non
 
 
 @in_a_loop
-async def test_what_the_request_says_reaches_the_model() -> None:
+async def test_messages_and_template_kwargs_reach_the_model() -> None:
     async with serving() as served, await served.wire() as wire:
         history = [
             {"role": "developer", "content": "be brief"},
@@ -593,7 +593,7 @@ def test_a_stream_of_choices_folds_to_the_whole_answer(include_usage: bool) -> N
                 assert reasons == [None] * (len(own) - 1) + [choice["finish_reason"]]
                 assert text_of(frames, index) == choice["message"]["content"]
             with_usage = [chunk for chunk in chunks if chunk.get("usage") is not None]
-            assert with_usage == chunks[-1:], "the usage is said once, at the end"
+            assert with_usage == chunks[-1:], "the usage is sent once, at the end"
             assert chunks[-1]["usage"] == whole["usage"]
             assert (chunks[-1]["choices"] == []) is include_usage
             assert sum("timings" in chunk for chunk in chunks) == 1
@@ -602,7 +602,7 @@ def test_a_stream_of_choices_folds_to_the_whole_answer(include_usage: bool) -> N
 
 
 @in_a_loop
-async def test_choices_that_do_not_fit_together_come_one_after_another() -> None:
+async def test_choices_that_do_not_fit_together_run_one_after_another() -> None:
     async with serving(max_batch_size=1) as served, await served.wire() as wire:
         answer = (await wire.chat("abc", **THREE)).json
         assert [c["message"]["content"] for c in answer["choices"]] == ["abc", "bc", "c"]
@@ -658,7 +658,7 @@ def test_a_choice_that_fails_ends_the_answer_with_one_error(stream: bool) -> Non
 
 
 @in_a_loop
-async def test_a_choice_that_has_ended_is_in_no_ones_way_when_another_fails() -> None:
+async def test_an_ended_choice_does_not_hinder_the_failure_of_another() -> None:
     async with serving() as served, await served.wire() as wire:
         served.runner.failing[1] = 2
         await wire.open_stream("abc", **THREE)  # "c" has ended by then
@@ -689,7 +689,7 @@ async def test_cancel_ends_every_choice_of_an_answer() -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("max_batch_size", [1, 2, 8])
-def test_a_client_that_goes_takes_every_choice_with_it(max_batch_size: int, stream: bool) -> None:
+def test_a_disconnect_ends_every_choice_of_its_request(max_batch_size: int, stream: bool) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving(max_batch_size=max_batch_size) as served:
@@ -724,10 +724,10 @@ async def test_choices_are_queued_all_or_none() -> None:
 
 
 @in_a_loop
-async def test_more_choices_than_the_queue_can_ever_hold_are_not_told_to_come_again() -> None:
+async def test_more_choices_than_the_queue_can_hold_are_not_a_429() -> None:
     async with serving(max_queue=2) as served, await served.wire() as wire:
         answer = await wire.chat("hello", n=3)
-        assert answer.status in (200, 400), "a 429 says that waiting helps"
+        assert answer.status in (200, 400), "a 429 means that a retry may succeed"
         assert answer.status == 200 or answer.error["param"] == "n"
 
 
@@ -770,7 +770,7 @@ def test_logprobs_are_the_same_streamed_or_not(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_token_that_has_no_bytes_to_show_ends_its_answer_and_nobody_waits(stream: bool) -> None:
+def test_a_token_without_bytes_ends_its_answer_at_once(stream: bool) -> None:
     class Model(FakeModel):
         def token_bytes(self, token: int) -> bytes:
             raise KeyError(token)
@@ -836,7 +836,7 @@ def test_a_body_that_turns_into_nonsense_is_refused_in_its_own_dialect(
 
 
 @in_a_loop
-async def test_who_asks_and_gets_no_token_has_no_logprobs_but_a_place_for_them() -> None:
+async def test_logprobs_of_an_answer_without_tokens_are_an_empty_list() -> None:
     async with serving() as served, await served.wire() as wire:
         answer = await wire.chat("hello", logprobs=True, stop_token_ids=[ord("h")])
         (choice,) = answer.json["choices"]
@@ -845,7 +845,7 @@ async def test_who_asks_and_gets_no_token_has_no_logprobs_but_a_place_for_them()
 
 
 @in_a_loop
-async def test_only_who_asks_gets_logprobs() -> None:
+async def test_logprobs_are_null_unless_requested() -> None:
     async with serving() as served, await served.wire() as wire:
         assert (await wire.chat("hello")).json["choices"][0]["logprobs"] is None
         await wire.open_stream("hello", logprobs=False)
@@ -894,7 +894,7 @@ async def test_a_bias_on_a_token_that_the_model_does_not_have_is_a_400() -> None
 
 
 @in_a_loop
-async def test_an_urgent_request_overtakes_the_queue_and_not_who_is_as_urgent() -> None:
+async def test_an_urgent_request_overtakes_the_queue_but_not_its_own_priority() -> None:
     async with serving(max_batch_size=1) as served:
         wires = [await served.wire() for _ in range(4)]
         served.runner.hold()
@@ -997,7 +997,7 @@ async def told(wire: Wire, content: str, **fields: Any) -> dict[str, Any]:
 
 
 @in_a_loop
-async def test_reasoning_is_apart_unless_the_request_wants_it_within() -> None:
+async def test_reasoning_is_separate_unless_reasoning_format_keeps_it_inline() -> None:
     async with serving(marked()) as served, await served.wire() as wire:
         said = await told(wire, THOUGHT + "\n\nthree")
         assert said["message"]["content"] == "three"
@@ -1047,7 +1047,7 @@ async def test_calls_are_read_with_the_types_of_their_schemas() -> None:
 
 
 @in_a_loop
-async def test_where_calls_are_json_a_stream_tells_their_arguments_as_they_are_written() -> None:
+async def test_arguments_of_json_calls_are_streamed_as_they_are_generated() -> None:
     asked: dict[str, Any] = {"tools": TOOLS, "logprobs": True, "top_logprobs": 1}
     calls = CALLS.replace('"3"', '3, "text": "ab\\n</call>"')
     async with serving(in_parts()) as served, await served.wire() as wire:
@@ -1153,7 +1153,7 @@ async def test_what_must_match_is_compiled_before_the_answer_begins() -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_enforced_is_a_400_that_says_why(
+def test_a_constraint_that_cannot_be_compiled_is_a_400_with_the_reason(
     fields: dict[str, Any], param: str, stream: bool
 ) -> None:
     @in_a_loop
@@ -1171,7 +1171,7 @@ def test_what_cannot_be_enforced_is_a_400_that_says_why(
 
 
 @in_a_loop
-async def test_an_answer_that_goes_in_circles_is_ended_where_the_operator_wants_it() -> None:
+async def test_the_repetition_guard_ends_a_looping_answer_when_enabled() -> None:
     async with serving(repetition_guard=64) as served, await served.wire() as wire:
         said = await told(wire, "over and " + ENDLESS)
         assert (said["finish_reason"], said["stop_reason"]) == ("length", "repetition")
@@ -1229,7 +1229,7 @@ async def test_an_answer_that_goes_in_circles_is_ended_where_the_operator_wants_
     ],
     ids=lambda value: value[:60].decode("latin-1") if isinstance(value, bytes) else str(value),
 )
-def test_a_refusal_has_a_status_and_an_envelope_and_the_connection_lives(
+def test_a_refusal_has_a_status_and_an_envelope_and_keeps_the_connection(
     raw: bytes, status: int, type_: str, code: str | None
 ) -> None:
     @in_a_loop
@@ -1251,7 +1251,7 @@ def test_a_refusal_has_a_status_and_an_envelope_and_the_connection_lives(
 
 
 @in_a_loop
-async def test_a_405_says_what_is_allowed() -> None:
+async def test_a_405_lists_the_allowed_methods() -> None:
     async with serving() as served, await served.wire() as wire:
         assert (await wire.get(CHAT))["allow"] == "POST, OPTIONS"
         assert (await wire.ask("PUT", "/health"))["allow"] == "GET, HEAD, OPTIONS"
@@ -1310,7 +1310,7 @@ def test_even_an_answer_to_broken_http_has_a_request_id_and_an_envelope(raw: byt
         ("", "http://evil.example", 415),  # fetch with a Blob that has no type
     ],
 )
-def test_no_page_of_the_web_can_post_without_asking_first(
+def test_a_foreign_page_cannot_post_without_a_preflight(
     content_type: str, origin: str, status: int
 ) -> None:
     """A browser asks first (preflight) for JSON alone, so a foreign page may send nothing else."""
@@ -1325,7 +1325,7 @@ def test_no_page_of_the_web_can_post_without_asking_first(
     test()
 
 
-# --- who may ask --------------------------------------------------------------------------------
+# --- access control -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1346,7 +1346,9 @@ def test_no_page_of_the_web_can_post_without_asking_first(
         ({"x-api-key": ""}, 401),
     ],
 )
-def test_a_key_opens_what_is_not_open(headers: dict[str, str], status: int) -> None:
+def test_a_key_gives_access_to_the_protected_endpoints(
+    headers: dict[str, str], status: int
+) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving(api_key=("secret", "second")) as served:
@@ -1482,7 +1484,9 @@ def test_a_page_on_this_machine_may_call(origin: str) -> None:
     ],
     ids=["preflight", "health", "chat", "stream"],
 )
-def test_a_page_from_elsewhere_may_not_whatever_it_calls_itself(raw: bytes, origin: str) -> None:
+def test_a_page_of_a_foreign_origin_is_refused_by_cors_whatever_its_name(
+    raw: bytes, origin: str
+) -> None:
     @in_a_loop
     async def test() -> None:
         answer = None
@@ -1502,7 +1506,7 @@ def test_a_page_from_elsewhere_may_not_whatever_it_calls_itself(raw: bytes, orig
 
 
 @in_a_loop
-async def test_a_stream_tells_its_page_that_it_may_be_read() -> None:
+async def test_a_stream_has_the_cors_header_of_its_origin() -> None:
     async with serving() as served, await served.wire() as wire:
         body = json.dumps(chat_body("x", stream=True)).encode()
         await wire.send(request("POST", CHAT, body, origin="tauri://localhost"))
@@ -1558,7 +1562,7 @@ async def test_pipelining_without_end_is_bounded_and_loses_nothing() -> None:
 
 
 @in_a_loop
-async def test_whoever_pipelines_a_lot_takes_turns_with_everybody_else() -> None:
+async def test_pipelined_requests_do_not_starve_other_connections() -> None:
     async with serving() as served, await served.wire() as wire:
         assert (await wire.get("/health")).status == 200
         (client,) = served.clients
@@ -1576,7 +1580,7 @@ async def test_whoever_pipelines_a_lot_takes_turns_with_everybody_else() -> None
 
 
 @in_a_loop
-async def test_a_request_may_come_byte_by_byte() -> None:
+async def test_a_request_may_arrive_byte_by_byte() -> None:
     async with serving() as served, await served.wire() as wire:
         for byte in chat_request("hello"):
             await wire.send(bytes([byte]))
@@ -1596,7 +1600,7 @@ async def test_a_body_may_be_chunked() -> None:
 
 
 @in_a_loop
-async def test_who_expects_100_continue_gets_it_or_its_refusal() -> None:
+async def test_expect_100_continue_is_answered_with_100_or_the_refusal() -> None:
     async with serving(api_key=("k",)) as served:
         raw = request("POST", CHAT, json.dumps(chat_body("x")).encode(), expect="100-continue")
         head, _, body = raw.partition(b"\r\n\r\n")
@@ -1662,7 +1666,7 @@ async def test_a_request_id_is_made_where_none_can_be_used() -> None:
 
 
 @in_a_loop
-async def test_beyond_max_connections_there_is_a_503_and_the_others_stay() -> None:
+async def test_a_connection_beyond_the_maximum_is_a_503_and_the_others_stay() -> None:
     async with (
         serving(max_connections=2) as served,
         await served.wire() as one,
@@ -1703,7 +1707,7 @@ async def _idle(clock: Clock, send: bytes, limit_s: float) -> None:
         assert await wire.is_cut()
 
 
-def test_a_peer_that_says_nothing_is_cut(clock: Clock) -> None:
+def test_a_silent_connection_is_closed(clock: Clock) -> None:
     _idle(clock, b"", HEADER_TIMEOUT_S)
 
 
@@ -1726,7 +1730,7 @@ def test_a_head_that_drips_has_no_more_time_than_one_that_stops(clock: Clock) ->
     test()
 
 
-def test_empty_lines_before_a_request_buy_no_time(clock: Clock) -> None:
+def test_empty_lines_before_a_request_do_not_extend_its_deadline(clock: Clock) -> None:
     @in_a_loop
     async def test() -> None:
         async with serving() as served, await served.wire() as wire:
@@ -1911,9 +1915,9 @@ def test_a_device_that_hangs_makes_health_fail_until_it_answers(clock: Clock) ->
             served.runner.hold()
             await wire.send(chat_request("hello"))
             await until(lambda: served.num_live == 1)
-            # The first step goes through; the lane waits for it when it is given the second one.
+            # The first step is dispatched; the device thread waits for it in the second call.
             await until(lambda: served.engine._scheduler.num_steps == 2)
-            assert served.engine._lane_since is not None
+            assert served.engine._busy_since is not None
             await pass_time(served, clock, 59)
             assert (await health(served)).status == 200
             await pass_time(served, clock, 3)
@@ -1951,7 +1955,7 @@ def _is_in_phase(served: Served, phase: str) -> bool:
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("phase", ["queue", "prefill", "decode"])
-def test_a_client_that_goes_takes_its_row_with_it_and_no_other(
+def test_a_disconnect_frees_its_own_row_and_no_other(
     phase: str, stream: bool, leave: Callable[[Wire], None]
 ) -> None:
     @in_a_loop
@@ -1971,14 +1975,14 @@ def test_a_client_that_goes_takes_its_row_with_it_and_no_other(
                 assert served.runner.num_drawn.get(2, 0) == 0
             await until(lambda: 2 not in served.runner.prompts, "the runner has let it go")
             seen = served.runner.num_drawn[1]
-            await until(lambda: served.runner.num_drawn[1] > seen, "the other goes on")
+            await until(lambda: served.runner.num_drawn[1] > seen, "the other continues")
             await wire.close()
 
     test()
 
 
 @in_a_loop
-async def test_a_client_that_goes_while_its_prompt_is_rendered_never_gets_a_row() -> None:
+async def test_a_disconnect_while_its_prompt_is_rendered_prevents_its_admission() -> None:
     async with serving() as served:
         served.model.gate.clear()
         wire = await served.wire()
@@ -1993,7 +1997,7 @@ async def test_a_client_that_goes_while_its_prompt_is_rendered_never_gets_a_row(
 
 
 @in_a_loop
-async def test_a_client_that_goes_in_mid_body_is_no_error() -> None:
+async def test_a_disconnect_in_mid_body_is_no_error() -> None:
     async with serving() as served:
         wire = await served.wire()
         await wire.send(chat_request("hello")[:-5])
@@ -2007,7 +2011,7 @@ async def test_a_client_that_goes_in_mid_body_is_no_error() -> None:
 # --- readers that are slow ----------------------------------------------------------------------
 
 
-def test_a_reader_that_lags_too_far_is_cut_and_slows_nobody(
+def test_a_slow_reader_is_disconnected_and_delays_no_other_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 18)
@@ -2088,7 +2092,7 @@ def test_after_a_backlog_the_keep_alive_time_counts_again(clock: Clock) -> None:
 
 
 @in_a_loop
-async def test_a_full_queue_is_a_429_that_says_when_to_come_back() -> None:
+async def test_a_full_queue_is_a_429_with_a_retry_after_header() -> None:
     async with serving(max_batch_size=1, max_queue=1) as served, await served.wire() as wire:
         running, waiting = await served.wire(), await served.wire()
         await running.open_stream("a" + ENDLESS)
@@ -2130,7 +2134,7 @@ async def test_many_requests_at_once_each_get_their_own_answer() -> None:
 
 
 def memory_for(*lengths: int) -> Memory:
-    """Just as much as rows of so many tokens hold together."""
+    """The memory of rows of these numbers of tokens."""
     memory = Memory(row_bytes=100, layers=((10, None),))
     return replace(memory, budget_bytes=memory.batch(lengths))
 
@@ -2165,12 +2169,12 @@ async def test_a_memory_that_holds_no_sequence_is_no_server() -> None:
     runner = ScriptedRunner(replace(memory_for(1), budget_bytes=150))
     with pytest.raises(LoadError, match=r"insufficient memory: 0 tokens"):
         async with serving(runner=runner):
-            pytest.fail("it could serve nobody")
+            pytest.fail("it could serve no request")
 
 
 @in_a_loop
 async def test_rows_that_do_not_fit_together_wait_for_one_another() -> None:
-    """Two short rows fit; decoding outgrows it, and who gives way loses nothing."""
+    """Two short rows fit; decoding outgrows the budget, and the preempted one loses no token."""
     runner = ScriptedRunner(memory_for(100, 100))
     async with serving(runner=runner) as served:
         text = "abcdefgh" + ENDLESS
@@ -2181,7 +2185,7 @@ async def test_rows_that_do_not_fit_together_wait_for_one_another() -> None:
                 assert answer["choices"][0]["message"]["content"] == (text * 40)[:300]
 
         await asyncio.gather(*(one() for _ in range(4)))
-        assert len(runner.admitted) > 4, "nobody had to give way"
+        assert len(runner.admitted) > 4, "no sequence was preempted"
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -2198,7 +2202,7 @@ def assert_ends_with_an_error(frames: list[Frame], message: str) -> None:
 
 
 @in_a_loop
-async def test_a_step_that_fails_is_told_to_those_in_it_and_the_server_serves_on() -> None:
+async def test_a_failed_step_ends_its_requests_with_an_error_and_later_ones_are_served() -> None:
     async with (
         serving(max_batch_size=2) as served,
         await served.wire() as streamed,
@@ -2240,7 +2244,7 @@ async def test_a_sequence_that_fails_alone_costs_nothing_but_itself() -> None:
 
 
 @in_a_loop
-async def test_a_runner_that_cannot_be_reset_makes_health_fail_and_nobody_waits() -> None:
+async def test_a_runner_that_cannot_be_reset_makes_health_and_requests_fail() -> None:
     async with serving() as served, await served.wire() as wire, await served.wire() as control:
         await wire.open_stream(ENDLESS)
         await wire.frame()
@@ -2288,7 +2292,7 @@ async def test_at_stop_an_answer_that_fits_the_grace_is_finished() -> None:
 
 
 @in_a_loop
-async def test_at_stop_an_answer_that_does_not_fit_gets_its_error() -> None:
+async def test_at_stop_an_answer_that_does_not_end_in_time_gets_an_error() -> None:
     async with serving(max_batch_size=1) as served:
         wires = [await served.wire() for _ in range(3)]
         decoding, waiting, whole = wires

@@ -1,4 +1,4 @@
-"""The prefix cache as clients see it: usage and timings, who shares with whom, numbers.
+"""The prefix cache as clients see it: usage and timings, the scope of sharing, numbers.
 
 Prompts are characters and blocks are of four, so every count here can be done by hand: of a prompt
 of 40 that is known to its end, 39 are cached, because one token at least is computed. The last
@@ -95,7 +95,7 @@ async def sample(wire: Wire, name: str, **labels: str) -> float:
 
 
 @in_a_loop
-async def test_an_equal_chat_is_told_what_it_did_not_cost() -> None:
+async def test_an_equal_chat_reports_its_cached_tokens() -> None:
     async with caching() as served, await served.wire() as wire:
         assert await cached(wire) == 0
         num_before = served.runner.num_prefill_tokens
@@ -106,7 +106,7 @@ async def test_an_equal_chat_is_told_what_it_did_not_cost() -> None:
 
 
 @in_a_loop
-async def test_a_stream_says_the_same_in_its_last_chunk_or_in_the_usage_chunk() -> None:
+async def test_cached_tokens_are_equal_in_the_last_chunk_and_the_usage_chunk() -> None:
     async with caching() as served, await served.wire() as wire:
         for expected in (0, 39):
             frames = await streamed(wire)
@@ -119,7 +119,7 @@ async def test_a_stream_says_the_same_in_its_last_chunk_or_in_the_usage_chunk() 
 
 
 @in_a_loop
-async def test_progress_is_told_of_a_prompt_that_is_all_there() -> None:
+async def test_progress_is_reported_for_a_fully_cached_prompt() -> None:
     async with caching() as served, await served.wire() as wire:
         for cache, processed in ((0, 39), (39, 39)):
             frames = await streamed(wire, return_progress=True)
@@ -129,7 +129,7 @@ async def test_progress_is_told_of_a_prompt_that_is_all_there() -> None:
 
 
 @in_a_loop
-async def test_an_answer_is_known_to_the_turn_that_follows_it() -> None:
+async def test_the_next_turn_hits_the_cached_answer() -> None:
     async with caching() as served, await served.wire() as wire:
         answer = await wire.chat(PROMPT)
         said = answer.json["choices"][0]["message"]["content"]
@@ -169,7 +169,7 @@ async def test_with_the_cache_switched_off_nothing_is_found_and_nothing_kept() -
 
 
 @in_a_loop
-async def test_a_request_may_neither_read_nor_write() -> None:
+async def test_a_request_may_opt_out_of_the_cache() -> None:
     async with caching() as served, await served.wire() as wire:
         assert await cached(wire, cache_prompt=False) == 0
         assert (await numbers(wire))["bytes"] == 0
@@ -218,7 +218,7 @@ async def test_half_a_character_is_no_salt() -> None:
         assert (await wire.ask("POST", CHAT, body)).status == 400
 
 
-# --- who shares with whom -----------------------------------------------------------------------
+# --- the scope of sharing -----------------------------------------------------------------------
 
 
 @in_a_loop
@@ -245,7 +245,7 @@ async def test_a_key_is_the_same_whichever_header_brings_it() -> None:
 
 
 @pytest.mark.parametrize("scope", ["shared", None])
-def test_keys_share_unless_it_is_said_otherwise(scope: str | None) -> None:
+def test_keys_share_the_cache_by_default(scope: str | None) -> None:
     settings: dict[str, Any] = {"api_key": KEYS} | ({"prefix_cache_scope": scope} if scope else {})
 
     @in_a_loop
@@ -258,7 +258,7 @@ def test_keys_share_unless_it_is_said_otherwise(scope: str | None) -> None:
 
 
 @in_a_loop
-async def test_without_keys_a_scope_of_keys_is_everybodys() -> None:
+async def test_without_keys_the_key_scope_is_shared_by_all_requests() -> None:
     async with caching(prefix_cache_scope="key") as served, await served.wire() as wire:
         assert await cached(wire) == 0
         assert await cached(wire, key="any") == 39
@@ -268,7 +268,7 @@ async def test_without_keys_a_scope_of_keys_is_everybodys() -> None:
 
 
 @in_a_loop
-async def test_the_cache_tells_its_numbers() -> None:
+async def test_the_cache_endpoint_reports_its_numbers() -> None:
     async with caching(prefix_cache_bytes="1MB") as served, await served.wire() as wire:
         empty = await numbers(wire)
         assert empty == {
@@ -295,7 +295,7 @@ async def test_the_cache_tells_its_numbers() -> None:
 
 
 @in_a_loop
-async def test_a_small_cache_counts_what_gives_way() -> None:
+async def test_a_small_cache_counts_its_evictions() -> None:
     async with caching(prefix_cache_bytes="8KB") as served, await served.wire() as wire:
         for i in range(6):
             await wire.chat(f"{i}{PROMPT}")
@@ -307,7 +307,7 @@ async def test_a_small_cache_counts_what_gives_way() -> None:
 
 
 @in_a_loop
-async def test_a_cleared_cache_is_empty_and_its_counters_go_on() -> None:
+async def test_a_cleared_cache_is_empty_and_keeps_its_counters() -> None:
     async with caching() as served, await served.wire() as wire:
         for _ in range(2):
             await wire.chat(PROMPT)
@@ -326,7 +326,7 @@ async def test_a_cleared_cache_is_empty_and_its_counters_go_on() -> None:
 
 
 @in_a_loop
-async def test_a_chat_that_runs_is_not_hurt_by_a_clearing() -> None:
+async def test_clearing_the_cache_does_not_affect_a_running_chat() -> None:
     async with caching() as served, await served.wire() as wire, await served.wire() as other:
         assert await cached(wire, PROMPT + ENDLESS, max_tokens=1) == 0
         await wire.open_stream(PROMPT + ENDLESS)
@@ -342,7 +342,7 @@ async def test_a_chat_that_runs_is_not_hurt_by_a_clearing() -> None:
 
 
 @in_a_loop
-async def test_the_cache_is_for_those_with_a_key() -> None:
+async def test_the_cache_endpoint_requires_a_key() -> None:
     async with caching(api_key=KEYS) as served, await served.wire() as wire:
         for method in ("GET", "HEAD", "DELETE"):
             for headers in ({}, {"authorization": "Bearer nobody"}):
@@ -362,11 +362,11 @@ async def test_a_refused_clearing_clears_nothing() -> None:
 
 
 @in_a_loop
-async def test_the_cache_has_its_methods_and_says_them() -> None:
+async def test_the_cache_endpoint_lists_its_methods() -> None:
     async with caching() as served, await served.wire() as wire:
         for path in (CACHE, "/cache"):
             for method, body in (("POST", b"{}"), ("PUT", b"{}"), ("PATCH", None)):
-                async with await served.wire() as another:  # a body that nobody reads closes it
+                async with await served.wire() as another:  # an unread body closes the connection
                     answer = await another.ask(method, path, body)
                 assert answer.status == 405
                 assert answer["allow"] == "GET, DELETE, HEAD, OPTIONS"
@@ -435,7 +435,7 @@ def files_are_written() -> None:
 
 
 async def two_turns(wire: Wire) -> list[Answer]:
-    """A chat, and the one that goes on from its answer. Both are greedy."""
+    """A chat, and one that continues it. Both are greedy."""
     messages = [{"role": "user", "content": "Hello, how are you? Tell me a story, please."}]
     answers = []
     for then in ("What is 2 + 2?", ""):

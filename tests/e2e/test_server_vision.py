@@ -230,7 +230,7 @@ HOSTILE = {
     "a bomb": lambda: uri(bomb(20_000, 20_000)),
     "a truncated JPEG": lambda: uri(jpeg()[:1500], "image/jpeg"),
     "an SVG": lambda: uri(SVG, "image/svg+xml"),
-    "an SVG that says it is a PNG": lambda: uri(SVG),
+    "an SVG declared as a PNG": lambda: uri(SVG),
     "50 MB": lambda: uri(bytes(37 << 20)),
     "no base64": lambda: "data:image/png;base64,%%%",
     "nothing": lambda: "data:image/png;base64,",
@@ -309,7 +309,7 @@ def test_more_pictures_than_the_context_holds_are_a_context_error(checkpoint: Pa
     assert answer["error"]["type"] == "exceed_context_size_error"
 
 
-def test_a_model_without_eyes_says_so_in_every_dialect():
+def test_a_text_model_refuses_pictures_in_every_dialect():
     with serving(mlxlite.Config(port=0)) as server:
         blind = Site(server)
         image = {"type": "input_image", "image_url": uri(png())}
@@ -332,7 +332,7 @@ def test_a_model_without_eyes_says_so_in_every_dialect():
             assert "does not see" in answer["error"]["message"]
 
 
-def test_a_lost_client_in_the_middle_of_a_picture_costs_nobody(seer: Site):
+def test_a_disconnect_in_mid_picture_leaves_the_server_serving(seer: Site):
     body = json.dumps(
         {"messages": [{"role": "user", "content": [shown(uri(png(9, 640, 640))), text("?")]}]}
     ).encode()
@@ -413,7 +413,7 @@ def test_a_picture_is_named_by_its_colour_and_shape(painter: OpenAI, colour: str
     assert said == f"A {colour} {shape}."
 
 
-def test_two_pictures_are_told_apart(painter: OpenAI):
+def test_two_pictures_are_distinguished(painter: OpenAI):
     both = [shown_picture("red", "circle"), shown_picture("blue", "square")]
     said = answers(painter, [*both, text("What is in the pictures?")])
     assert said == "First: a red circle. Second: a blue square."
@@ -421,7 +421,7 @@ def test_two_pictures_are_told_apart(painter: OpenAI):
     assert said == "First: a blue square. Second: a red circle."
 
 
-def test_a_conversation_goes_on_about_the_picture(painter: OpenAI):
+def test_a_later_turn_is_answered_about_an_earlier_picture(painter: OpenAI):
     first = [shown_picture("green", "triangle"), text("What colour is it?")]
     assert answers(painter, first) == "Green."
     assert answers(painter, first, "Green.", "And the shape?") == "A triangle."

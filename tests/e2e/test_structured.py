@@ -129,7 +129,7 @@ def run(
     memory: Memory | None = None,
     commands: Mapping[int, Command] | None = None,
 ) -> Run:
-    """All of them through scheduler and runner; the i-th comes `at(i)`."""
+    """Run all of them through scheduler and runner; the i-th arrives at tick `at(i)`."""
     runner = ModelRunner(network())
     log: dict[int, list[Command]] = {}
     for i, one in enumerate(sequences):
@@ -138,7 +138,7 @@ def run(
         log.setdefault(tick, []).append(command)
     policy = Policy(max_rows=max_rows, memory=memory or Memory())
     found = drive(Scheduler(policy), runner, log)
-    assert runner._batch.matchers == {}, "nobody is left, and some matcher is"
+    assert runner._batch.matchers == {}, "a matcher is left without its sequence"
     return found
 
 
@@ -325,7 +325,7 @@ def judge(schema: Any) -> Any:
     return jsonschema.Draft202012Validator(schema, format_checker=checker)
 
 
-def test_whatever_a_random_model_says_matches_its_schema_when_it_has_ended():
+def test_every_ended_answer_of_a_random_model_matches_its_schema():
     assert len(SCHEMAS) > 180
     asked = [
         sequence(i, grammar(Kind.JSON, schema), max_tokens=100) for i, schema in enumerate(SCHEMAS)
@@ -343,7 +343,7 @@ def test_whatever_a_random_model_says_matches_its_schema_when_it_has_ended():
         except ValueError as error:
             errors = [str(error)]
         if errors:
-            wrong.append(f"{json.dumps(schema)} said {text!r}: {errors[0]}")
+            wrong.append(f"{json.dumps(schema)} gave {text!r}: {errors[0]}")
     assert not wrong, "\n".join(wrong)
     assert num_ended > 0.8 * len(SCHEMAS), num_ended
 
@@ -418,14 +418,14 @@ def alone(id: int, num: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("max_rows", [3, 16])
-def test_rows_say_in_company_what_they_say_alone(max_rows: int):
+def test_constrained_rows_draw_the_same_tokens_in_a_batch_as_alone(max_rows: int):
     sequences = some(9)
     found = run(*sequences, at=lambda i: 2 * i, max_rows=max_rows)
     for one in sequences:
         assert tuple(found.tokens(one.id)) == alone(one.id, 9), one.id
 
 
-def test_free_rows_say_what_they_say_without_constrained_neighbours():
+def test_free_rows_draw_the_same_tokens_with_and_without_constrained_ones():
     sequences = some(9)
     free = [one for one in sequences if one.prompt.grammar is None]
     together, without = run(*sequences), run(*free)
@@ -433,7 +433,7 @@ def test_free_rows_say_what_they_say_without_constrained_neighbours():
         assert together.tokens(one.id) == without.tokens(one.id)
 
 
-def test_greedy_rows_are_held_too():
+def test_greedy_rows_are_constrained_too():
     held_to = grammar(Kind.REGEX, "(ab|cd){2,5}")
     greedy = SamplingParams(temperature=0.0, logit_bias=closing())
     found = run(*(sequence(i, held_to, sampling=greedy) for i in range(3)))
@@ -455,7 +455,7 @@ def test_greedy_rows_are_held_too():
     ],
     ids=str,
 )
-def test_no_way_to_sample_leads_out_of_the_grammar(changes: dict[str, Any]):
+def test_no_sampling_setting_leaves_the_grammar(changes: dict[str, Any]):
     held_to = grammar(Kind.REGEX, "(ab|cd|e){6}")
     sampling = replace(SamplingParams(1.0, seed=3), **changes)
     found = run(*(sequence(i, held_to, sampling=sampling) for i in range(3)))
@@ -464,7 +464,7 @@ def test_no_way_to_sample_leads_out_of_the_grammar(changes: dict[str, Any]):
         assert re.fullmatch("(ab|cd|e){6}", said(found, i))
 
 
-def test_who_is_preempted_goes_on_where_its_grammar_was():
+def test_a_preempted_sequence_resumes_at_its_grammar_state():
     runner = ModelRunner(network())
     memory = replace(runner.memory, budget_bytes=runner.memory.batch([60] * 2))
     sequences = [replace(one, priority=-(one.id // 3)) for one in some(9)]
@@ -489,7 +489,7 @@ def test_choices_of_one_request_match_each_in_its_own_way():
 
 
 class Failing:
-    """A grammar, and its own matcher, that fails after so many tokens."""
+    """A grammar that is its own matcher, and fails after a given number of tokens."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -616,7 +616,7 @@ AS_PATTERN: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("fields", AS_SCHEMA, ids=lambda fields: next(iter(fields)))
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_an_answer_matches_the_schema_that_was_asked_for(
+def test_an_answer_matches_the_requested_schema(
     client: OpenAI, fields: dict[str, Any], is_stream: bool
 ):
     judge(SHORT).validate(json.loads(content(create(client, stream=is_stream, **fields))))
@@ -624,13 +624,13 @@ def test_an_answer_matches_the_schema_that_was_asked_for(
 
 @pytest.mark.parametrize(("fields", "pattern"), AS_PATTERN)
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_an_answer_matches_the_pattern_that_was_asked_for(
+def test_an_answer_matches_the_requested_pattern(
     client: OpenAI, fields: dict[str, Any], pattern: str, is_stream: bool
 ):
     assert re.fullmatch(pattern, content(create(client, stream=is_stream, **fields)))
 
 
-def test_a_json_object_is_one(client: OpenAI):
+def test_a_json_object_answer_is_a_json_object(client: OpenAI):
     quote = tokenizer().encode('"', add_special_tokens=False)[0]
     bias = {str(id): 8 for id, _ in closing()} | {str(quote): 8}
     answer = create(client, response_format={"type": "json_object"}, logit_bias=bias)
@@ -777,7 +777,7 @@ def test_a_strict_tool_may_be_left_alone_and_matches_when_it_is_called(client: O
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_what_cannot_be_had_is_refused_before_anything_is_said(
+def test_an_impossible_constraint_is_refused_before_the_stream_begins(
     client: OpenAI, fields: dict[str, Any], param: str, is_stream: bool
 ):
     with pytest.raises(openai.BadRequestError) as caught:
@@ -786,7 +786,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_said(
     assert param in caught.value.message
 
 
-def test_a_cut_answer_says_that_it_was_cut(client: OpenAI):
+def test_a_cut_constrained_answer_has_finish_reason_length(client: OpenAI):
     answer = create(client, guided_regex="[ab]{100}", max_tokens=3)
     assert answer.choices[0].finish_reason == "length"
     assert re.fullmatch("[ab]{1,100}", answer.choices[0].message.content or "")

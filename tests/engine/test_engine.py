@@ -28,7 +28,7 @@ from fakes import (
 )
 
 from mlxlite.engine.chunk_budget import ChunkTuner
-from mlxlite.engine.device_thread import Lane
+from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueFull
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
@@ -44,7 +44,7 @@ class Served:
     """An engine that runs, and what the tests look at."""
 
     engine: Engine
-    lane: Lane
+    device_thread: DeviceThread
     runner: FakeRunner
     observer: SilentObserver
     task: asyncio.Task[None]
@@ -66,17 +66,19 @@ async def serve(
     options: EngineOptions | None = None,
 ) -> AsyncIterator[Served]:
     runner = runner or FakeRunner()
-    lane, observer = Lane(), SilentObserver()
+    device_thread, observer = DeviceThread(), SilentObserver()
     scheduler = Scheduler(policy or Policy())
-    engine = Engine(scheduler, runner, lane=lane, observer=observer, options=options)
+    engine = Engine(
+        scheduler, runner, device_thread=device_thread, observer=observer, options=options
+    )
     task = asyncio.create_task(engine.run())
     try:
-        yield Served(engine, lane, runner, observer, task)
+        yield Served(engine, device_thread, runner, observer, task)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, RuntimeError):
             await task
-        assert await lane.close(TIMEOUT_S)
+        assert await device_thread.close(TIMEOUT_S)
     scheduler.check()
 
 
@@ -161,11 +163,11 @@ def test_each_step_is_launched_before_the_one_in_flight_is_waited_for() -> None:
 def test_the_engine_reports_when_it_is_idle():
     async def scenario() -> None:
         async with serve(FakeRunner()) as served:
-            await asyncio.wait_for(served.engine.rests.wait(), 5)
-            served.engine.rests.clear()
+            await asyncio.wait_for(served.engine.idle.wait(), 5)
+            served.engine.idle.clear()
             sink = served.add(make_sequence(1, max_tokens=4))
             await sink.wait()
-            await asyncio.wait_for(served.engine.rests.wait(), 5)
+            await asyncio.wait_for(served.engine.idle.wait(), 5)
             assert not served.engine.num_live
             assert served.engine.load.num_steps
 
@@ -184,7 +186,7 @@ def test_an_end_token_has_no_text_and_is_counted():
     play(scenario())
 
 
-def test_a_sink_that_has_enough_ends_its_sequence_and_frees_the_row():
+def test_a_sink_can_end_its_sequence_and_free_the_row():
     async def scenario() -> None:
         async with serve(FakeRunner(answers={1: [0, 1, 2, 3, 4, 5, 6]})) as served:
 
@@ -521,15 +523,20 @@ def test_a_stuck_device_thread_is_unhealthy_until_it_returns():
         gate = Gate(2)
         options = EngineOptions(stuck_s=60.0)
         async with serve(FakeRunner(before=gate), options=options) as served:
-            assert served.engine.trouble(perf_counter() + HOUR_S) is None  # idle is not stuck
+            assert (
+                served.engine.unhealthy_reason(perf_counter() + HOUR_S) is None
+            )  # idle is not stuck
             sink = served.add(make_sequence(1))
             await gate.reached.wait()
             now = perf_counter()
-            assert served.engine.trouble(now + 30.0) is None
-            assert served.engine.trouble(now + 100.0) == "the model has not answered for 100 s"
+            assert served.engine.unhealthy_reason(now + 30.0) is None
+            assert (
+                served.engine.unhealthy_reason(now + 100.0)
+                == "the model has not answered for 100 s"
+            )
             gate.open()
             await sink.wait()
-            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+            await until(lambda: served.engine.unhealthy_reason(perf_counter() + HOUR_S) is None)
 
     play(scenario())
 
@@ -539,10 +546,12 @@ def test_a_failed_step_is_healthy_and_a_failed_engine_is_not():
         async with serve(FakeRunner(lost_in_launch={2})) as served:
             await served.add(make_sequence(1)).wait()
             await served.add(make_sequence(2)).wait()
-            await until(lambda: served.engine.trouble(perf_counter() + HOUR_S) is None)
+            await until(lambda: served.engine.unhealthy_reason(perf_counter() + HOUR_S) is None)
         async with serve(FakeRunner(lost_in_launch={1}, can_reset=False)) as served:
             await served.add(make_sequence(1)).wait()
-            assert served.engine.trouble(perf_counter()) == served.engine.failure is not None
+            assert (
+                served.engine.unhealthy_reason(perf_counter()) == served.engine.failure is not None
+            )
 
     play(scenario())
 
@@ -662,7 +671,7 @@ def test_images_that_choices_share_are_counted_once():
 # --- failures ---------------------------------------------------------------------------------
 
 
-def test_a_sequence_that_fails_alone_ends_with_its_error_and_the_others_go_on():
+def test_a_sequence_that_fails_alone_ends_with_its_error_and_the_others_continue():
     async def scenario() -> None:
         runner = FakeRunner(failing={2: ((1, "image too large"),)})
         async with serve(runner) as served:
@@ -913,19 +922,19 @@ def test_an_engine_cancelled_with_a_step_in_flight_leaves_a_device_thread_that_c
 
 
 @contextlib.asynccontextmanager
-async def open_lane() -> AsyncIterator[Lane]:
-    lane = Lane()
+async def open_device_thread() -> AsyncIterator[DeviceThread]:
+    device_thread = DeviceThread()
     try:
-        yield lane
+        yield device_thread
     finally:
-        assert await lane.close(TIMEOUT_S)
+        assert await device_thread.close(TIMEOUT_S)
 
 
 def test_the_device_thread_returns_results_from_one_thread_that_is_not_the_loops():
     async def scenario() -> None:
-        async with open_lane() as lane:
-            assert await lane.run(lambda a, b: a + b, 2, 3) == 5
-            threads = {await lane.run(threading.get_ident) for _ in range(3)}
+        async with open_device_thread() as device_thread:
+            assert await device_thread.run(lambda a, b: a + b, 2, 3) == 5
+            threads = {await device_thread.run(threading.get_ident) for _ in range(3)}
             assert len(threads) == 1
             assert threading.get_ident() not in threads
 
@@ -947,11 +956,11 @@ def test_the_device_thread_returns_any_exception_and_continues(error: BaseExcept
         raise error
 
     async def scenario() -> None:
-        async with open_lane() as lane:
+        async with open_device_thread() as device_thread:
             expected = ValueError if isinstance(error, ValueError) else RuntimeError
             with pytest.raises(expected):
-                await asyncio.wait_for(lane.run(fail), 1)
-            assert await lane.run(lambda: 7) == 7
+                await asyncio.wait_for(device_thread.run(fail), 1)
+            assert await device_thread.run(lambda: 7) == 7
 
     play(scenario())
 
@@ -962,10 +971,10 @@ def test_the_device_threads_results_are_not_logged(caplog: pytest.LogCaptureFixt
             raise AssertionError("an array would be evaluated here")
 
     async def scenario() -> None:
-        lane = Lane()
+        device_thread = DeviceThread()
         asyncio.get_running_loop().slow_callback_duration = 0  # so that each callback is logged
-        assert isinstance(await lane.run(Result), Result)
-        await lane.close(timeout_s=5)
+        assert isinstance(await device_thread.run(Result), Result)
+        await device_thread.close(timeout_s=5)
 
     with caplog.at_level(logging.WARNING, "asyncio"):
         play(scenario(), debug=True)
@@ -983,8 +992,8 @@ def test_the_device_thread_runs_calls_in_order_one_at_a_time():
             inside.release()
             return number
 
-        async with open_lane() as lane:
-            calls = [lane.run(note, number) for number in range(50)]
+        async with open_device_thread() as device_thread:
+            calls = [device_thread.run(note, number) for number in range(50)]
             assert await asyncio.gather(*calls) == list(range(50))
             assert seen == list(range(50))
 
@@ -993,13 +1002,13 @@ def test_the_device_thread_runs_calls_in_order_one_at_a_time():
 
 def test_a_stuck_device_thread_reports_it_and_closes_when_it_is_free():
     async def scenario() -> None:
-        lane, free = Lane(), threading.Event()
-        stuck = asyncio.ensure_future(lane.run(free.wait, TIMEOUT_S))
+        device_thread, free = DeviceThread(), threading.Event()
+        stuck = asyncio.ensure_future(device_thread.run(free.wait, TIMEOUT_S))
         await turns()
-        assert not await lane.close(0.0)
+        assert not await device_thread.close(0.0)
         free.set()
         assert await stuck
-        assert await lane.close(TIMEOUT_S)
+        assert await device_thread.close(TIMEOUT_S)
 
     play(scenario())
 
@@ -1016,33 +1025,33 @@ def test_the_result_of_a_cancelled_call_is_dropped(
             if is_raising:
                 raise ValueError("no task awaits this")
 
-        async with open_lane() as lane:
-            waiting = asyncio.ensure_future(lane.run(work))
+        async with open_device_thread() as device_thread:
+            waiting = asyncio.ensure_future(device_thread.run(work))
             await turns()
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             free.set()
-            assert await lane.run(lambda: 1) == 1
+            assert await device_thread.run(lambda: 1) == 1
 
     play(scenario(), debug=True)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_device_thread_outlives_the_loop_that_called_it():
-    lane, free = Lane(), threading.Event()
+    device_thread, free = DeviceThread(), threading.Event()
 
     async def leave() -> None:
-        call = asyncio.ensure_future(lane.run(free.wait, TIMEOUT_S))
+        call = asyncio.ensure_future(device_thread.run(free.wait, TIMEOUT_S))
         await turns()
         call.cancel()
 
     async def come_back() -> None:
-        assert await lane.run(lambda: 7) == 7
-        assert await lane.close(TIMEOUT_S)
+        assert await device_thread.run(lambda: 7) == 7
+        assert await device_thread.close(TIMEOUT_S)
 
     asyncio.run(leave())
-    free.set()  # its result goes to a loop that is closed
+    free.set()  # its result is for a loop that is closed
     asyncio.run(come_back())
 
 

@@ -4,7 +4,7 @@ from fakes import FakeRunner, drive, make_sequence
 
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason
-from mlxlite.engine.step import Add, Chunk, Command, Finish, Look
+from mlxlite.engine.step import Add, Chunk, Command, EncodeImage, Finish
 
 CANCELLED = FinishReason.CANCELLED
 
@@ -15,15 +15,15 @@ def steps_of(log: dict[int, list[Command]], **policy: int):
 
 def test_the_tokens_before_an_image_are_prefilled_before_it_is_encoded():
     steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(5, 9)]))]})
-    assert [(step.looks, step.chunks) for step in steps if step.chunks] == [
+    assert [(step.images, step.chunks) for step in steps if step.chunks] == [
         ((), (Chunk(1, 0, 5),)),
-        ((Look(1, 0),), (Chunk(1, 5, 19),)),
+        ((EncodeImage(1, 0),), (Chunk(1, 5, 19),)),
     ]
 
 
 def test_an_image_at_the_beginning_is_encoded_in_the_first_step():
     steps = steps_of({0: [Add(make_sequence(1, 20, 1, images=[(0, 9)]))]})
-    assert steps[0].looks == (Look(1, 0),)
+    assert steps[0].images == (EncodeImage(1, 0),)
     assert steps[0].chunks == (Chunk(1, 0, 19),)
 
 
@@ -33,9 +33,9 @@ def test_while_others_decode_a_step_has_one_image_or_chunks():
         5: [Add(make_sequence(id, 30, 1, images=[(1, 4), (4, 9), (20, 22)])) for id in (2, 3)],
     }
     steps = [step for step in steps_of(log) if 1 in step.rows and step.number > 5]
-    assert sum(len(step.looks) for step in steps) == 6
+    assert sum(len(step.images) for step in steps) == 6
     for step in steps:
-        assert len(step.looks) + bool(step.chunks) <= 1
+        assert len(step.images) + bool(step.chunks) <= 1
 
 
 def test_no_decoding_row_misses_a_step_for_an_image():
@@ -54,10 +54,10 @@ def test_where_attention_looks_ahead_all_images_are_encoded_and_then_prefilled_i
         5: [Add(make_sequence(2, 120, 1, images=images, is_unbroken=True))],
     }
     steps = steps_of(log, chunk_size=32, first_chunk_budget=8)
-    work = [(s.looks, s.chunks) for s in steps if s.number > 5 and (s.looks or s.chunks)]
+    work = [(s.images, s.chunks) for s in steps if s.number > 5 and (s.images or s.chunks)]
     assert work[:4] == [
-        ((Look(2, 0),), ()),
-        ((Look(2, 1),), ()),
+        ((EncodeImage(2, 0),), ()),
+        ((EncodeImage(2, 1),), ()),
         ((), (Chunk(2, 0, 90),)),
         ((), (Chunk(2, 90, 98),)),
     ]
@@ -79,7 +79,7 @@ def test_the_image_of_a_cancelled_request_is_never_encoded():
         0: [Add(make_sequence(1, 40, 1, images=[(20, 30)]))],
         1: [Finish(1, CANCELLED)],
     }
-    assert not any(step.looks for step in steps_of(log, chunk_size=4))
+    assert not any(step.images for step in steps_of(log, chunk_size=4))
 
 
 def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join():

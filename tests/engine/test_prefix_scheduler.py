@@ -22,15 +22,15 @@ from mlxlite.engine.step import (
     ClearCache,
     CloseBatch,
     Command,
+    DiskFailed,
     Fetched,
     Finish,
     Finished,
     Launched,
-    Lost,
     Outcome,
     SetChunkBudget,
     Step,
-    Unstored,
+    StepFailed,
 )
 from mlxlite.prefix_cache.hashing import CHECKPOINT_STRIDE, blocks_of
 from mlxlite.prefix_cache.operations import Hit, Save
@@ -392,7 +392,7 @@ def test_requests_that_waited_for_a_prefix_keep_their_order(memory: Memory):
 
 
 @both
-def test_first_come_first_served_holds_in_each_family(memory: Memory):
+def test_arrival_order_holds_among_prompts_with_a_shared_prefix(memory: Memory):
     server = Server(memory, chunk_size=64, max_rows=2)
     one = [server.sequence([*text(0, 300), *text(50 + i, 9)], 3) for i in range(5)]
     two = [server.sequence([*text(1, 300), *text(70 + i, 9)], 3) for i in range(5)]
@@ -537,7 +537,7 @@ def test_nothing_is_found_after_a_failed_step(memory: Memory, where: str):
     with pytest.raises(RuntimeError):
         runner.advance(two, launched)
     runner.reset()
-    events = scheduler.apply(Lost("gone"))
+    events = scheduler.apply(StepFailed("gone"))
     scheduler.check()
     assert [event.id for event in events] == [victim.id]
     assert scheduler.prefix.stats.num_bytes == 0
@@ -663,7 +663,7 @@ def test_choices_wait_with_the_first_one_for_a_prefix(memory: Memory):
 
 
 @both
-def test_others_are_served_while_choices_wait_for_the_first_one(memory: Memory):
+def test_other_sequences_run_while_choices_wait_for_the_first_one(memory: Memory):
     server = Server(memory, max_rows=2, chunk_size=10)
     choices = make_choices(3, 100, 2, block_size=BLOCK)
     others = [make_sequence(10 + i, 2, 2) for i in range(3)]
@@ -732,7 +732,7 @@ def choices_of(num: int, prompt: SequenceOf[int], first: int = 50) -> list[Seque
 
 
 def drive_with_disk(server: Server, log: Log, delay: int = 2, max_ticks: int = 3000) -> Run:
-    """`drive`, and a disk that takes so many ticks."""
+    """`drive` with a disk that takes the given number of ticks."""
     scheduler, runner, run = server.scheduler, server.runner, Run()
     in_flight: Launched | None = None
     coming: list[tuple[int, int]] = []
@@ -743,7 +743,7 @@ def drive_with_disk(server: Server, log: Log, delay: int = 2, max_ticks: int = 3
                 runner.kept[id] = runner.files[id]
                 commands.append(Fetched(id))
             else:
-                commands.append(Unstored(id))
+                commands.append(DiskFailed(id))
         coming = [(due, id) for due, id in coming if due > tick]
         for command in commands:
             run.events += scheduler.apply(command)
@@ -771,7 +771,7 @@ def drive_with_disk(server: Server, log: Log, delay: int = 2, max_ticks: int = 3
 def forget_memory(server: Server) -> None:
     """What a reset leaves: the disk."""
     server.runner.reset()
-    server.scheduler.apply(Lost("reset"))
+    server.scheduler.apply(StepFailed("reset"))
     server.scheduler.check()
     assert server.runner.kept == {}
 

@@ -1,6 +1,6 @@
 """The scheduler: steps as a function of commands and tokens alone.
 
-Every run goes through `drive`, which calls `check()` after each operation, and through a
+Every run is one of `drive`, which calls `check()` after each operation, and through a
 `FakeRunner`, which asserts that the steps are ones a runner can take.
 """
 
@@ -170,7 +170,7 @@ def test_a_prompt_longer_than_the_budget_takes_the_rest_of_each_step():
     assert run.steps[0].chunks == (Chunk(1, 0, 4), Chunk(2, 0, 6))
 
 
-def test_prompts_of_one_length_go_in_the_order_of_the_queue():
+def test_prompts_of_equal_length_prefill_in_queue_order():
     sequences = [make_sequence(id, 6) for id in (5, 3, 4)]
     run = run_all(Policy(chunk_size=5), *sequences)
     assert [chunk for step in run.steps for chunk in step.chunks] == [
@@ -455,7 +455,7 @@ def test_a_sequence_that_fails_in_prefill_never_gets_a_row():
     assert run.num_rows(1) == 0
 
 
-def test_an_outcome_of_the_wrong_length_is_our_bug():
+def test_an_outcome_of_the_wrong_length_is_an_assertion_error():
     scheduler = Scheduler(Policy())
     scheduler.apply(Add(make_sequence(1)))
     step = scheduler.schedule()

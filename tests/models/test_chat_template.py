@@ -17,7 +17,7 @@ from mlxlite.models.load import LoadedModel
 
 
 def prompt_text(model: LoadedModel, prompt: Prompt) -> str:
-    """What a prompt says, special tokens included."""
+    """The text of a prompt, special tokens included."""
     return str(model.tokenizer.wrapper.decode(list(prompt.tokens)))
 
 
@@ -56,12 +56,12 @@ def test_a_continuation_keeps_the_space_at_its_end(model: LoadedModel) -> None:
     assert continued(model, ("user", "Count"), ("assistant", "1, ")).endswith("assistant\n1, ")
 
 
-def test_a_continuation_may_say_what_was_said_before(model: LoadedModel) -> None:
+def test_a_continuation_may_repeat_an_earlier_message(model: LoadedModel) -> None:
     text = continued(model, ("user", "yes"), ("assistant", "yes"))
     assert text == "<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\nyes"
 
 
-def test_text_parts_are_the_templates_business(checkpoint: Path, model: LoadedModel) -> None:
+def test_text_parts_reach_the_template_unjoined(checkpoint: Path, model: LoadedModel) -> None:
     template = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
     parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]
     assert rendered(loaded(checkpoint, chat_template=template), ("user", parts)) == "[Hello][you]"
@@ -135,7 +135,7 @@ def test_a_renderer_that_mlx_lm_has_beats_a_template(copy: Path) -> None:
     assert text != "1"
 
 
-def test_messages_that_come_to_nothing_are_refused(checkpoint: Path) -> None:
+def test_messages_that_render_to_no_text_are_refused(checkpoint: Path) -> None:
     model = loaded(checkpoint, chat_template="{{ '' }}")
     with pytest.raises(PromptError, match="empty prompt"):
         model.render(HELLO, {}, is_continuation=False)
@@ -189,7 +189,9 @@ def test_no_messages_are_refused(model: LoadedModel) -> None:
         "{% for _ in range(10 ** 9) %}x{% endfor %}",
     ],
 )
-def test_a_hostile_template_gets_nowhere(copy: Path, escape: str, is_from_checkpoint: bool) -> None:
+def test_a_hostile_template_cannot_leave_the_sandbox(
+    copy: Path, escape: str, is_from_checkpoint: bool
+) -> None:
     if is_from_checkpoint:
         edit(copy / "tokenizer_config.json", chat_template=escape)
     model = loaded(copy, **({} if is_from_checkpoint else {"chat_template": escape}))
@@ -211,7 +213,7 @@ def test_thinking_is_undefined_until_the_request_defines_it(
     assert rendered(model, ("user", "x"), enable_thinking=False) == "[False]x"
 
 
-def test_a_prompt_that_ends_in_reasoning_says_so(thinker: Path) -> None:
+def test_a_prompt_that_ends_inside_reasoning_is_marked_so(thinker: Path) -> None:
     template = "{{ messages[0].content }}"
     model = loaded(thinker, chat_template=template)
 
@@ -471,7 +473,7 @@ def test_harmony_messages_begin_at_their_start(models: dict[str, LoadedModel]) -
 
 
 def test_a_single_deepseek_turn_begins_at_each_of_its_marks(models: dict[str, LoadedModel]) -> None:
-    """No mark comes again, so each of them may be one."""
+    """No mark is repeated, so each of them may be one."""
     model = models["deepseek"]
     expected = places(model, "<|begin|>Be brief.", "<|User|>Hello, how are you?", "<|Assistant|>")
     assert message_starts(model, *TALK[:2]) == expected
@@ -481,7 +483,7 @@ def test_a_single_deepseek_turn_begins_at_each_of_its_marks(models: dict[str, Lo
 
 
 def test_several_deepseek_turns_begin_at_their_users(models: dict[str, LoadedModel]) -> None:
-    """The mark that comes again first; what lies between two of them is question and answer."""
+    """The mark that is repeated first; between two of them are a question and its answer."""
     model = models["deepseek"]
     expected = places(
         model,

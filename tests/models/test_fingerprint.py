@@ -92,7 +92,7 @@ def test_half_precision_weights_have_a_fingerprint(
     assert len(fingerprints | {model.fingerprint}) == 3
 
 
-def test_shards_are_found_by_their_names_whatever_the_index_says(
+def test_shards_are_found_by_their_names_and_not_by_the_index(
     copy: Path, model: LoadedModel
 ) -> None:
     """The app saves the first shard as model.safetensors; the index names a file that is not there.

@@ -120,7 +120,7 @@ def test_an_unusable_model_is_refused_with_what_to_do(
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("[malloc] Unable to allocate 9 bytes.")]
 )
-def test_too_little_memory_is_said_in_words_that_the_app_knows(
+def test_the_error_for_too_little_memory_has_the_phrase_that_the_app_matches(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def load_model(path: Path) -> None:
@@ -130,7 +130,7 @@ def test_too_little_memory_is_said_in_words_that_the_app_knows(
     assert "insufficient memory" in complaint(checkpoint)
 
 
-def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
+def test_code_in_a_checkpoint_is_not_run_and_consent_is_not_prompted_for(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(question: str = "") -> str:
@@ -146,7 +146,7 @@ def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(
         loaded(copy)
 
 
-# --- what a model says of itself --------------------------------------------------------------
+# --- what a model reports of itself -----------------------------------------------------------
 
 
 def save_llama(path: Path, **changes: Any) -> Path:

@@ -84,7 +84,7 @@ def test_a_name_that_is_no_path_and_no_id_is_refused(name: str, why: str) -> Non
 
 @pytest.fixture(scope="module")
 def files(checkpoint: Path) -> dict[str, bytes]:
-    """A repository: a model, and what nobody should fetch."""
+    """A repository: a model, and files that must not be fetched."""
     wanted = {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir())}
     more = {"chat_template.jinja": CHAT_TEMPLATE.encode()}
     more |= {name: name.encode() for name in ("merges.txt", "tiktoken.model")}
@@ -213,7 +213,7 @@ def test_without_a_network_the_cache_is_enough(
     assert cached.fingerprint == model.fingerprint
 
 
-def test_offline_nobody_is_asked(
+def test_offline_the_hub_is_not_called(
     hub: Hub, cache: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -270,7 +270,7 @@ def test_a_repository_of_ggufs_is_no_mlx_model(hub: Hub) -> None:
     assert hub.fetched == []
 
 
-def test_the_environment_says_where_the_hub_is_and_stderr_shows_the_progress(
+def test_the_hub_is_set_by_the_environment_and_progress_is_on_stderr(
     tmp_path: Path, files: dict[str, bytes], model: LoadedModel
 ) -> None:
     code = (

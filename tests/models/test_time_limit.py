@@ -19,14 +19,14 @@ def spin() -> None:
         pass
 
 
-def test_a_call_that_does_not_end_is_stopped_once_and_its_thread_goes_on() -> None:
+def test_a_call_that_does_not_end_is_stopped_once_and_its_thread_continues() -> None:
     for _ in range(3):
         with pytest.raises(TookTooLong, match=r"stopped after 0\.01 s"):
             run_with_timeout(0.01, spin)
     assert sum(range(10**6)) > 0, "nothing is raised afterwards"
 
 
-def test_a_stop_that_comes_as_the_call_ends_is_taken_back() -> None:
+def test_a_stop_that_arrives_as_the_call_ends_is_withdrawn() -> None:
     bounded = _Bounded()
     threads = [threading.Thread(target=bounded.stop) for _ in range(2)]
     bounded.end()

@@ -29,7 +29,7 @@ def test_special_tokens_and_unknown_ids_have_no_text(model: LoadedModel) -> None
     assert model.detokenize([]) == ""
 
 
-def test_any_sequence_of_ids_will_do(model: LoadedModel) -> None:
+def test_any_sequence_of_ids_can_be_decoded(model: LoadedModel) -> None:
     assert model.detokenize((5, 6)) == model.detokenize([5, 6])
 
 
@@ -154,7 +154,7 @@ def test_sentencepiece_tokens_are_words_with_their_spaces_and_single_bytes(copy:
 def test_many_added_tokens_do_not_make_a_token_slow(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gemma adds 6,000; transformers makes a dict of them each time somebody looks."""
+    """Gemma adds 6,000; transformers makes a dict of them at each access."""
     tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
     tokenizer.add_special_tokens([f"<unused{number}>" for number in range(6000)])
     tokenizer.save(str(copy / "tokenizer.json"))
@@ -183,7 +183,9 @@ def test_the_marks_around_reasoning_are_part_of_the_text(thinker: Path, model: L
     )
 
 
-def test_what_a_model_has_no_marks_for_cannot_be_had(model: LoadedModel, thinker: Path) -> None:
+def test_a_budget_or_calls_without_markers_in_the_model_are_refused(
+    model: LoadedModel, thinker: Path
+) -> None:
     with pytest.raises(ConstraintError, match="no marks around its reasoning"):
         model.compile(None, is_thinking=False, budget=5)
     assert loaded(thinker).compile(None, is_thinking=False, budget=5).matcher().error is None

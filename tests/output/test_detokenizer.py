@@ -291,7 +291,7 @@ def test_the_answer_does_not_depend_on_the_split_into_tokens(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_each_character_comes_with_its_last_byte(text: str) -> None:
+def test_each_character_is_emitted_with_its_last_byte(text: str) -> None:
     if "\ufffd" in text:
         return  # has a wait of its own, below
     for char, given_by in zip(text, pushes_by_char(text), strict=True):
@@ -310,7 +310,7 @@ def test_byte_fallback_gives_each_character_with_its_last_byte() -> None:
     assert given[-1] == ""
 
 
-def test_an_invalid_byte_comes_out_before_the_text_that_follows() -> None:
+def test_an_invalid_byte_is_emitted_before_the_text_that_follows() -> None:
     assert pushes(bytes_to_text, b"a\xffb") == ["a", "", "\ufffdb", ""]
 
 
@@ -334,7 +334,7 @@ def test_a_byte_fallback_run_recovers_from_an_invalid_byte_and_repeats_nothing()
     assert streamed(byte_fallback_to_text, tokens) == (expected, None)
 
 
-def test_half_a_character_at_the_end_comes_with_the_flush() -> None:
+def test_half_a_character_at_the_end_is_emitted_by_the_flush() -> None:
     assert pushes(bytes_to_text, b"a\xe4\xbd") == ["a", "", "", "\ufffd"]
 
 
@@ -343,7 +343,7 @@ def test_a_genuine_replacement_character_waits_for_what_follows() -> None:
     assert pushes(bytes_to_text, "\ufffdx".encode()) == ["", "", "", "\ufffdx", ""]
 
 
-def test_invalid_bytes_without_end_come_out_with_a_bounded_wait() -> None:
+def test_endless_invalid_bytes_are_emitted_after_a_bounded_wait() -> None:
     detokenizer = Detokenizer(bytes_to_text)
     num_given = 0
     for num_pushed in range(1, 500):
@@ -351,7 +351,7 @@ def test_invalid_bytes_without_end_come_out_with_a_bounded_wait() -> None:
         assert num_pushed - num_given <= 3
 
 
-def test_tokens_that_never_end_with_a_character_come_out_all_the_same() -> None:
+def test_tokens_that_never_end_with_a_character_are_emitted_too() -> None:
     """Each token is the end of one character and the beginning of the next."""
     data = ("你" * 300).encode()
 

@@ -114,7 +114,7 @@ def test_progress_is_passed_on() -> None:
     assert events == [Progress(2, USAGE)]
 
 
-def test_usage_comes_with_every_event_where_it_is_wanted_and_counts_the_reasoning() -> None:
+def test_usage_is_in_every_event_on_request_and_counts_the_reasoning() -> None:
     played = play([X, 0, Y, 1], wants_usage=True, parser=parser(), stop=("bc",))
     counts = [(event.usage.num_output, event.usage.num_reasoning) for event in played.deltas]
     assert counts == [(2, 1), (4, 2)]
@@ -162,7 +162,7 @@ def test_half_a_stop_string_of_an_answer_that_is_not_complete_is_not_given_out(
 
 
 @pytest.mark.parametrize("piece", [[0], [0, 1], [0, 1, 2, 3, 4, 5, 6]])
-def test_an_answer_that_goes_in_circles_ends_and_says_why(piece: list[int]) -> None:
+def test_a_looping_answer_ends_with_the_stop_reason_repetition(piece: list[int]) -> None:
     tokens = [7, 8, 9, *piece * 100]
     played = play(tokens[:100], guard=32)
     done = played.done
@@ -201,7 +201,7 @@ def parser(max_calls: int | None = None) -> OutputParser:
     )
 
 
-def test_text_comes_by_kinds_and_calls_come_whole() -> None:
+def test_text_is_emitted_by_kind_and_calls_whole() -> None:
     tokens = [X, 0, 1, Y, 2, V, 3, 4, W, 5, EOS]
     played = play(tokens, parser=parser())
     thoughts = [event.text for event in played.deltas if isinstance(event, ReasoningDelta)]

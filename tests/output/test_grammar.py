@@ -1,7 +1,7 @@
 """Grammars: a constraint becomes masks, or an error that a client can read.
 
 With the demo's own tokenizer, and no model: a text is walked token by token, and each token must be
-allowed where it comes.
+allowed at its place.
 """
 
 import json
@@ -77,7 +77,7 @@ def allowed(model: LoadedModel, matcher: Matcher) -> set[int]:
 
 
 def takes(model: LoadedModel, matcher: Matcher, tokens: Iterable[int]) -> bool:
-    """Whether each token is allowed where it comes; the matcher goes as far as they are."""
+    """Whether each token is allowed at its place; those before the first other are accepted."""
     for token in tokens:
         if token not in allowed(model, matcher):
             return False
@@ -173,10 +173,10 @@ def test_each_kind_lets_through_what_matches_and_nothing_else(
         assert not matches(model, matcher_of(grammars, kind, text), answer), answer
 
 
-def test_a_call_that_is_spelt_and_not_marked_must_match_as_well(
+def test_a_call_whose_markers_are_ordinary_tokens_must_match_as_well(
     model: LoadedModel, grammars: Grammars
 ):
-    """What tells calls apart reads text: it does not know by which tokens a marker was written."""
+    """The marker parser reads text: it does not depend on the tokens that a marker is made of."""
     text = call("go", {"n": "x"})
     spelt = [token for char in text for token in model.encode(char, add_special=False)]
     assert model.detokenize(spelt) == text
@@ -228,7 +228,9 @@ def test_tokens_after_the_end_are_harmless(model: LoadedModel, grammars: Grammar
 
 
 @pytest.mark.parametrize("end", [0, 1])
-def test_every_end_token_ends_it(model: LoadedModel, grammars: Grammars, end: int):
+def test_every_end_token_ends_a_constrained_answer(
+    model: LoadedModel, grammars: Grammars, end: int
+):
     matcher = matcher_of(grammars, Kind.REGEX, "a+")
     assert takes(model, matcher, [*model.encode("a", add_special=False)])
     assert takes(model, matcher, [sorted(model.eos_tokens)[end]])
@@ -265,7 +267,7 @@ def test_an_answer_does_not_end_inside_its_reasoning(model: LoadedModel, grammar
     assert not model.eos_tokens & allowed(model, matcher)
 
 
-def test_a_resumed_answer_is_where_it_was(model: LoadedModel, grammars: Grammars):
+def test_a_resumed_matcher_has_the_same_state(model: LoadedModel, grammars: Grammars):
     """As after a preemption: all tokens at once, those of the reasoning too."""
     tokens = model.encode("Hm.</think>ab", add_special=False)
     whole = matcher_of(grammars, Kind.REGEX, "(a|b){3}c", is_thinking=True)
@@ -386,13 +388,13 @@ def test_what_cannot_be_enforced_is_refused_with_a_short_reason(grammars: Gramma
 
 
 @pytest.mark.parametrize("name", ["a reference to itself", "a rule of itself", "a term of itself"])
-def test_a_grammar_that_nothing_matches_is_said_to_be_one(grammars: Grammars, name: str):
+def test_a_grammar_that_nothing_matches_is_refused_with_that_reason(grammars: Grammars, name: str):
     kind, text = REFUSED[name]
     with pytest.raises(ConstraintError, match=r"nothing|no answer|empty|never"):
         grammars.compile(constraint_of(kind, text), is_thinking=False)
 
 
-def test_a_grammar_as_long_as_is_read(grammars: Grammars):
+def test_a_grammar_of_the_maximum_length_is_read(grammars: Grammars):
     schema = {"type": "null", "title": ""}
     schema["title"] = "x" * (MAX_GRAMMAR_CHARS - len(json.dumps(schema)))
     assert len(json.dumps(schema)) == MAX_GRAMMAR_CHARS
@@ -455,7 +457,7 @@ COSTLY: dict[str, tuple[Kind, Any]] = {
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_a_costly_grammar_runs_within_its_bounds_or_says_that_it_cannot(
+def test_a_costly_grammar_runs_within_its_bounds_or_fails_with_a_reason(
     model: LoadedModel, grammars: Grammars, name: str
 ):
     try:
@@ -479,7 +481,7 @@ def test_a_refused_constraint_leaves_the_others_alone(model: LoadedModel, gramma
     assert matches(model, matcher_of(grammars, Kind.REGEX, "a+"), "aa")
 
 
-def test_without_llguidance_the_message_says_what_to_install(
+def test_without_llguidance_the_error_names_the_missing_extra(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ):
     for name in ("llguidance", "llguidance.hf"):
@@ -536,7 +538,7 @@ def test_kinds_of_one_text_are_not_mistaken_for_each_other(model: LoadedModel, g
     assert matches(model, matcher_of(grammars, Kind.REGEX, text), '"')
 
 
-def test_matchers_of_one_grammar_know_nothing_of_each_other(model: LoadedModel, grammars: Grammars):
+def test_matchers_of_one_grammar_are_independent(model: LoadedModel, grammars: Grammars):
     grammar = grammars.compile(TextConstraint(Kind.CHOICE, '["no", "yes"]'), is_thinking=False)
     first, second = grammar.matcher(), grammar.matcher()
     assert takes(model, first, model.encode("no", add_special=False))
@@ -629,7 +631,7 @@ ANY_GRAMMAR = st.lists(st.sampled_from(_RULES), min_size=1).map("".join)
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_whatever_is_asked_for_is_compiled_and_used_or_refused_in_words(
+def test_any_constraint_is_compiled_and_used_or_refused_with_a_reason(
     model: LoadedModel, grammars: Grammars, asked: tuple[Kind, Any]
 ) -> None:
     try:

@@ -105,7 +105,7 @@ CORPUS = {
         "<|channel|>commentary to=functions.f<|message|>[1]<|call|>",
         Heard("<|channel|>commentary to=functions.f<|message|>[1]<|call|>"),
     ),
-    "a tool that nobody gave": (
+    "a tool that was not given": (
         "<|channel|>commentary to=python<|message|>1+1<|end|>",
         Heard("1+1"),
     ),
@@ -119,7 +119,7 @@ CORPUS = {
 
 
 @pytest.mark.parametrize("name", CORPUS)
-def test_an_answer_is_split_wherever_it_is_cut(name: str):
+def test_a_harmony_answer_is_parsed_the_same_however_it_is_cut(name: str):
     text, expected = CORPUS[name]
     assert hear([text]) == expected
     assert hear(text) == expected
@@ -129,7 +129,7 @@ def test_an_answer_is_split_wherever_it_is_cut(name: str):
 
 @given(st.lists(st.sampled_from([*"ab<|>{}", "<|start|>", "<|channel|>", "analysis", "<|message|>",
     "<|end|>", "<|call|>", " to=functions.f", "final", '{"a":1}']), max_size=14))  # fmt: skip
-def test_cuts_change_nothing_of_anything(parts: list[str]):
+def test_any_text_is_parsed_the_same_however_it_is_cut(parts: list[str]):
     text = "".join(parts)
     whole = hear([text])
     assert hear(text) == whole
@@ -149,7 +149,7 @@ def test_reasoning_may_stay_in_the_content():
     assert heard.content == "<|channel|>analysis<|message|>Let me see.It is 3 < 4."
 
 
-def test_no_more_calls_are_told_than_were_wanted():
+def test_no_more_calls_are_emitted_than_max_calls():
     parser = HarmonyParser(ParserOptions(schemas=SCHEMAS, max_calls=1))
     events = parser.push(CALL + CALL)
     assert sum(isinstance(event, ToolCallStart) for event in events) == 1
@@ -179,7 +179,7 @@ def test_reasoning_is_counted_while_it_lasts():
     assert not parser.is_reasoning
 
 
-def test_the_template_is_given_what_led_to_a_call():
+def test_the_template_gets_the_reasoning_before_a_call():
     call = {"role": "assistant", "content": "", "reasoning_content": "r", "tool_calls": [1]}
     assert HarmonyFormat().prepare(call)["thinking"] == "r"
     said = {"role": "assistant", "content": "c", "reasoning_content": "r"}
@@ -193,7 +193,7 @@ def test_a_tool_of_any_name_can_be_called():
     assert hear([text]).calls == [(name, {})]
 
 
-def test_a_model_with_its_marks_is_known_and_its_marks_are_text(tmp_path: Path):
+def test_a_model_with_harmony_markers_is_detected_and_its_markers_are_text(tmp_path: Path):
     path = save_checkpoint(tmp_path / "oss")
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     first = 1 + max(token["id"] for token in tokenizer["added_tokens"])

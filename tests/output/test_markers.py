@@ -1,8 +1,8 @@
-"""Markers: an answer's text told apart, the same however it was cut.
+"""Markers: an answer's text split into its channels, the same however it was cut.
 
-`told` is what came, with neighbours of one channel joined: so the order is compared too, and only
-the times of the pieces are not. Of a call that came in parts it is what an answer that does not
-stream makes of them; `told_however_cut` checks that this is what a call that comes whole gives.
+`told` lists the outputs, with neighbours of one channel joined: the order is compared too, only the
+sizes of the pieces are not. A streamed call is folded as in an answer that is not streamed;
+`told_however_cut` checks that a call that is emitted whole gives the same.
 """
 
 import importlib
@@ -113,9 +113,9 @@ def folded(events: list[ParserEvent], ids: list[str]) -> Iterator[tuple[str, Any
 def told_however_cut(
     text: str, markers: MarkerFormat = MARKERS, parse: ParseCalls | None = parse_json, **kw: Any
 ) -> Told:
-    """What is told of a text, after trying it whole, cut in two anywhere, and by the character.
+    """The outputs for a text, compared whole, cut in two anywhere, and by the character.
 
-    And the same where calls are told in parts.
+    And the same where calls are streamed.
     """
     whole = told([text], markers, parse, **kw)
     ways: list[dict[str, Any]] = [{"markers": markers}]
@@ -161,7 +161,7 @@ F = (CALLED, ("f", {}))
         ("<think>a  b\n\nc</think>d", [(THOUGHT, "a  b\n\nc"), (SAID, "d")]),
     ],
 )
-def test_a_block_of_reasoning_at_the_start_is_told_apart(text: str, expected: Told):
+def test_a_block_of_reasoning_at_the_start_is_separated(text: str, expected: Told):
     assert told_however_cut(text) == expected
 
 
@@ -201,7 +201,7 @@ def test_a_marker_in_the_middle_of_content_is_content(text: str):
         ("a </th</think> b", [(THOUGHT, "a </th"), (SAID, "b")]),
     ],
 )
-def test_reasoning_that_the_prompt_has_opened_goes_on_to_its_end(text: str, expected: Told):
+def test_reasoning_opened_by_the_prompt_continues_to_its_end_marker(text: str, expected: Told):
     assert told_however_cut(text, starts_in_reasoning=True) == expected
 
 
@@ -212,7 +212,7 @@ def test_reasoning_that_is_not_split_is_content_with_its_markers(starts_in_reaso
     assert told_however_cut(text, **kw) == [(SAID, text)]
 
 
-def test_a_model_without_markers_only_says():
+def test_without_markers_everything_is_text():
     text = " <think>a</think>" + call()
     assert told_however_cut(text, MarkerFormat()) == [(SAID, text)]
     assert told_however_cut(text, MarkerFormat(), starts_in_reasoning=True) == [(SAID, text)]
@@ -224,7 +224,7 @@ def test_a_marker_that_ends_nothing_leaves_all_of_it_reasoning():
     ]
 
 
-def test_while_it_reasons_it_says_so():
+def test_is_reasoning_is_true_inside_a_reasoning_block():
     parser = parser_of(MARKERS)
     states = []
     for piece in ("<think>", "a", "</think>", "b"):
@@ -273,7 +273,7 @@ def test_while_it_reasons_it_says_so():
         ("x \n ", [(SAID, "x \n ")]),
     ],
 )
-def test_calls_are_told_apart(text: str, expected: Told):
+def test_calls_are_separated_from_text(text: str, expected: Told):
     assert told_however_cut(text) == expected
 
 
@@ -320,7 +320,7 @@ def test_without_tools_a_call_is_text():
     assert told_however_cut(text, parse=None) == [(THOUGHT, "x"), (SAID, call())]
 
 
-def test_as_many_calls_as_are_wanted_and_it_is_complete():
+def test_the_parser_is_complete_after_max_calls():
     text = f"a{call()}{call('g')}"
     assert told_however_cut(text, max_calls=2) == told([text])
     parser = parser_of(MARKERS, parse=parse_json, max_calls=1)
@@ -343,7 +343,7 @@ def test_more_calls_than_are_wanted_between_two_markers_are_cut():
     ]
 
 
-def test_a_call_without_an_end_marker_goes_on_to_the_end():
+def test_a_call_without_an_end_marker_extends_to_the_end():
     body = json.dumps({"name": "f", "arguments": {"s": "[TOOL_CALLS] <"}})
     expected = (CALLED, ("f", {"s": "[TOOL_CALLS] <"}))
     assert told_however_cut(f"[TOOL_CALLS]{body} \n", TO_THE_END) == [expected]
@@ -401,7 +401,7 @@ def listening(**kw: Any) -> MarkerParser:
 
 
 def shown(pieces: Iterable[str], **kw: Any) -> Told:
-    """What a stream shows: calls with the arguments that were told, ended or not."""
+    """What a stream shows: calls with the arguments that were emitted, ended or not."""
     parser = listening(**kw)
     found: Told = []
     for event in [event for text in pieces for event in parser.push(text)] + parser.flush():
@@ -431,7 +431,7 @@ def raw_call(arguments: str, name: str = "f", rest: str = "") -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}{rest}}}\n</tool_call>'
 
 
-def test_a_call_is_told_as_it_is_written():
+def test_a_call_is_emitted_as_it_is_generated():
     parser = listening()
     steps: list[tuple[str, list[Any]]] = [
         ("Look: <tool_call>\n", ["Look:"]),
@@ -468,7 +468,7 @@ def test_a_call_is_told_as_it_is_written():
         '{"z": [1e16, 123456789012345678901234567890], "list": "[3]"}',
     ],
 )
-def test_a_call_is_emitted_as_written_and_ends_as_one_that_comes_whole(arguments: str):
+def test_a_streamed_call_ends_with_the_same_arguments_as_a_whole_one(arguments: str):
     whole = parser_of(MARKERS, parse=parse_json, schemas=SCHEMAS)
     *_, end = whole.push(raw_call(arguments.replace("</tool_call>", "MARK")))
     assert isinstance(end, ToolCallEnd)
@@ -492,7 +492,7 @@ def test_a_call_is_emitted_as_written_and_ends_as_one_that_comes_whole(arguments
     ],
     ids=["order", "another member", "an unknown tool", "a long head"],
 )
-def test_a_call_of_another_form_comes_whole(text: str):
+def test_a_call_of_another_form_is_emitted_whole(text: str):
     parser = listening()
     _, arguments, _ = [event for char in text for event in parser.push(char)]
     assert arguments == ToolCallArguments('{"code":"x"}')
@@ -519,7 +519,7 @@ def test_a_call_of_another_form_comes_whole(text: str):
         ),
     ],
 )
-def test_a_call_that_breaks_after_it_was_opened_loses_nothing_and_tells_nothing_twice(
+def test_a_call_that_turns_out_invalid_loses_no_text_and_emits_none_twice(
     text: str, expected: list[Any]
 ):
     kinds = [(SAID if isinstance(part, str) else CALLED, part) for part in expected]
@@ -528,7 +528,7 @@ def test_a_call_that_breaks_after_it_was_opened_loses_nothing_and_tells_nothing_
     assert told([text], IN_PARTS, **kw) == told(text, IN_PARTS, **kw) == told([text])
 
 
-def test_a_broken_call_is_none():
+def test_an_invalid_call_does_not_count():
     parser = listening(max_calls=1)
     parser.push(raw_call('{"code" 1}'))
     assert (parser.num_calls, parser.is_complete) == (0, False)
@@ -537,14 +537,14 @@ def test_a_broken_call_is_none():
     assert not parser.push(call("f"))
 
 
-def test_of_a_key_that_comes_twice_the_call_has_the_last():
+def test_the_last_of_two_equal_argument_keys_counts():
     text = raw_call('{"code": "a", "num": 1, "code": "b"}')
     assert shown_however_cut(text) == [(CALLED, ("f", '{"code": "a", "num": 1, "code": "b"}'))]
     assert listening().push(text)[-1] == ToolCallEnd('{"code":"b","num":1}')
 
 
-def test_a_call_that_proves_to_be_another_one_is_none():
-    """Its name comes again after its arguments, or its reader finds more in the text."""
+def test_a_streamed_call_that_the_parser_reads_differently_is_invalid():
+    """Its name is repeated after its arguments, or its reader finds more in the text."""
     text = raw_call('{"code": "x"}', rest=', "name": "g"')
     expected = [(CALLED, ["f", '{"code": "x"}']), (SAID, ', "name": "g"}\n</tool_call>')]
     assert shown_however_cut(text) == expected
@@ -573,7 +573,7 @@ def test_an_open_call_that_never_ends_has_a_bound_too():
     assert shown([fits[:100], fits[100:]])[0][0] == CALLED
 
 
-def test_a_long_argument_is_told_at_once_however_small_its_pieces():
+def test_a_long_argument_is_emitted_at_once_however_small_its_pieces():
     """Held, or read again and again, it would cost the square of its length."""
     parser = listening()
     parser.push('<tool_call>{"name": "f", "arguments": {"code": "')
@@ -588,7 +588,7 @@ def test_a_long_argument_is_told_at_once_however_small_its_pieces():
 # --- bounds -------------------------------------------------------------------------------------
 
 
-def test_a_call_that_never_ends_comes_out_as_text_at_the_bound():
+def test_a_call_that_never_ends_is_emitted_as_text_at_the_bound():
     parser = parser_of(MARKERS, parse=parse_json)
     assert not parser.push("a <tool_call>")[1:]
     step = MAX_CALL_CHARS // 4
@@ -655,7 +655,7 @@ def squashed(text: str) -> str:
 
 @given(st.text(max_size=60), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_text_without_markers_is_told_as_it_is(text: str, has_tools: bool) -> None:
+def test_text_without_markers_is_emitted_unchanged(text: str, has_tools: bool) -> None:
     whole = told(text, parse=parse_json if has_tools else None)
     assert whole == ([(SAID, text)] if text else [])
 
@@ -917,7 +917,7 @@ def test_longcat_cannot_read_a_call_without_arguments_so_it_is_text():
     assert told_however_cut(text, markers, parse) == [(SAID, text)]
 
 
-def test_an_end_marker_in_a_json_string_makes_a_call_text_that_comes_whole():
+def test_an_end_marker_in_a_json_string_turns_a_whole_call_into_text():
     markers, parse = of_module("json_tools")
     text = call("look", text="a </tool_call> b")
     assert told([text], markers, parse) == told(text, markers, parse) == [(SAID, text)]

@@ -81,7 +81,7 @@ def test_without_stop_strings_all_text_is_given_at_once() -> None:
     assert pushes("ab") == ["a", "b", ""]
 
 
-def test_an_empty_stop_string_is_our_bug() -> None:
+def test_an_empty_stop_string_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         StopStrings(("",))
 

@@ -1,6 +1,6 @@
 """The arguments of a call: where their JSON ends, wherever it is cut, and how it is written.
 
-`at_every_cut` feeds an object whole, cut in two anywhere, and by the character; what comes of it
+`at_every_cut` feeds an object whole, cut in two anywhere, and by the character; the results
 must not differ.
 """
 
@@ -73,7 +73,7 @@ def test_an_object_ends_where_its_json_does_wherever_it_is_cut(text: str):
 
 
 @pytest.mark.parametrize("text", OBJECTS)
-def test_an_object_that_goes_on_is_open_at_every_place(text: str):
+def test_a_prefix_of_an_object_is_open_at_every_place(text: str):
     for at in range(len(text)):
         assert scanned([text[:at]]) == (text[:at], ScanState.OPEN)
 
@@ -90,7 +90,7 @@ def test_an_object_that_goes_on_is_open_at_every_place(text: str):
         ('{"nu\nm": 3}', '{"nu'),
     ],
 )
-def test_what_no_json_goes_on_with_is_not_of_the_object(text: str, found: str):
+def test_text_that_cannot_continue_the_json_is_not_part_of_the_object(text: str, found: str):
     assert at_every_cut(text) == (found, ScanState.LOST)
 
 
@@ -192,7 +192,7 @@ def test_any_text_is_read_the_same_in_pieces_and_an_object_in_it_to_its_end(
         ('[{"name": "f", "arguments": {', None),
     ],
 )
-def test_a_call_has_a_head_when_its_name_comes_first_and_its_arguments_begin(
+def test_a_call_has_a_head_when_its_name_is_first_and_its_arguments_have_begun(
     body: str, expected: str | None
 ):
     found = head_of(body)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from mlxlite.engine.step import Command, Fetched, Lost, Unstored
+from mlxlite.engine.step import Command, DiskFailed, Fetched, StepFailed
 from mlxlite.prefix_cache import disk
 from mlxlite.prefix_cache.disk import Array, BrokenFile, File, Store, _locked, decode, encode
 from mlxlite.prefix_cache.index import PrefixCache
@@ -64,8 +64,8 @@ class Shop:
         self.store = Store(directory, label, max_bytes)
         put = self.results.put
         self.store.on_fetched = lambda id: put(Fetched(id))
-        self.store.on_failed = lambda id: put(Unstored(id))
-        threading.excepthook = lambda args: put(Lost(repr(args.exc_value)))
+        self.store.on_failed = lambda id: put(DiskFailed(id))
+        threading.excepthook = lambda args: put(StepFailed(repr(args.exc_value)))
 
     def next(self) -> Command:
         return self.results.get(timeout=30)
@@ -74,8 +74,8 @@ class Shop:
         """Wait for all earlier calls; return their results. Asserts the cap."""
         self.store.fetch(UNUSED_ID, STORED)
         commands = []
-        while (command := self.next()) != Unstored(UNUSED_ID):
-            assert not isinstance(command, Lost), command.error
+        while (command := self.next()) != DiskFailed(UNUSED_ID):
+            assert not isinstance(command, StepFailed), command.error
             commands.append(command)
         files = [path for path in self.home.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) <= self.max_bytes
@@ -235,7 +235,7 @@ def test_an_invalid_header_stops_neither_the_start_nor_the_thread(
     cache.restore(shop.store.found())  # BUG: a scope that is no 64 bits ends the server's start
     cache.check()
     shop.store.fetch(1, STORED)
-    assert shop.next() == Unstored(1)  # BUG: "a tree of arrays" ends the store's thread
+    assert shop.next() == DiskFailed(1)  # BUG: "a tree of arrays" ends the store's thread
 
 
 def test_a_file_of_an_earlier_format_is_removed(
@@ -319,7 +319,7 @@ def test_a_file_is_removed_by_unlink_even_if_its_write_was_pending(
     shop.store.unlink(1)
     shop.store.unlink(2)  # no such file
     shop.store.fetch(1, STORED)
-    assert shop.next() == Unstored(1)
+    assert shop.next() == DiskFailed(1)
     assert shop.settle() == []
     assert list(shop.directory.glob("*.*")) == []
 
@@ -334,7 +334,7 @@ def test_a_missing_or_broken_file_is_reported_as_failed(
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     for id in (1, 2):
         shop.store.fetch(id, STORED)
-        assert shop.next() == Unstored(id)
+        assert shop.next() == DiskFailed(id)
         assert shop.store.take(id) is None
         assert str(shop.directory / f"{id}.safetensors") in caplog.text
     assert "checksum" in caplog.text
@@ -356,7 +356,7 @@ def test_a_file_of_another_prefix_is_reported_as_failed(
     shop = open_shop()
     shop.store.write(1, make_file())
     shop.store.fetch(1, other)
-    assert shop.next() == Unstored(1)
+    assert shop.next() == DiskFailed(1)
     assert shop.store.take(1) is None
     assert "it holds another prefix" in caplog.text
 
@@ -371,7 +371,7 @@ def test_writes_beyond_the_pending_limit_are_dropped(
     for id in (1, 2, 3, 4):
         shop.store.write(id, make_file(num_bytes=90 if id == 3 else 40))
     held.set()
-    assert shop.settle() == [Unstored(3), Unstored(4)]
+    assert shop.settle() == [DiskFailed(3), DiskFailed(4)]
     assert shop.ids() == [1, 2]
     shop.store.write(3, make_file(num_bytes=90))  # there is room again
     assert shop.settle() == []
@@ -393,7 +393,7 @@ def test_an_unwritable_directory_fails_only_the_write(
     shop = open_shop()
     shop.directory.chmod(0o500)
     shop.store.write(1, make_file())
-    assert shop.settle() == [Unstored(1)]
+    assert shop.settle() == [DiskFailed(1)]
     shop.directory.chmod(0o700)
     assert "could not be written" in caplog.text
     shop.store.write(1, make_file())
@@ -407,7 +407,7 @@ def test_a_removed_directory_fails_only_the_write(
     shutil.rmtree(shop.directory)
     shop.store.write(1, make_file())
     shop.store.unlink(1)
-    assert shop.settle() == [Unstored(1)]
+    assert shop.settle() == [DiskFailed(1)]
     assert "could not be written" in caplog.text
 
 
@@ -487,12 +487,12 @@ def test_the_directory_never_grows_past_its_cap(open_shop: Callable[..., Shop]):
     shop = open_shop(max_bytes=3 * size)
     for id in (1, 2, 3, 4):
         shop.store.write(id, make_file(num_bytes=400))
-        assert shop.settle() == [Unstored(4)] * (id == 4)
+        assert shop.settle() == [DiskFailed(4)] * (id == 4)
     assert shop.ids() == [1, 2, 3]
     shop.store.unlink(2)
     shop.store.write(5, make_file(num_bytes=400))
     shop.store.write(6, make_file(num_bytes=400))
-    assert shop.settle() == [Unstored(6)]
+    assert shop.settle() == [DiskFailed(6)]
     assert shop.ids() == [1, 3, 5]
 
 
@@ -505,7 +505,7 @@ def test_a_file_of_exactly_the_cap_is_written_and_one_byte_more_is_not(
     assert shop.settle() == []
     shop.store.unlink(1)
     shop.store.write(2, make_file(num_bytes=401))
-    assert shop.settle() == [Unstored(2)]
+    assert shop.settle() == [DiskFailed(2)]
     assert list(shop.directory.glob("*.*")) == []
     assert "could not be written" in caplog.text
 
@@ -527,7 +527,7 @@ def test_other_models_files_are_removed_first_and_the_oldest_of_them_before_the_
     left = [["b/1", "c/1"], ["b/1"], [], []]
     for id, names in enumerate(left, 1):
         shop.store.write(id, make_file())
-        assert shop.settle() == [Unstored(4)] * (id == 4)
+        assert shop.settle() == [DiskFailed(4)] * (id == 4)
         others = {p.relative_to(shop.home).with_suffix("") for p in shop.home.glob("[bc]/*.*")}
         assert sorted(map(str, others)) == names
     assert shop.ids() == [1, 2, 3]

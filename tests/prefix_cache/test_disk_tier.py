@@ -29,7 +29,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlxlite.engine.scheduler import Policy, Scheduler
-from mlxlite.engine.step import Add, ClearCache, Command, Finished, Token, Unstored
+from mlxlite.engine.step import Add, ClearCache, Command, DiskFailed, Finished, Token
 from mlxlite.prefix_cache import disk
 from mlxlite.prefix_cache.disk import Array, File, Store, _locked, decode, encode
 from mlxlite.prefix_cache.operations import CacheStats, Stored
@@ -168,7 +168,7 @@ class Life:
     def settle(self) -> None:
         """Wait for all earlier calls of the store, and apply their results."""
         self.store.fetch(UNUSED_ID, Stored(0, 0, None, b""))
-        while (command := self.results.get(timeout=30)) != Unstored(UNUSED_ID):
+        while (command := self.results.get(timeout=30)) != DiskFailed(UNUSED_ID):
             self._apply(command)
         sizes = [path.stat().st_size for path in self.directory.iterdir()]
         assert sum(sizes) <= self.stats.disk_bytes <= self.stats.max_disk_bytes
@@ -368,7 +368,7 @@ def test_a_cleared_cache_leaves_no_file_not_even_of_a_step_in_flight(tmp_path: P
     life.scheduler.complete(launched.step, outcome)
     life.runner.advance(None, last)
     life.store.fetch(UNUSED_ID, Stored(0, 0, None, b""))
-    assert life.results.get(timeout=30) == Unstored(UNUSED_ID)
+    assert life.results.get(timeout=30) == DiskFailed(UNUSED_ID)
     assert life.stats.disk_bytes == 0
     assert life.paths() == []
 

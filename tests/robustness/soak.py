@@ -97,7 +97,7 @@ class Clients:
     async def _exchange(
         self, path: str, raw: bytes, leave_after: float = inf, pause_s: float = 0, size: int = 65536
     ) -> bytes:
-        """All bytes of the answer; none if the client disconnected first, after so many reads.
+        """All bytes of the answer; none if it disconnects after `leave_after` reads.
 
         It pauses between reads of `size` bytes; if that is small, its receive buffer is too.
         """

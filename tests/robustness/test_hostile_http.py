@@ -83,7 +83,7 @@ async def besieged(caplog: pytest.LogCaptureFixture, **config: Any) -> AsyncIter
 
 
 async def refusal(wire: Wire, raw: bytes) -> Answer:
-    """What is said to broken HTTP: one error, and then nothing more."""
+    """The answer to broken HTTP: one error, and then nothing more."""
     await wire.send(raw)
     answer = await asyncio.wait_for(wire.answer(), 5)
     assert answer.error["code"] == "malformed_request"
@@ -131,8 +131,8 @@ SMUGGLED = {
     "a chunk size with a space": CHUNKED + b"0 \r\n\r\n" + SECOND,
     "a chunk size of 65 bits": CHUNKED + b"10000000000000002\r\n{}\r\n0\r\n\r\n" + SECOND,
     "a chunk size that is none": CHUNKED + b"two\r\n{}\r\n0\r\n\r\n" + SECOND,
-    "a chunk longer than it says": CHUNKED + b"1\r\n{}\r\n0\r\n\r\n" + SECOND,
-    "a chunk shorter than it says": CHUNKED + b"3\r\n{}\r\n0\r\n\r\n" + SECOND,
+    "a chunk longer than its size": CHUNKED + b"1\r\n{}\r\n0\r\n\r\n" + SECOND,
+    "a chunk shorter than its size": CHUNKED + b"3\r\n{}\r\n0\r\n\r\n" + SECOND,
     "an extension with a bare LF": CHUNKED + b"0;\n\r\n\r\n" + SECOND,
     "a last chunk that ends with LF": CHUNKED + b"0\n\n" + SECOND,
     "a trailer that is a request": CHUNKED + b"0\r\n" + SECOND,
@@ -185,7 +185,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("raw", "status"), FOREIGN.values(), ids=FOREIGN)
-def test_another_protocol_is_told_that_this_is_http(
+def test_another_protocol_is_refused_with_an_http_error(
     raw: bytes, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -197,7 +197,7 @@ def test_another_protocol_is_told_that_this_is_http(
 
 
 @pytest.mark.parametrize("raw", [b"GET /health\r\n", b"\xff\xfe garbage", b"GET / HTTP/1.1\r\nHo"])
-def test_what_never_ends_is_cut_without_a_word(
+def test_endless_input_is_cut_without_an_answer(
     raw: bytes, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -231,7 +231,7 @@ def test_garbage_is_refused_or_dropped_and_costs_nothing(caplog: pytest.LogCaptu
 
 
 async def said_to(served: Served, raw: bytes) -> bytes:
-    """All that comes back before the end, which the server reaches because the client has."""
+    """All bytes up to the end, which the server sends because the client has."""
     async with await served.wire() as wire:
         with suppress(ConnectionError):
             await wire.send(raw)
@@ -328,7 +328,7 @@ def test_a_strange_target_has_its_status(
     ],
     ids=lambda value: repr(value[:70]) if isinstance(value, bytes) else str(value),
 )
-def test_what_is_too_large_is_refused_and_the_refusal_can_be_read_by_who_sends_on(
+def test_a_too_large_request_is_refused_and_its_sender_can_read_the_refusal(
     raw: bytes, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -340,7 +340,7 @@ def test_what_is_too_large_is_refused_and_the_refusal_can_be_read_by_who_sends_o
             assert answer.error["code"] == "malformed_request"
             assert answer["connection"] == "close"
             (client,) = served.clients
-            assert client.http.num_buffered == 0, "what comes after it is dropped"
+            assert client.http.num_buffered == 0, "what follows it is dropped"
             with suppress(ConnectionError):
                 await sending
 
@@ -355,7 +355,7 @@ async def _upload(served: Served, wire: Wire, num_bytes: int) -> None:
     await wire.send(b" " * num_bytes)
 
 
-def test_bodies_are_bounded_together_and_who_says_little_is_served(
+def test_bodies_are_bounded_together_and_small_requests_are_served(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     @in_a_loop
@@ -428,7 +428,7 @@ def test_a_body_counts_until_it_is_read(caplog: pytest.LogCaptureFixture) -> Non
 # --- JSON ---------------------------------------------------------------------------------------
 
 _TURN = b'[{"role":"user","content":%b}]'
-BODIES = {  # with a place for what is said, and one for more fields
+BODIES = {  # with a place for the text, and one for more fields
     CHAT: b'{"messages":' + _TURN + b"%b}",
     "/v1/messages": b'{"max_tokens":9,"messages":' + _TURN + b"%b}",
     "/v1/messages/count_tokens": b'{"messages":' + _TURN + b"%b}",
@@ -467,7 +467,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_json_that_is_none_is_a_400_in_every_dialect_and_the_connection_lives(
+def test_invalid_json_is_a_400_in_every_dialect_and_keeps_the_connection(
     path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def refused(wire: Wire, body: bytes, name: str) -> None:
@@ -521,7 +521,7 @@ async def test_of_two_equal_names_the_last_one_counts() -> None:
 
 
 @in_a_loop
-async def test_an_escaped_nul_and_any_character_come_back_as_they_were_sent() -> None:
+async def test_an_escaped_nul_and_any_character_are_returned_as_they_were_sent() -> None:
     async with serving() as served, await served.wire() as wire:
         said = "a\0b\u2028\u202e\ufeff\U0010ffff🙂\x7f\x1b[31m"
         assert (await wire.chat(said)).json["choices"][0]["message"]["content"] == said
@@ -532,7 +532,7 @@ async def test_an_escaped_nul_and_any_character_come_back_as_they_were_sent() ->
 # --- slow, idle, half gone ----------------------------------------------------------------------
 
 
-def test_a_hundred_that_drip_their_heads_or_bodies_are_cut_and_nobody_waits_for_them(
+def test_a_hundred_dripping_heads_or_bodies_are_cut_and_delay_no_other_request(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -574,7 +574,7 @@ def many_files() -> None:
 
 
 @pytest.mark.usefixtures("many_files")
-def test_a_thousand_idle_connections_cost_a_stream_nothing_and_go_after_their_time(
+def test_a_thousand_idle_connections_cost_a_stream_nothing_and_time_out(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -599,16 +599,16 @@ def test_a_thousand_idle_connections_cost_a_stream_nothing_and_go_after_their_ti
                 sock.setblocking(False)
                 assert (await loop.sock_recv(sock, 4096)).startswith(b"HTTP/1.1 200 ")
             assert served.num_clients == 1001
-            assert len(asyncio.all_tasks()) == num_tasks, "who waits is no task"
+            assert len(asyncio.all_tasks()) == num_tasks, "an idle connection is no task"
             await wire.open_stream("hello")
             assert text_of(await wire.rest()) == "hello"
             async with await served.wire() as late:
                 assert (await late.answer()).status == 503
             await pass_time(served, clock, HEADER_TIMEOUT_S + 1)
-            await until(lambda: served.num_clients == 501, "who has never asked")
+            await until(lambda: served.num_clients == 501, "those without any request")
             assert (await wire.chat("hello")).status == 200
             await pass_time(served, clock, KEEP_ALIVE_S - HEADER_TIMEOUT_S)
-            await until(lambda: served.num_clients == 1, "who has asked once")
+            await until(lambda: served.num_clients == 1, "those after one request")
             assert (await wire.chat("hello")).status == 200
 
     test()
@@ -627,7 +627,7 @@ def test_a_thousand_idle_connections_cost_a_stream_nothing_and_go_after_their_ti
         CHUNKED + b"0\r\n",
     ],
 )
-def test_who_has_said_half_and_closes_is_closed_without_a_word(
+def test_half_a_request_before_eof_is_closed_without_an_answer(
     raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -641,7 +641,7 @@ def test_who_has_said_half_and_closes_is_closed_without_a_word(
 
 
 @in_a_loop
-async def test_what_can_be_answered_at_once_is_answered_even_to_who_has_closed() -> None:
+async def test_complete_requests_before_eof_are_answered() -> None:
     async with serving() as served, await served.wire() as wire:
         await wire.send(SECOND * 3)
         wire._writer.write_eof()
@@ -651,7 +651,7 @@ async def test_what_can_be_answered_at_once_is_answered_even_to_who_has_closed()
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_closes_its_half_while_a_model_answers_is_gone_and_frees_its_row(
+def test_eof_during_generation_frees_the_row(
     stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_a_loop
@@ -666,7 +666,7 @@ def test_who_closes_its_half_while_a_model_answers_is_gone_and_frees_its_row(
     test()
 
 
-def test_who_resets_the_line_at_any_byte_of_a_request_is_no_error(
+def test_a_reset_at_any_byte_of_a_request_is_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     @in_a_loop
@@ -682,7 +682,7 @@ def test_who_resets_the_line_at_any_byte_of_a_request_is_no_error(
     test()
 
 
-def test_who_shuts_its_reading_half_is_cut_at_the_bound(
+def test_a_client_that_stops_reading_a_stream_is_cut_at_the_bound(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 16)
@@ -737,7 +737,7 @@ def test_nonsense_behind_a_request_is_refused_after_its_answer(
     test()
 
 
-def test_who_pipelines_and_never_reads_is_cut_at_the_bound(
+def test_a_client_that_pipelines_without_reading_is_cut_at_the_bound(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 18)
@@ -760,7 +760,7 @@ def test_who_pipelines_and_never_reads_is_cut_at_the_bound(
     test()
 
 
-def test_a_reset_in_mid_answer_costs_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reset_in_mid_answer_affects_no_other_stream(caplog: pytest.LogCaptureFixture) -> None:
     @in_a_loop
     async def test() -> None:
         async with besieged(caplog) as served, await served.wire() as other:

@@ -1,4 +1,4 @@
-"""The runner: what a batch says is what each sequence says alone, to the token.
+"""The runner: each sequence draws the same tokens in a batch as alone.
 
 The first half is the contract of `sequence.Runner`: the same scenarios against the `FakeRunner`
 that the other tests rely on and against the real one. The second half holds the real one to
@@ -177,7 +177,7 @@ def judge(kind: str, sequence: Sequence) -> list[int]:
 
 
 class Fragile(nn.Module):
-    """A model that raises in its next call once it is told to."""
+    """A model that raises in its next call once its flag is set."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ def test_rows_in_another_order_or_never_admitted_are_refused(
         subject.runner.advance(Step(2, rows=rows), launched)
 
 
-def test_a_sequence_released_in_prefill_is_never_heard_of_again(subject: Subject):
+def test_a_sequence_released_in_prefill_can_no_longer_be_computed(subject: Subject):
     one, two = make_sequence(1, 30), make_sequence(2, 2)
     tokens = one_by_one(
         subject.runner,
@@ -343,7 +343,7 @@ def test_a_sequence_released_in_prefill_is_never_heard_of_again(subject: Subject
         subject.runner.advance(Step(3, chunks=(Chunk(1, 20, 29),), rows=(2, 1)), None)
 
 
-def test_a_reset_forgets_everybody_and_a_late_release_is_void(subject: Subject):
+def test_a_reset_drops_every_sequence_and_ignores_a_late_release(subject: Subject):
     one, two, three = (make_sequence(id, 4) for id in (1, 2, 3))
     chunks = (Chunk(1, 0, 3), Chunk(2, 0, 2))
     launched, _ = subject.runner.advance(
@@ -388,7 +388,7 @@ DRAWN = (
 )
 
 
-def test_a_seeded_sequence_draws_the_same_alone_and_in_any_company(subject: Subject):
+def test_a_seeded_sequence_draws_the_same_alone_and_in_any_batch(subject: Subject):
     sequences = [
         make_sequence(id, 1 + 5 * id, 8, sampling=sampling) for id, sampling in enumerate(DRAWN, 1)
     ]
@@ -421,7 +421,7 @@ def test_choices_draw_what_separate_sequences_with_their_seeds_draw(subject: Sub
     assert_choices_draw_what_each_draws_alone(subject.runner, choices)
 
 
-def test_a_released_id_may_come_back_with_the_tokens_it_has_drawn(subject: Subject):
+def test_a_released_id_may_be_admitted_again_with_the_tokens_it_has_drawn(subject: Subject):
     sequence = make_sequence(1, 5, 6)
     expected = tuple(subject.expected(sequence))
     back = Admission(sequence, expected[:2])
@@ -444,13 +444,13 @@ def test_a_chunk_that_leaves_a_gap_or_overlaps_is_refused(subject: Subject, chun
         subject.runner.advance(Step(2, chunks=(chunk,)), launched)
 
 
-def test_a_row_whose_prompt_is_not_through_is_refused(subject: Subject):
+def test_a_row_before_the_end_of_its_prefill_is_refused(subject: Subject):
     step = Step(1, admitted=admit(make_sequence(1, 9)), chunks=(Chunk(1, 0, 7),), rows=(1,))
     with pytest.raises(AssertionError):
         subject.runner.advance(step, None)
 
 
-def test_logprobs_come_for_the_rows_that_asked_as_many_as_they_asked_for(subject: Subject):
+def test_rows_get_as_many_top_logprobs_as_they_requested(subject: Subject):
     asked = (None, 0, 3, 20)
     sequences = [
         make_sequence(id, 4, sampling=SamplingParams(0.0, top_logprobs=num))
@@ -572,7 +572,7 @@ def test_short_prompts_of_like_length_are_prefilled_in_one_pass(kind: str):
         assert run.tokens(sequence.id) == judge(kind, sequence)
 
 
-def test_a_prompt_that_fails_alone_costs_nobody_else_anything():
+def test_a_prompt_that_fails_alone_affects_no_other_sequence():
     model = Counting(build("qwen3"), broken_length=21)
     sequences = [make_sequence(i, n) for i, n in enumerate((5, 22, 60, 7), start=1)]
     scheduler, runner = Scheduler(Policy(max_rows=8)), ModelRunner(model)
@@ -588,7 +588,7 @@ def test_a_prompt_that_fails_alone_costs_nobody_else_anything():
     assert again.tokens(9) == judge("qwen3", make_sequence(9, 5))
 
 
-def test_a_sequence_whose_cache_cannot_be_made_costs_nobody_else_anything(
+def test_a_sequence_whose_cache_cannot_be_made_affects_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ):
     scheduler, runner = Scheduler(Policy(max_rows=8)), ModelRunner(build("qwen3"))
@@ -632,7 +632,7 @@ def test_prompts_that_fail_together_are_tried_alone():
         assert run.tokens(sequence.id) == judge("qwen3", sequence)
 
 
-def test_a_prompt_that_fails_costs_each_of_its_choices_and_nobody_else():
+def test_a_prompt_that_fails_ends_all_of_its_choices_and_no_other_sequence():
     model = Counting(build("qwen3"), broken_length=21)
     choices = make_choices(5, 22, first=10)
     bystander = make_sequence(1, 60, 12)
@@ -645,7 +645,7 @@ def test_a_prompt_that_fails_costs_each_of_its_choices_and_nobody_else():
     assert again.tokens(99) == judge("qwen3", make_sequence(99, 5))
 
 
-def test_a_runner_that_was_warmed_up_says_the_same():
+def test_a_warmed_up_runner_draws_the_same_tokens():
     runner = ModelRunner(build("qwen3"))
     runner.warm_up()
     sequences = ragged(seed=0)
@@ -654,7 +654,7 @@ def test_a_runner_that_was_warmed_up_says_the_same():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_models_mind_their_whole_past(kind: str):
+def test_the_logits_of_the_test_models_depend_on_the_whole_prefix(kind: str):
     """What makes the tests above worth something: a token of the past changes the answer."""
     prompt = tuple(range(3, 3 + WINDOW // 2))
     answers = {tuple(generate(kind, (first, *prompt), 8)) for first in (0, 50, 90)}
@@ -662,7 +662,7 @@ def test_the_models_mind_their_whole_past(kind: str):
     assert all(len(set(tokens)) > 3 for tokens in answers)
 
 
-def test_the_models_have_the_kinds_of_cache_that_they_are_here_for():
+def test_the_test_models_cover_every_kind_of_cache():
     def names(cache: Any) -> set[str]:
         parts = getattr(cache, "caches", ())
         return {type(cache).__name__}.union(*map(names, parts))
@@ -676,13 +676,13 @@ def test_the_models_have_the_kinds_of_cache_that_they_are_here_for():
 
 
 def budget_for(runner: ModelRunner, num_rows: int, num_tokens: int) -> Memory:
-    """Room for so many rows of that length."""
+    """Room for the given number of rows of that length."""
     memory = runner.memory
     return replace(memory, budget_bytes=memory.batch([num_tokens] * num_rows))
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_who_is_preempted_for_memory_or_priority_says_the_same(kind: str):
+def test_a_sequence_preempted_for_memory_or_priority_draws_the_same_tokens(kind: str):
     runner = ModelRunner(build(kind))
     memory = budget_for(runner, 2, 40)
     sequences = [
@@ -698,8 +698,8 @@ def test_who_is_preempted_for_memory_or_priority_says_the_same(kind: str):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_choices_say_what_each_would_say_alone_for_every_kind_of_cache(kind: str):
-    """Longer than the window, and the first of them goes on beside the others."""
+def test_choices_draw_what_each_draws_alone_for_every_kind_of_cache(kind: str):
+    """Longer than the window, and the first of them runs on beside the others."""
     choices = make_choices(4, 8 * WINDOW, 9, block_size=16)
     choices[0] = replace(choices[0], max_tokens=20)
     assert_choices_draw_what_each_draws_alone(ModelRunner(build(kind)), choices)
@@ -734,7 +734,7 @@ def test_rows_join_at_their_ends_with_room_for_the_next_token():
     assert short.keys[0, 0, :5, 0].tolist() == [1.0] * 5
 
 
-def test_rows_join_where_nobody_has_a_token_yet():
+def test_rows_without_any_tokens_are_merged():
     (layer,) = merge([[KVCache()]])
     layer.extend(merge([[KVCache()], [KVCache()]])[0])
     assert layer.keys is layer.values is None
@@ -759,7 +759,7 @@ def build_wide(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
-def test_rows_with_quantised_caches_say_in_company_what_they_say_alone(kind: str, bits: int):
+def test_rows_with_quantised_caches_draw_the_same_in_a_batch_as_alone(kind: str, bits: int):
     runner = ModelRunner(build_wide(kind), kv_bits=KVBits(bits, 32))
     sequences = ragged(seed=bits)
     scheduler = Scheduler(Policy(max_rows=4, chunk_size=16, first_chunk_budget=8))
@@ -813,8 +813,8 @@ def held_bytes(cache: list[Any]) -> int:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_ledger_says_what_live_caches_hold(kind: str):
-    """A row never holds more than the ledger says, and no less than a block under it."""
+def test_the_ledger_matches_the_memory_of_live_caches(kind: str):
+    """A row never holds more than the ledger counts, and no less than a block under it."""
     model = build(kind)
     memory = ModelRunner(model).memory
     assert memory.budget_bytes is None
@@ -833,7 +833,7 @@ def test_the_ledger_says_what_live_caches_hold(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "mamba2", "falcon_h1"])
-def test_a_batch_holds_no_more_than_the_ledger_says(kind: str):
+def test_a_batch_holds_no_more_than_the_ledger_counts(kind: str):
     """Measured on the device, after each of some steps; 32 KiB are for tokens and settings."""
     runner = ModelRunner(build(kind))
     lengths = (300, 20, 1, 255)
@@ -863,7 +863,7 @@ def active_bytes() -> int:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "falcon_h1", "llama4"])
-def test_when_everybody_has_left_nothing_is_kept(kind: str):
+def test_when_every_sequence_has_ended_no_memory_is_held(kind: str):
     runner = ModelRunner(build(kind))
     sequences = ragged(seed=1)
     before = active_bytes()

@@ -283,7 +283,7 @@ def test_a_token_tied_with_the_last_one_kept_is_kept(params: SamplingParams, exp
     assert drawn([params], logits, 20) == [expected]
 
 
-def test_a_small_top_k_keeps_as_many_as_it_says_where_tokens_are_tied():
+def test_a_small_top_k_keeps_exactly_k_of_tied_tokens():
     logits = np.array([[0.0, 2.0, 1.0, 1.0, 0.0, -1.0]], np.float32)
     assert drawn([SamplingParams(top_k=2)], logits, 20) == [{1, 2}]
     for top_k in (2, 20, 64):  # also where more are tied than the head has
@@ -322,7 +322,7 @@ def test_a_vocabulary_about_as_large_as_the_head_is_cut_as_any_other(top_k: int,
 # --- greedy -----------------------------------------------------------------------------------
 
 
-def test_greedy_is_argmax_alone_and_in_any_company():
+def test_greedy_is_argmax_alone_and_in_any_batch():
     logits = random_logits(7, 500)
     best = logits.argmax(axis=1).tolist()
     assert [draws(GREEDY, row, 1)[0] for row in logits] == best
@@ -334,7 +334,7 @@ def test_greedy_is_argmax_alone_and_in_any_company():
         assert tokens[2] == [best[2]] * 3
 
 
-def test_a_greedy_tie_goes_to_the_lowest_id_alone_and_in_company():
+def test_a_greedy_tie_is_broken_by_the_lowest_id_alone_and_in_a_batch():
     logits = np.array([0.0, 3.0, 1.0, 3.0, 3.0], np.float32)
     assert draws(GREEDY, logits, 1) == [1]
     for params in SETTINGS:
@@ -345,7 +345,7 @@ def test_a_greedy_tie_goes_to_the_lowest_id_alone_and_in_company():
 
 
 @pytest.mark.parametrize("params", SETTINGS, ids=str)
-def test_a_row_draws_the_same_whatever_path_its_company_forces(params: SamplingParams):
+def test_a_row_draws_the_same_whatever_path_the_other_rows_force(params: SamplingParams):
     mine, other = random_logits(2, 1500, seed=7)
     alone = draws(params, mine, 25)
     for company in SETTINGS:
@@ -366,7 +366,7 @@ def test_a_row_draws_the_same_at_each_index_and_batch_size():
 
 
 @pytest.mark.parametrize("seed", [77, 280, 427, 614])
-def test_a_row_that_does_not_truncate_keeps_its_tail_in_company_that_does(seed: int):
+def test_a_row_that_does_not_truncate_keeps_its_tail_beside_rows_that_do(seed: int):
     """A float32 sum of many small chances is 1 too early; top_p 1 must keep what follows too.
 
     Each rare token has a chance of 2.5 to 3 ulps, which the sum rounds up to 3; alone, these seeds
@@ -519,7 +519,7 @@ PENALTIES = tuple(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_penalties_are_those_of_the_reference_while_rows_come_and_go(seed: int):
+def test_penalties_are_those_of_the_reference_while_rows_join_and_leave(seed: int):
     """Random companies of penalised and other rows, changed every few steps, some resumed."""
     chance = np.random.default_rng(seed)
     num_vocab = 23
@@ -550,7 +550,7 @@ def test_rows_that_leave_take_their_counts_with_them_and_none_is_penalised_for_a
     logits = mx.array(np.array([[3.0, 2.0, 1.0]] * 2, np.float32))
     sampler = sampler_of(3, SamplerRow(penalised, (0,)), SamplerRow(GREEDY, (0,)))
     assert sampler(logits)[0].tolist() == [1, 0]
-    sampler.regroup([1], [])  # nobody is penalised now
+    sampler.regroup([1], [])  # no row is penalised now
     assert sampler(logits[:1])[0].tolist() == [0]
     sampler.regroup([0], [SamplerRow(penalised, (0, 0))])
     assert sampler(logits)[0].tolist() == [0, 1]
@@ -568,7 +568,9 @@ def test_a_logit_bias_of_a_hundred_forces_and_forbids():
 
 @pytest.mark.parametrize("num_drawn", [0, 2, 5, 9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_min_tokens_holds_the_end_back_exactly_so_long(temperature: float, num_drawn: int):
+def test_min_tokens_forbids_the_end_for_exactly_that_many_tokens(
+    temperature: float, num_drawn: int
+):
     params = SamplingParams(temperature, min_tokens=5)
     logits = np.zeros((1, 20), np.float32)
     logits[0, 11] = 50.0
@@ -580,7 +582,7 @@ def test_min_tokens_holds_the_end_back_exactly_so_long(temperature: float, num_d
     assert tokens[held:] == [11] * (8 - held)
 
 
-def test_min_tokens_of_one_row_holds_nobody_elses_end_back():
+def test_min_tokens_of_one_row_affects_no_other_row():
     logits = np.zeros(20, np.float32)
     logits[11] = 50.0
     rows = [
@@ -640,7 +642,7 @@ def test_xtc_cuts_what_the_reference_cuts_given_the_same_coin(probability: float
     assert draws(params, logits, 60) == expected
 
 
-def test_the_coin_of_xtc_falls_as_often_as_it_should():
+def test_xtc_is_applied_with_its_probability():
     throws = np.array([coin(seed, i) for seed in range(40) for i in range(50)])
     for probability in (0.1, 0.5, 0.9):
         assert abs((throws < probability).mean() - probability) < 0.05
@@ -669,7 +671,7 @@ def test_the_top_logprobs_are_sorted_and_those_of_the_logits(num_top: int):
     np.testing.assert_allclose(logprobs.drawn.tolist(), expected[tokens.tolist()], atol=1e-5)
 
 
-def test_only_the_rows_that_ask_are_reported_and_nothing_when_none_does():
+def test_logprobs_are_reported_only_for_rows_that_request_them():
     asking = SamplingParams(0.0, top_logprobs=3)
     logits = random_logits(4, 30)
     sampler = sampler_of(
@@ -717,7 +719,7 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("params", SETTINGS + OTHERS, ids=str)
-def test_every_setting_draws_the_same_in_a_company_of_all_the_others(params: SamplingParams):
+def test_every_setting_draws_the_same_in_a_batch_of_all_the_others(params: SamplingParams):
     logits = random_logits(16, 60, 2.0, seed=13)
     mine = SamplerRow(params, (1, 5, 5, 9), 1, EOS)
     alone = sampler_of(60, mine)
@@ -753,7 +755,7 @@ GROUPS = (
 
 @pytest.mark.parametrize("is_tied", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_every_row_of_a_changing_company_draws_what_it_draws_alone(seed: int, is_tied: bool):
+def test_every_row_of_a_changing_batch_draws_what_it_draws_alone(seed: int, is_tied: bool):
     """Random settings come and go, with random logits, of which many are tied in half the cases."""
     chance = np.random.default_rng(seed)
     settings = SETTINGS + OTHERS + GROUPS
@@ -777,8 +779,8 @@ def test_every_row_of_a_changing_company_draws_what_it_draws_alone(seed: int, is
             assert together(batch)[0].tolist() == expected
 
 
-def test_a_draw_is_lazy():
-    """Nothing is computed for it before somebody asks: the logits stay without memory."""
+def test_sampling_is_lazy():
+    """Nothing is computed before its value is read: the logits stay without memory."""
     settings = SETTINGS + OTHERS + GROUPS
     sampler = sampler_of(5000, *(SamplerRow(params, (1, 2, 3), 1, EOS) for params in settings))
     logits = mx.random.normal((len(settings), 5000))

@@ -129,7 +129,7 @@ def test_mlx_lm_has_no_smolvlm(checkpoints: dict[str, Loaded]) -> None:
 
 
 def last_logits(loaded: Loaded, leave_out: str | None = None) -> np.ndarray:
-    """The logits after a prompt with a picture, without one of the fields it comes with."""
+    """The logits after a prompt with a picture, without one of the fields of that picture."""
     inputs = loaded.prompt(picture(1), "What is in the picture?")
     ids, model = inputs.pop("input_ids"), loaded.model
     pixels, mask = inputs.pop("pixel_values"), inputs.pop("attention_mask")
@@ -164,14 +164,14 @@ def test_a_field_that_is_left_out_changes_the_answer(
 def test_the_tokenizer_of_gemma4_doubles_the_first_token_of_the_template(
     checkpoints: dict[str, Loaded],
 ) -> None:
-    """As the family's own do: whoever encodes a rendered chat must not let it."""
+    """As the family's own do: encoding a rendered chat must turn it off."""
     tokenizer = checkpoints["gemma4"].processor.tokenizer
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert tokenizer.encode(text)[:2] == [tokenizer.bos_token_id] * 2
 
 
 def test_the_template_of_smolvlm_renders_no_string(checkpoints: dict[str, Loaded]) -> None:
-    """As the family's own: whoever renders a chat must make parts of it."""
+    """As the family's own: content must be rendered as parts."""
     tokenizer = checkpoints["smolvlm"].processor.tokenizer
     parts = [{"type": "text", "text": "Hello"}]
     render = {
@@ -224,13 +224,15 @@ def say(demo: tuple[Any, Any], *turns: Part | tuple[Part, ...]) -> str:
 
 
 @pytest.mark.parametrize(("colour", "shape"), EACH)
-def test_the_trained_one_names_what_it_sees(colour: str, shape: str, demo: tuple[Any, Any]) -> None:
+def test_the_trained_model_names_colour_and_shape(
+    colour: str, shape: str, demo: tuple[Any, Any]
+) -> None:
     picture = draw(colour, shape)
     assert say(demo, (picture, "What is in the picture?")) == f"A {colour} {shape}."
     assert say(demo, ("Which colour and which shape?", picture)) == f"A {colour} {shape}."
 
 
-def test_the_trained_one_sees_small_and_wide_pictures_on_any_light_ground(
+def test_the_trained_model_reads_small_and_wide_pictures_on_any_light_ground(
     demo: tuple[Any, Any],
 ) -> None:
     small = draw("blue", "triangle", (64, 64), (4, 20, 40, 56), "lightyellow")
@@ -239,7 +241,7 @@ def test_the_trained_one_sees_small_and_wide_pictures_on_any_light_ground(
     assert say(demo, (wide, "Describe this image.")) == "A red square."
 
 
-def test_the_trained_one_tells_two_pictures_apart(demo: tuple[Any, Any]) -> None:
+def test_the_trained_model_distinguishes_two_pictures(demo: tuple[Any, Any]) -> None:
     for first, second in zip(EACH, EACH[5:] + EACH[:5], strict=True):
         pictures = draw(*first), draw(*second)
         both = say(demo, (*pictures, "What is in the pictures?"))
@@ -248,7 +250,7 @@ def test_the_trained_one_tells_two_pictures_apart(demo: tuple[Any, Any]) -> None
         assert one == f"A {' '.join(second)}."
 
 
-def test_the_trained_one_remembers_the_picture_of_an_earlier_turn(
+def test_the_trained_model_answers_about_the_picture_of_an_earlier_turn(
     demo: tuple[Any, Any],
 ) -> None:
     asked = draw("yellow", "circle"), "What colour is it?"
@@ -258,9 +260,9 @@ def test_the_trained_one_remembers_the_picture_of_an_earlier_turn(
     assert say(demo, asked, "Yellow.", again) == "A green square."
 
 
-def test_the_trained_one_says_when_there_is_no_picture(demo: tuple[Any, Any]) -> None:
+def test_the_trained_model_answers_that_there_is_no_picture(demo: tuple[Any, Any]) -> None:
     assert say(demo, "What is in the picture?") == "There is no picture."
 
 
-def test_the_trained_one_is_small() -> None:
+def test_the_trained_model_is_small() -> None:
     assert sum(path.stat().st_size for path in DEMO.iterdir()) <= NUM_DEMO_BYTES

@@ -22,10 +22,10 @@ from mlxlite.engine.step import (
     Admission,
     Chunk,
     Command,
+    EncodeImage,
     Event,
     Finished,
     Launched,
-    Look,
     Outcome,
     Part,
     Prefilled,
@@ -65,8 +65,8 @@ def make_sequence(
     """A sequence whose prompt, if none is given, is like no other id's."""
     tokens = tuple(prompt) or tuple((7 * id + 3 * i) % NUM_LETTERS for i in range(num_prompt))
     seen = tuple(Image(start, stop, b"%d" % start) for start, stop in images)
-    unbroken = seen[-1].stop if is_unbroken else 0
-    made = Prompt(tokens, images=seen, unbroken=unbroken)
+    min_first_chunk = seen[-1].stop if is_unbroken else 0
+    made = Prompt(tokens, images=seen, min_first_chunk=min_first_chunk)
     return Sequence(id, made, sampling, max_tokens, eos_tokens, priority)
 
 
@@ -140,7 +140,7 @@ class FakeRunner:
     `answers` replaces the tokens of some ids. `lost_in_launch` and `lost_in_wait` are steps that
     raise; `failing` are sequences that fail alone, in a step that they have a part in. `before` is
     called in each `advance`, on its thread, ahead of the work: it may block or raise. `memory` is
-    what it says sequences hold.
+    what it reports sequences to hold.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class FakeRunner:
     ) -> tuple[Launched | None, Outcome | None]:
         assert step or in_flight, "a call that does nothing"
         assert in_flight is self._in_flight, "a step is waited for once, in the next call"
-        assert not self._is_lost, "after a lost step comes a reset"
+        assert not self._is_lost, "a reset must follow a lost step"
         self._is_lost = True
         if step is not None:
             self._come_and_go(step)
@@ -230,7 +230,7 @@ class FakeRunner:
         self.steps.append(step)
         assert step.number > self._last_number, "step numbers rise"
         self._last_number = step.number
-        has_work = step.released or step.looks or step.chunks or step.rows
+        has_work = step.released or step.images or step.chunks or step.rows
         has_work = has_work or step.before or step.after
         assert has_work, "an empty step is not launched"
         self._work_on_prefixes(step.before)
@@ -247,7 +247,7 @@ class FakeRunner:
         ids = self._known.keys() | self._forgotten
         assert sequence.id not in ids, f"{sequence.id} was admitted twice"
         drawn = self._drawn.setdefault(sequence.id, [])
-        assert list(admission.outputs) == drawn, "it comes with the tokens it has drawn"
+        assert list(admission.outputs) == drawn, "it is admitted with the tokens it has drawn"
         known = self._known[sequence.id] = _Known(admission)
         self._resume(known, admission.hit)
 
@@ -266,7 +266,7 @@ class FakeRunner:
             assert [start, *tokens] == [at, *own[at : hit.num_tokens]]
             at = hit.num_tokens
         assert at == hit.num_tokens
-        assert not at or at >= known.sequence.prompt.unbroken
+        assert not at or at >= known.sequence.prompt.min_first_chunk
         assert self.memory.has_state <= (hit.checkpoint is not None or not hit.num_tokens)
         known.num_computed = hit.num_tokens
 
@@ -313,19 +313,19 @@ class FakeRunner:
     def _launch(self, step: Step) -> FakeLaunched:
         if step.number in self._lost_in_launch:
             raise RuntimeError(f"step {step.number} could not be launched")
-        self._take_looks(step.looks)
+        self._encode_images(step.images)
         self._take_chunks(step.chunks)
         self._work_on_prefixes(step.after)
         return self._take_rows(step)
 
-    def _take_looks(self, looks: SequenceOf[Look]) -> None:
-        for look in looks:
-            known = self._known[look.id]
+    def _encode_images(self, images: SequenceOf[EncodeImage]) -> None:
+        for encode in images:
+            known = self._known[encode.id]
             assert not known.has_row, "its prompt is through"
-            assert look.image not in known.seen, "each is encoded once"
-            image = known.sequence.prompt.images[look.image]
+            assert encode.image not in known.seen, "each is encoded once"
+            image = known.sequence.prompt.images[encode.image]
             assert image.stop > known.num_computed, "it is computed already"
-            known.seen.add(look.image)
+            known.seen.add(encode.image)
 
     def _take_chunks(self, chunks: SequenceOf[Chunk]) -> None:
         assert len({chunk.id for chunk in chunks}) == len(chunks), "one chunk a prompt"
@@ -338,9 +338,9 @@ class FakeRunner:
             for number, image in enumerate(prompt.images):
                 is_outside = image.stop <= chunk.start or image.start >= chunk.stop
                 assert is_outside or number in known.seen, "an image is encoded first"
-            if chunk.start < prompt.unbroken:
+            if chunk.start < prompt.min_first_chunk:
                 assert chunk.start == 0, "what looks ahead is one chunk"
-                assert chunk.stop == prompt.unbroken
+                assert chunk.stop == prompt.min_first_chunk
             known.num_computed = chunk.stop
 
     def _take_rows(self, step: Step) -> FakeLaunched:
@@ -449,11 +449,11 @@ class SilentObserver:
         num_rows: int,
         num_prefill_tokens: int,
         schedule_s: float,
-        lane_s: float,
+        device_thread_s: float,
         deliver_s: float,
     ) -> None: ...
 
-    def lane(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
+    def device(self, build_s: float, dispatch_s: float, wait_s: float) -> None:
         assert min(build_s, dispatch_s, wait_s) >= 0.0
 
     def times(self, usage: Usage, max_tokens: int) -> None:
@@ -493,7 +493,7 @@ def drive(
     commands_at: Mapping[int, SequenceOf[Command]],
     check: Callable[[], None] | None = None,
 ) -> Run:
-    """`Engine.run` without lane and sinks: the same order, the same step of lookahead.
+    """`Engine.run` without device thread and sinks: the same order, the same step of lookahead.
 
     `commands_at` gives the commands that arrive before each tick; it ends when there is nothing to
     launch, nothing in flight and no command to come. `check` runs after each operation of the

@@ -60,7 +60,7 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
         gc.collect()  # what is unclosed warns now, and a warning is an error
     finally:
         gc.unfreeze()
-    assert not strays, f"errors that nobody saw: {strays}"
+    assert not strays, f"unhandled errors: {strays}"
 
 
 def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -83,7 +83,7 @@ async def until(condition: Callable[[], object], what: str = "") -> None:
 
 
 class Clock:
-    """Stands in for `perf_counter`: its time passes when a test says so."""
+    """Stands in for `perf_counter`: its time passes when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -189,7 +189,7 @@ class Wire:
         self._writer.transport.abort()
 
     async def is_cut(self) -> bool:
-        """Whether the server closes; waits for it, and refuses that anything comes before."""
+        """Whether the server closes; waits for it, and fails if any byte precedes it."""
         try:
             return await asyncio.wait_for(self._reader.read(), TIMEOUT_S / 2) == b""
         except ConnectionError:
@@ -403,7 +403,7 @@ class ScriptedRunner:
     """Implements `sequence.Runner`: each sequence repeats its prompt and ends.
 
     One that has a temperature begins at the prompt's character number `seed`, so that the choices
-    of one request differ. A drawn token's logprob tells its place: -0.5, -1.5 and so on.
+    of one request differ. A drawn token's logprob encodes its place: -0.5, -1.5 and so on.
 
     `hold` makes the device busy: the step in flight does not end. `allow(n)` lets n steps end,
     `release` all of them. `error` is raised by the next step, `reset_error` by the reset after it.

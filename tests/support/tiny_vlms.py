@@ -8,7 +8,7 @@ cuts a picture into tiles. Each directory is complete: mlx-vlm loads it without 
 mlx-lm reads the text model out of it where it knows the family (all but smolvlm).
 
 Invariants (tested): the bytes are the same each time, what is generated depends on the picture, and
-no special token is ever the most probable one, so that an answer goes on to its limit. Nothing
+no special token is ever the most probable one, so that an answer runs to its limit. Nothing
 is ever downloaded, and no weight means anything.
 """
 

@@ -98,7 +98,9 @@ class Checkpoint:
         prompt = self.model.render(
             messages_of(*turns), {}, is_continuation=False, pictures=pictures
         )
-        return replace(prompt, blocks=blocks_of(prompt.names(), 0, BLOCK, prompt.message_starts))
+        return replace(
+            prompt, blocks=blocks_of(prompt.cache_tokens(), 0, BLOCK, prompt.message_starts)
+        )
 
     def expected(self, *turns: SequenceOf[Part], num: int = NUM_TOKENS) -> list[int]:
         """The tokens that mlx-vlm generates, alone."""
@@ -245,7 +247,7 @@ def test_a_second_question_about_an_image_does_not_encode_it_again(checkpoint: C
     assert server.ask(prompt) == checkpoint.expected(*turns)
     assert server.network.num_encoded == 1
     assert server.scheduler.prefix.stats.num_hit > prompt.images[0].stop // 2
-    assert not any(step.looks for step in server.steps)
+    assert not any(step.images for step in server.steps)
 
 
 def test_another_image_of_the_same_size_shares_no_prefix_from_its_first_token_on(

@@ -64,7 +64,7 @@ def test_the_range_of_an_image_is_that_of_its_tokens():
         (2, 5, b"large"),
         (8, 9, b"small"),
     ]
-    assert prompt.unbroken == 0
+    assert prompt.min_first_chunk == 0
 
 
 def test_each_image_has_inputs_of_its_own():
@@ -76,7 +76,7 @@ def test_each_image_has_inputs_of_its_own():
 
 def test_bidirectional_attention_makes_all_images_one_chunk():
     reader = Reader(FakeProcessor(), IMAGE, is_unbroken=True)
-    assert read("a i b.", b"large", reader=reader).unbroken == 5
+    assert read("a i b.", b"large", reader=reader).min_first_chunk == 5
 
 
 def test_a_processed_image_is_not_decoded_again():

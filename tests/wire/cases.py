@@ -32,7 +32,7 @@ class Case:
     """A request on a connection of its own.
 
     `${name}` in path or body is the id of an earlier case's answer; `raw` replaces all else but
-    the method, which says whether the answer has a body.
+    the method, on which it depends whether the answer has a body.
     """
 
     name: str

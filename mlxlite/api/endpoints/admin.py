@@ -39,7 +39,7 @@ def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
 
 def _health(service: Service, exchange: Exchange, _body: bytes) -> None:
     engine = service.ready.engine if service.ready is not None else None
-    reason = engine.trouble(perf_counter()) if engine is not None else None
+    reason = engine.unhealthy_reason(perf_counter()) if engine is not None else None
     is_ok = service.phase is Phase.READY and reason is None
     body: dict[str, Any] = {"status": "ok", "batching": _batching(service)}
     if not is_ok:

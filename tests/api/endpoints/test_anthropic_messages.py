@@ -1,4 +1,4 @@
-"""Messages and Responses: what they may ask, and what they are told, held against both SDKs.
+"""Messages and Responses: requests and answers, checked against both SDKs.
 
 The cases are tables keyed by field, as in `test_request`; a field that has no case fails. Streams
 are checked event by event against the vendors' own types, and read by their own clients.
@@ -655,7 +655,7 @@ def test_what_a_format_excludes_is_refused_in_the_clients_words(
     assert parse(**asked, tools=[tool]).constraint == (SCHEMA_CONSTRAINT, name)
 
 
-def test_tools_are_counted_unless_they_may_not_be_called() -> None:
+def test_tools_are_counted_unless_tool_choice_is_none() -> None:
     assert count(tools=[MESSAGES_TOOL]).tools == (WEATHER,)
     assert count(tools=[MESSAGES_TOOL], tool_choice={"type": "none"}).tools == ()
 
@@ -740,7 +740,7 @@ def test_a_users_pictures_stay_among_the_words_about_them() -> None:
     assert request.sources == (cat, dog)
 
 
-def test_a_tools_pictures_are_its_results_and_a_failure_is_told_before_them() -> None:
+def test_pictures_in_a_tool_result_stay_in_it_behind_the_error_mark() -> None:
     results = (
         result(image(**CAT), block("x")),
         result(image(**CAT), is_error=True),
@@ -862,7 +862,7 @@ ANSWER = item(
 )
 
 
-def test_items_become_turns_and_those_of_one_turn_are_one() -> None:
+def test_consecutive_items_of_one_turn_become_one_message() -> None:
     thought = item("reasoning", id="rs_1", summary=[item("summary_text", text="hm")])
     second = {**FUNCTION, "call_id": "call_2", "arguments": "not json"}
     request = response(
@@ -914,7 +914,7 @@ def test_pictures_of_users_and_of_functions_stay_among_the_words_about_them() ->
     assert request.sources == (cat, dog, other)
 
 
-def test_the_pictures_of_a_conversation_are_those_of_its_history_too() -> None:
+def test_a_conversation_includes_the_pictures_of_its_history() -> None:
     before, now = (response(input=[show(SHOWN)]) for _ in range(2))
     assert now.after(before.conversation).sources == before.sources + now.sources
 
@@ -930,7 +930,7 @@ def test_two_answers_in_a_row_stay_two_and_text_after_a_call_begins_another() ->
     assert [bool(turn.tool_calls) for turn in request.messages] == [False, False, True, False]
 
 
-def test_thoughts_are_told_apart_from_their_summary_and_empty_ones_are_left_out() -> None:
+def test_reasoning_content_is_read_and_reasoning_without_text_is_left_out() -> None:
     whole = item("reasoning", summary=[], content=[item("reasoning_text", text="long")])
     empty = item("reasoning", id="rs_2", summary=[], encrypted_content="gAAAA")
     assert response(input=[*HELLO, whole, FUNCTION]).messages[1].reasoning == "long"
@@ -964,7 +964,7 @@ def test_a_broken_item_is_refused_by_its_place(value: Any, param: str) -> None:
     assert refusal(response, input=[value]).param == param
 
 
-def test_a_conversation_goes_on_behind_new_instructions_and_is_kept_without_them() -> None:
+def test_new_instructions_precede_the_history_and_are_not_stored() -> None:
     history = (Message(Role.USER, "before"), Message(Role.ASSISTANT, "yes"))
     request = response(instructions="be brief", previous_response_id="resp_0").after(history)
     assert request.messages == (Message(Role.SYSTEM, "be brief"), *history, USER)
@@ -1015,7 +1015,7 @@ def called(call: ToolCall, *arguments: str) -> list[ParserEvent]:
 
 PARIS = ToolCall("call_1", "get_weather", '{"city":"Paris"}')
 NOW = ToolCall("call_2", "now", "{}")
-# As a parser gives it: reasoning, what is then said, two calls.
+# As a parser emits it: reasoning, text, two calls.
 FULL = [thought("h"), thought("m"), "let me ", "see", *called(PARIS), *called(NOW)]
 SAID = Message(
     Role.ASSISTANT,
@@ -1216,7 +1216,7 @@ def test_anthropics_client_reads_thoughts_and_calls_alike_streamed_and_whole() -
         assert message.usage.output_tokens_details.thinking_tokens == 2
 
 
-def test_an_answer_that_is_sent_back_is_what_was_said() -> None:
+def test_an_answer_that_is_sent_back_parses_to_the_same_message() -> None:
     message = read_by_anthropic(message_stream(*FULL, end=CALLED))
     content = [block.model_dump(exclude_none=True) for block in message.content]
     result = {"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}
@@ -1251,7 +1251,7 @@ def test_a_thought_that_is_cut_is_closed(end: Done) -> None:
 
 
 @given(PIECES)
-def test_blocks_rise_and_hold_the_same_as_a_whole_message_in_whatever_order_they_come(
+def test_streamed_blocks_equal_those_of_a_whole_message_in_any_order_of_events(
     pieces: list[str | ParserEvent],
 ) -> None:
     blocks: list[dict[str, Any]] = []
@@ -1349,7 +1349,7 @@ def test_an_error_has_anthropics_type_for_its_status(
         client.messages.create(model="tiny", max_tokens=5, messages=HELLO)
 
 
-def test_a_prompt_that_is_too_long_says_so_in_anthropics_words_and_in_ours() -> None:
+def test_a_too_long_prompt_is_an_error_in_anthropics_wording_and_in_llama_servers() -> None:
     message = json.loads(anthropic_error(context_exceeded(9000, 8192)))["error"]["message"]
     assert message.startswith("prompt is too long: 9000 tokens > 8192 maximum")
     assert "the request exceeds the available context size." in message
@@ -1497,7 +1497,7 @@ def test_a_silent_request_is_echoed_with_openais_defaults() -> None:
         {"text": {"format": {"type": "json_object"}, "verbosity": "medium"}},
     ],
 )
-def test_tools_their_choice_and_a_format_are_echoed_as_they_were_asked_for(
+def test_tools_tool_choice_and_format_are_echoed_as_requested(
     asked: dict[str, Any],
 ) -> None:
     body = responses_writer(**asked).whole([Collected(["x"], done=DONE)], USAGE)
@@ -1574,7 +1574,7 @@ def test_any_split_of_a_text_is_the_same_response(pieces: list[str]) -> None:
     assert writer.answer == Message(Role.ASSISTANT, "".join(pieces))
 
 
-def test_logprobs_come_with_their_text_and_all_of_them_at_the_end() -> None:
+def test_logprobs_arrive_with_their_text_and_all_of_them_at_the_end() -> None:
     drawn = [(97, Logprobs(-0.5, ((97, -0.5), (98, -1.5)))), (98, Logprobs(-0.25))]
     asked: dict[str, Any] = {"include": [LOGPROBS], "top_logprobs": 2}
     writer = responses_writer(**asked)
@@ -1710,7 +1710,7 @@ def test_an_answer_that_only_calls_has_no_message() -> None:
     assert writer.body == body
 
 
-def test_a_conversation_with_calls_goes_on_with_their_outputs_alone() -> None:
+def test_a_conversation_with_calls_is_continued_by_their_outputs_alone() -> None:
     writer = responses_writer(tools=[RESPONSES_TOOL])
     run(writer, FULL, CALLED)
     assert writer.answer is not None
@@ -1762,7 +1762,7 @@ def test_a_call_before_a_failure_stays_complete() -> None:
     assert [item["status"] for item in payload["response"]["output"]] == ["completed"]
 
 
-def test_logprobs_wait_for_a_message_to_go_with() -> None:
+def test_logprobs_are_held_until_there_is_a_message() -> None:
     a, b, c, d = ((97 + i, Logprobs(-0.5)) for i in range(4))
     pieces = [
         thought("h", a),
@@ -1784,13 +1784,13 @@ def test_logprobs_wait_for_a_message_to_go_with() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[thought("h", (97, Logprobs(-0.5)))], called(NOW)])
-def test_logprobs_are_not_told_where_there_is_no_message(pieces: list[ParserEvent]) -> None:
+def test_logprobs_are_not_sent_without_a_message(pieces: list[ParserEvent]) -> None:
     drawn = TextDelta("", logprobs=((98, Logprobs(-0.5)),))
     events = validated(run(responses_writer(include=[LOGPROBS]), [*pieces, drawn]))
     assert "response.output_text.delta" not in dict(events)
 
 
-def test_logprobs_of_an_answer_without_text_are_told_with_its_empty_message() -> None:
+def test_logprobs_of_an_answer_without_text_are_in_its_empty_message() -> None:
     asked: dict[str, Any] = {"include": [LOGPROBS]}
     pieces = [TextDelta("", logprobs=((98, Logprobs(-0.5)),))]
     writer, whole = responses_writer(**asked), responses_writer(**asked)
@@ -1799,7 +1799,7 @@ def test_logprobs_of_an_answer_without_text_are_told_with_its_empty_message() ->
     assert whole.whole([choice_of(pieces, DONE)], USAGE) == writer.body
 
 
-def test_a_call_in_parts_is_told_in_parts_by_both_dialects() -> None:
+def test_a_streamed_call_is_sent_in_deltas_in_both_dialects() -> None:
     pieces = called(PARIS, '{"city":"', "Par", 'is"}')
     events = validated(response_stream("a", *pieces, end=CALLED))
     call = [(kind, x) for kind, x in events if x.get("output_index") == 1]
@@ -1823,7 +1823,7 @@ def test_a_call_in_parts_is_told_in_parts_by_both_dialects() -> None:
 
 
 @pytest.mark.parametrize("end", [DONE, CUT, CANCELLED])
-def test_a_call_that_breaks_is_incomplete_and_its_text_goes_on(end: Done) -> None:
+def test_an_invalid_call_is_incomplete_and_its_text_follows(end: Done) -> None:
     writer, whole = responses_writer(), responses_writer()
     *_, (_, last) = validated(run(writer, ["a", *broken()], end))
     found = [(item["type"], item["status"]) for item in last["response"]["output"]]
@@ -1831,7 +1831,7 @@ def test_a_call_that_breaks_is_incomplete_and_its_text_goes_on(end: Done) -> Non
     assert found == [("message", "completed"), ("function_call", "incomplete"), ("message", ended)]
     whole.whole([choice_of(["a", *broken()], end)], USAGE)
     said = Message(Role.ASSISTANT, "a<call>{!</call>")
-    assert writer.answer == whole.answer == said, "what a later turn goes on from is what was said"
+    assert writer.answer == whole.answer == said, "the stored answer is the one that was sent"
     first, use, rest = read_by_anthropic(message_stream("a", *broken(), end=end)).content
     assert (first.text, use.type, use.input, rest.text) == ("a", "tool_use", {}, "!</call>")
     body = json.loads(MessagesWriter(MSG, 10).whole([choice_of(["a", *broken()], end)], USAGE))
@@ -1839,7 +1839,7 @@ def test_a_call_that_breaks_is_incomplete_and_its_text_goes_on(end: Done) -> Non
 
 
 @given(listed(ONE | CALLS | st.builds(broken)))
-def test_items_are_distinct_and_say_the_same_as_a_whole_response_in_whatever_order_they_come(
+def test_streamed_items_are_distinct_and_equal_a_whole_response_in_any_order(
     pieces: list[str | ParserEvent],
 ) -> None:
     pieces = distinct(pieces)
@@ -1874,12 +1874,14 @@ def test_what_responses_repeat_is_never_too_deep_to_write(
     assert refusal(response, **fields).param == param
 
 
-def test_progress_says_nothing_in_responses() -> None:
+def test_progress_is_not_sent_in_responses() -> None:
     assert responses_writer().event(0, Progress(4, USAGE)) == b""
 
 
 @pytest.mark.parametrize("pieces", [[], ["hel"]])
-def test_a_responses_stream_that_fails_says_so_and_leaves_no_answer(pieces: list[str]) -> None:
+def test_a_responses_stream_that_fails_ends_with_an_error_and_stores_no_answer(
+    pieces: list[str],
+) -> None:
     writer = responses_writer()
     *_, (error, told), (failed, payload) = validated(run(writer, pieces, FAILURE))
     assert (error, failed) == ("error", "response.failed")
@@ -1910,7 +1912,7 @@ def test_a_conversation_is_found_until_it_is_deleted() -> None:
     assert (len(kept), kept.num_bytes) == (0, 0)
 
 
-def test_the_oldest_conversations_go_when_there_are_too_many() -> None:
+def test_the_oldest_conversations_are_dropped_when_there_are_too_many() -> None:
     kept = StoredResponses(max_entries=2)
     for i in range(3):
         kept.store(f"resp_{i}", turn("x"))
@@ -1918,7 +1920,7 @@ def test_the_oldest_conversations_go_when_there_are_too_many() -> None:
     assert kept.num_bytes == 2
 
 
-def test_as_many_conversations_are_kept_as_the_bounds_say() -> None:
+def test_conversations_are_kept_up_to_the_bounds() -> None:
     kept = StoredResponses()
     for i in range(MAX_CONVERSATIONS + 1):
         kept.store(f"resp_{i}", ())
@@ -1930,7 +1932,7 @@ def test_as_many_conversations_are_kept_as_the_bounds_say() -> None:
     assert (len(kept), kept.num_bytes) == (1, 1)
 
 
-def test_the_oldest_conversations_go_when_they_are_too_large() -> None:
+def test_the_oldest_conversations_are_dropped_when_they_are_too_large() -> None:
     kept = StoredResponses(max_bytes=10)
     kept.store("resp_0", turn("éé"), b"1234")
     kept.store("resp_1", turn("1"))
@@ -2143,6 +2145,6 @@ def test_what_continue_sends_to_anthropic_is_accepted() -> None:
     assert len(request.messages) == 4
 
 
-def test_the_modules_say_what_they_offer() -> None:
+def test_the_fields_of_each_endpoint_include_the_shared_ones() -> None:
     assert set(COUNT_FIELDS) < set(MESSAGES_FIELDS)
     assert set(GENERATION_FIELDS) < set(MESSAGES_FIELDS) & set(RESPONSES_FIELDS)

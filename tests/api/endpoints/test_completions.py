@@ -1,4 +1,4 @@
-"""Completions, embeddings, tokenize, detokenize: what may be asked, and what is told. Pure.
+"""Completions, embeddings, tokenize, detokenize: requests and answers. Pure.
 
 The fields that a completion shares with a chat have their cases in `test_request`.
 """
@@ -254,12 +254,12 @@ def test_a_wrong_value_is_a_400_that_names_the_field(
 @pytest.mark.parametrize(
     ("name", "_case", "value"), _cases(Accepted, "right") + _cases(Refused, "neutral")
 )
-def test_a_value_that_asks_for_nothing_changes_nothing(name: str, _case: Any, value: Any) -> None:
+def test_a_neutral_value_changes_nothing(name: str, _case: Any, value: Any) -> None:
     assert parse(**{name: value}) == SILENT
 
 
 @pytest.mark.parametrize(("name", "_case", "value"), _cases(Refused, "asking"))
-def test_a_value_that_asks_for_what_is_missing_is_a_400_that_names_it(
+def test_an_unsupported_value_is_a_400_that_names_its_field(
     name: str, _case: Any, value: Any
 ) -> None:
     error = refusal(**{name: value})
@@ -309,7 +309,7 @@ def test_a_table_in_the_readme_has_a_row_for_every_field(table: Mapping[str, Fie
     assert all(row.count("|") == 4 for row in rows), "a pipe in a note would break the table"
 
 
-# --- what a completion is told ------------------------------------------------------------------
+# --- what a completion returns ------------------------------------------------------------------
 
 
 def token_bytes(token: int) -> bytes:
@@ -376,14 +376,14 @@ def test_a_stream_is_text_and_a_finish_with_usage_and_timings(
         assert rest == []
 
 
-def test_only_an_echo_is_said_before_the_first_token() -> None:
+def test_only_an_echo_is_sent_before_the_first_token() -> None:
     assert writer(num_choices=3).begin() == b""
     chunks = payloads_of(writer("a", "", "b").begin())
     said = [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
     assert said == [(0, "a"), (2, "b")]
 
 
-def test_usage_and_timings_come_with_every_text_where_they_were_asked_for() -> None:
+def test_usage_and_timings_are_in_every_text_chunk_on_request() -> None:
     delta = TextDelta("x", usage=replace(USAGE, num_output=2))
     (chunk,) = payloads_of(writer().event(0, delta))
     assert chunk.keys().isdisjoint({"usage", "timings"})
@@ -445,14 +445,14 @@ def test_an_offset_is_where_a_tokens_text_begins_even_if_it_is_half_a_character(
     assert offsets == sorted(offsets)
 
 
-def test_what_is_impossible_has_a_logprob_that_json_can_say() -> None:
+def test_a_logprob_of_minus_infinity_is_a_finite_number_in_json() -> None:
     item = Logprobs(-math.inf, ((97, -math.inf), (98, -20_000.0)))
     (choice,) = whole(Collected(["a"], drawn=[(97, item)], done=DONE))["choices"]
     assert choice["logprobs"]["token_logprobs"] == [MIN_LOGPROB]
     assert choice["logprobs"]["top_logprobs"] == [{"a": MIN_LOGPROB, "b": MIN_LOGPROB}]
 
 
-def test_a_completion_that_fails_in_mid_stream_says_so_in_both_forms() -> None:
+def test_a_completion_that_fails_in_mid_stream_sends_the_error_in_both_forms() -> None:
     error = failure(Done(FinishReason.ERROR, USAGE, "out of memory"))
     assert writer().fail(error) == stream_failure(error)
 
@@ -468,7 +468,7 @@ def test_usage_counts_each_prompt_once_and_every_output() -> None:
 # --- embeddings ---------------------------------------------------------------------------------
 
 
-def test_an_embedding_asks_for_floats_of_the_last_token_unless_it_says_otherwise() -> None:
+def test_an_embedding_request_defaults_to_floats_of_the_last_token() -> None:
     silent = EmbeddingRequest(("hello",))
     assert parse_embedding(body(input="hello")) == silent
     neutral = {"encoding_format": "float", "pooling": "last", "user": "me", "dimensions": None}
@@ -610,7 +610,7 @@ def test_what_cannot_be_tokenized_is_a_400_that_names_it(
     assert refused(parse_tokenize, body(**fields)).param == param
 
 
-def test_tokens_are_told_in_both_dialects_with_texts_where_they_were_asked_for() -> None:
+def test_tokenize_answers_in_both_dialects_with_texts_on_request() -> None:
     tokens = list("a🙂".encode())
 
     def said(**fields: Any) -> Any:
@@ -643,7 +643,7 @@ def test_what_is_no_token_is_a_400_that_names_it(fields: dict[str, Any], param: 
     assert refused(parse_detokenize, body(**fields)).param == param
 
 
-def test_text_is_told_in_both_dialects() -> None:
+def test_detokenize_answers_in_both_dialects() -> None:
     request = parse_detokenize(body(tokens=[1, 2.0], model="m", zeta=1))
     assert (request.tokens, request.ignored) == ((1, 2), ("zeta",))
     assert parse_detokenize(body(tokens=[])).tokens == ()
