@@ -85,7 +85,6 @@ class Engine:
         self._commands: deque[Command] = deque()
         self._live = LiveSequences(observer, self._command)
         self._wake = asyncio.Event()
-        self.idle = asyncio.Event()  # set at each idle tick; its users clear it
         self._loop = asyncio.get_running_loop()
         self.embedder = Embedder(device_thread, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
@@ -239,7 +238,6 @@ class Engine:
         self._wake.clear()
         if not self._scheduler.is_gathering:
             self._gather_since = None
-            self.idle.set()
             await self._wake.wait()
             return
         self._gather_since = self._gather_since or perf_counter()

@@ -160,20 +160,6 @@ def test_each_step_is_launched_before_the_one_in_flight_is_waited_for() -> None:
     assert calls_of(FakeRunner())[:4] == [1, 2, 3, 4]
 
 
-def test_the_engine_reports_when_it_is_idle():
-    async def scenario() -> None:
-        async with serve(FakeRunner()) as served:
-            await asyncio.wait_for(served.engine.idle.wait(), 5)
-            served.engine.idle.clear()
-            sink = served.add(make_sequence(1, max_tokens=4))
-            await sink.wait()
-            await asyncio.wait_for(served.engine.idle.wait(), 5)
-            assert not served.engine.num_live
-            assert served.engine.load.num_steps
-
-    play(scenario())
-
-
 def test_an_end_token_has_no_text_and_is_counted():
     async def scenario() -> None:
         async with serve(FakeRunner(answers={1: [0, 1, 25, 2]})) as served:
