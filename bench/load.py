@@ -153,7 +153,6 @@ class Answer:
 
 
 def _joined(chunks: bytes) -> bytes:
-    """A chunked body without its framing."""
     parts = []
     while chunks:
         size, _, chunks = chunks.partition(b"\r\n")

@@ -33,7 +33,6 @@ SIZES: Mapping[str, tuple[int, ...]] = {
 
 
 def _words() -> list[str]:
-    """Words of two and three syllables, the same in each run."""
     syllables, choose = [a + b for a, b in product(_ONSETS, _CODAS)], random.Random(0)
     return ["".join(choose.choices(syllables, k=choose.choice((2, 2, 3)))) for _ in range(6000)]
 
@@ -91,7 +90,6 @@ def _save_tokenizer(path: Path) -> int:
 
 
 def _texts(path: Path) -> list[str]:
-    """The vocabulary by id, in the byte level's alphabet."""
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}

@@ -51,7 +51,6 @@ def throughput(axes: Any, figures: Figures) -> None:
 
 
 def _distribution(key: str, title: str) -> Callable[[Any, Figures], None]:
-    """The share of requests, or gaps, that took no longer."""
 
     def plot(axes: Any, figures: Figures) -> None:
         for name, seconds in figures["percentiles"][key].items():

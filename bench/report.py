@@ -103,7 +103,6 @@ def _cpu() -> str:
 
 
 def _blas() -> str:
-    """What is preloaded, what is mapped into this process, its kernels, and the variables."""
     preloaded = Path(os.environ.get("LD_PRELOAD", "")).name or "nothing"
     own = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in _VARIABLES)
     try:

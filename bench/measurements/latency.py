@@ -99,7 +99,6 @@ async def longprompt(bench: Bench) -> Table:
 
 
 def _beside(trace: Trace) -> list[float]:
-    """The four streams' gaps from the newcomer's sending to its first token."""
     newcomer = trace.streams[4]
     return trace.of(range(4)).gaps(newcomer.sent_s, newcomer.token_s[0])
 

@@ -83,7 +83,6 @@ async def turns(bench: Bench) -> Table:
 
 
 def _of_turn(trace: Trace, turn: int) -> list[Stream]:
-    """The streams of all clients' requests number `turn`, from 0."""
     by_client: dict[int, list[Stream]] = {}
     for stream in trace.streams:
         by_client.setdefault(stream.client, []).append(stream)
@@ -135,7 +134,6 @@ def _chat(messages: list[dict[str, Any]]) -> Plan:
 
 
 def _image(choose: random.Random) -> dict[str, Any]:
-    """A content part with a new image: squares of random colours."""
     from PIL import Image
 
     small = Image.frombytes("RGB", (16, 16), choose.randbytes(3 * 16 * 16))

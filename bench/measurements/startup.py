@@ -72,7 +72,6 @@ async def startup(bench: Bench) -> Table:
 
 
 def _compile() -> str:
-    """Compile the packages of `IMPORTS`; a note on the result."""
     packages = [module.partition(".")[0] for module in IMPORTS.values()]
     paths = [path for name in packages for path in import_module(name).__path__]
     if all(compileall.compile_dir(path, quiet=2) for path in paths):

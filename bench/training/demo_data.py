@@ -183,7 +183,6 @@ def _number(low: int, *highs: int) -> Callable[[Source, Slots], str]:
 
 
 def _from(slot: str, low: int, high: int) -> Callable[[Source, Slots], str]:
-    """A number from `low` to `high` more than the slot's, from 0 to 20."""
     return lambda s, slots: str(min(20, max(0, int(slots[slot]) + s.rng.randint(low, high))))
 
 
@@ -197,7 +196,6 @@ def _range(slots: Slots) -> list[int]:
 
 
 def _shifted(name: str, step: int) -> str:
-    """The day or month that is `step` after the named one."""
     table = phrases("days" if name in phrases("days") else "months")
     return table[(table.index(name) + step) % len(table)]
 
