@@ -83,6 +83,7 @@ def _reader_of(type_: Any, param: Param) -> Reader:
         return plain
     if type_ is int:
         return _converted(integer(param.low, param.high), param)
+    assert type_ == tuple[tuple[int, float], ...], f"no reader for parameters of type {type_}"
     return _token_map(plain)
 
 

@@ -172,7 +172,7 @@ class Engine:
             self._live.fail(id, f"the request took longer than {limit_s:g} s", now)
 
     def unhealthy_reason(self, now: float) -> str | None:
-        """The reason for an outage, a failed engine or a stuck lane; None if there is none."""
+        """Why the engine has failed, or the device thread is stuck; None if neither."""
         if self.failure is not None or self._busy_since is None:
             return self.failure
         since_s = now - self._busy_since

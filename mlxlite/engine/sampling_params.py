@@ -71,7 +71,7 @@ class SamplingParams:
         "0 or -1 is off; default: the model's, else off",
         -1,
         _MAX_INT,
-        convert=lambda k: max(k, 0),
+        convert=_top_k,
     )
     min_p: float = param(0.0, "0 is off; default: the model's, else off", 0, 1)
     seed: int = param(

@@ -2,7 +2,7 @@
 
 A model has one `OutputFormat`; no other code depends on which one it is. A format is one file: a
 class with these members, and its parser. A new one is named in `format_of`, which chooses by a
-tokenizer's special tokens.
+tokenizer's added tokens.
 """
 
 from collections.abc import Collection, Mapping
@@ -36,6 +36,6 @@ class OutputFormat(Protocol):
     def parser(self, options: ParserOptions) -> OutputParser: ...
 
 
-def format_of(special_tokens: Collection[str], markers: MarkerFormat) -> OutputFormat:
-    """The format of a tokenizer with these special tokens; `markers` where none is recognised."""
-    return HarmonyFormat() if HarmonyFormat.matches(special_tokens) else markers
+def format_of(added_tokens: Collection[str], markers: MarkerFormat) -> OutputFormat:
+    """The format of a tokenizer with these added tokens; `markers` where none is recognised."""
+    return HarmonyFormat() if HarmonyFormat.matches(added_tokens) else markers
