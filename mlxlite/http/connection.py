@@ -383,7 +383,8 @@ class Exchange:
     def end(self) -> None:
         """The application is done: release the request and stop its work."""
         self.is_ended = True
-        self.on_end()
+        on_end, self.on_end = self.on_end, _nothing  # it refers to this exchange: no cycle stays
+        on_end()
 
     def beat(self, now: float) -> None:
         """Send a comment in a silent stream: proxies close idle connections."""

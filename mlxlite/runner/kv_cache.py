@@ -3,8 +3,8 @@
 A kind is one class, which answers for its plain caches (of one row) and its batched ones: whether
 rows merge, what a row costs, how a row's content is copied out and put back, whether it can be
 quantised. In this room nothing else asks what class a cache has (`vision.network` maps mlx-vlm's
-copies to these). The first kind of `KINDS` that matches is used, `CacheKind` itself where none does.
-A `CacheList` is no kind: its caches are reached one by one by `layers_of` and `map_layers`.
+copies to these). The first of `KINDS` that matches is used, `CacheKind` itself where none does. A
+`CacheList` is no kind: its caches are reached one by one by `layers_of` and `map_layers`.
 
 Only mlx-lm's public classes are built upon. Every call is made on the device thread.
 """

@@ -1,13 +1,15 @@
 """A dialect is one file, a sampling parameter is one field: both are declared here and found."""
 
+import gc
 import json
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import orjson
 import pytest
-from helpers import in_a_loop, serving
+from helpers import in_a_loop, serving, until
 
 from mlxlite.api.app import App
 from mlxlite.api.conversation import Message, Role
@@ -176,3 +178,27 @@ def test_two_endpoints_never_share_a_method_and_a_path() -> None:
     assert len(set(places)) == len(places)
     app = App(Service(Config(), Metrics(model_name="m", version="v", start_time_s=0.0)), ENDPOINTS)
     assert {endpoint.path for endpoint in app.endpoints} == {r.path for r in app.routes.values()}
+
+
+@in_a_loop
+async def test_an_answered_request_is_freed_without_a_garbage_collection() -> None:
+    """A body may hold 64 MiB: nothing of it may wait for a collection of cycles."""
+    seen: list[weakref.ref[ToyWriter]] = []
+
+    def writer(*_: Any) -> ToyWriter:
+        made = ToyWriter()
+        seen.append(weakref.ref(made))
+        return made
+
+    endpoint = replace(TOY, handle=Dialect(parse=parse_toy, writer=writer, id_prefix="toy-").handle)
+    async with serving() as served:
+        served.server.listener.app = App(served.server.service, (*ENDPOINTS, endpoint))
+        async with await served.wire() as wire:
+            gc.disable()
+            try:
+                for _ in range(3):
+                    await wire.ask("POST", "/v1/toy", json.dumps({"ask": "hello"}).encode())
+                await until(lambda: sum(ref() is not None for ref in seen) <= 1)
+            finally:
+                gc.enable()
+    assert len(seen) == 3
