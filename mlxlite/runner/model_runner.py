@@ -99,12 +99,12 @@ class ModelRunner:
             return cache
         return map_layers(lambda layer: kind_of(layer).quantized(layer, bits), cache)
 
-    def files(self, tell: Callable[[Command], None]) -> list[tuple[int, Stored]]:
+    def files(self, on_event: Callable[[Command], None]) -> list[tuple[int, Stored]]:
         """See `Runner`."""
         if self._store is None:
             return []
-        self._store.on_fetched = lambda id: tell(Fetched(id))
-        self._store.on_failed = lambda id: tell(DiskFailed(id))
+        self._store.on_fetched = lambda id: on_event(Fetched(id))
+        self._store.on_failed = lambda id: on_event(DiskFailed(id))
         return self._store.found()
 
     def warm_up(self) -> None:

@@ -448,7 +448,7 @@ class ScriptedRunner:
             self._num_allowed = num_steps
             self._gate.notify_all()
 
-    def files(self, tell: Callable[..., None]) -> list[Any]:
+    def files(self, on_event: Callable[..., None]) -> list[Any]:
         return []
 
     def embed(
