@@ -213,11 +213,9 @@ def test_promtool_accepts_every_line() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed; test_every_line_parses stands in for it")
-    subprocess.run(
-        [promtool, "check", "metrics", "--lint=none"],
-        input=used_metrics().render_prometheus(),
-        check=True,
-    )
+    page = used_metrics().render_prometheus()
+    checked = subprocess.run([promtool, "check", "metrics"], input=page, capture_output=True)
+    assert checked.returncode in (0, 3), checked.stderr  # 3: only its opinions about names
 
 
 @pytest.mark.parametrize("text", ['"', "\\", "\n", '\\"\n\\n', "模型", 'a{b="c"} 1', ""])

@@ -12,6 +12,7 @@ Reading order: `Client` (one connection), `Exchange` (one request and its respon
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -258,7 +259,8 @@ class Client(asyncio.Protocol):
         self.http = Connection(self.connections.limits)  # frees a partial body
         self._transport.resume_reading()
         if self._transport.can_write_eof():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer is gone: `connection_lost` follows
+                self._transport.write_eof()
 
     def close_when_idle(self) -> None:
         """Close now, or as soon as the current response is complete."""
