@@ -12,9 +12,10 @@ class ChunkTuner:
     is the number of tokens. Without the pass, a small chunk would seem slow and the next one be
     smaller still.
 
-    A step that is slower than the average counts at once, because tokens cost more as the context
-    grows. The budget is reported only if it grows by an eighth or shrinks by a sixteenth, so that
-    the command log stays short.
+    A step whose prefill exceeds the budget counts at once, because tokens cost more as the context
+    grows; any other by its share of the tokens that the budget allows, because the time of the last
+    few tokens of a prompt is mostly not theirs. The budget is reported only if it grows by an
+    eighth or shrinks by a sixteenth, so that the command log stays short.
     """
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
@@ -42,14 +43,21 @@ class ChunkTuner:
         num_passes = num_later + (num_later < len(step.chunks))
         token_s = max(prefill_s - num_passes * self._pass_s, device_s / 10)
         token_s /= step.num_prefill_tokens
-        self._token_s = max(token_s, self._average(self._token_s, token_s))
         budget_s = max(self._budget_s - self._pass_s, self._budget_s / 2)
+        if token_s * step.num_prefill_tokens > budget_s:
+            self._token_s = max(token_s, self._average(self._token_s, token_s))
+        else:
+            share = min(1.0, step.num_prefill_tokens / max(1, self._num_reported))
+            weight = share * self._WEIGHT
+            self._token_s = self._average(self._token_s, token_s, weight, weight)
         num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
         if self._num_reported * 15 < num_tokens * 16 and num_tokens * 8 < self._num_reported * 9:
             return None
         self._num_reported = num_tokens
         return num_tokens
 
-    def _average(self, old: float, new: float, more_weight: float = _WEIGHT) -> float:
-        weight = more_weight if new > old else self._WEIGHT
+    def _average(
+        self, old: float, new: float, more_weight: float = _WEIGHT, less_weight: float = _WEIGHT
+    ) -> float:
+        weight = more_weight if new > old else less_weight
         return new if old == 0.0 else old + weight * (new - old)

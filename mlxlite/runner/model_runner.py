@@ -60,6 +60,10 @@ class _InFlight:
     def launch_s(self) -> float:
         return self.build_s + self.dispatch_s
 
+    @property
+    def has_prefill(self) -> bool:
+        return bool(self.step.chunks or self.step.images)
+
     def __repr__(self) -> str:
         return f"<in flight: step {self.step.number}, {len(self.step.rows)} rows>"
 
@@ -149,11 +153,15 @@ class ModelRunner:
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
         outcome = self._wait(in_flight) if in_flight else None
-        has_more = launched is not None and (launched.step.chunks or launched.step.images)
-        if outcome and launched and has_more and outcome.wait_s < launched.launch_s:
-            # A short queue blocks for most of a chunk: the step before ended during this launch.
-            outcome = replace(outcome, device_s=0.0)
-            self._done_at = launched.launched_at
+        if in_flight and outcome and launched and outcome.wait_s < launched.launch_s:
+            # A short queue blocks for most of a chunk: it is computed during its own launch, and
+            # a step before it has ended during that launch, at a time that is not known.
+            if in_flight.has_prefill:
+                outcome = replace(outcome, device_s=in_flight.launch_s)
+                self._done_at = launched.launched_at
+            elif launched.has_prefill:
+                outcome = replace(outcome, device_s=0.0)
+                self._done_at = launched.launched_at
         return launched, outcome
 
     def _launch(self, step: Step, in_flight: _InFlight | None) -> _InFlight:

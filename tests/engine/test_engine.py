@@ -1072,6 +1072,15 @@ def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
     assert num_tokens == pytest.approx(80, abs=1)
 
 
+def test_the_last_tokens_of_a_prompt_hardly_change_the_budget():
+    """1 ms a token, and once for four tokens 30 ms more, in which the budget would be 16."""
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 1), 0.010)
+    assert tuner.measure(step_of(90, 1), 0.110) == 90
+    assert tuner.measure(step_of(4, 1), 0.054) == 81
+    assert tuner.measure(step_of(90, 1), 0.110) in (None, 90)
+
+
 def test_the_tuner_never_subtracts_more_than_nine_tenths():
     tuner = ChunkTuner(0.1)
     tuner.measure(step_of(0, 3), 1.0)

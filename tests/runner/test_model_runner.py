@@ -256,7 +256,7 @@ def one_by_one(runner: Runner, *steps: Step) -> list[tuple[int, ...]]:
 
 def test_where_a_launch_computes_a_chunk_its_time_is_the_chunk_s():
     runner = ModelRunner(build("qwen3"))
-    one, two = make_sequence(1, 5), make_sequence(2, 901)
+    one, two = make_sequence(1, 5), make_sequence(2, 2701)
     first = Step(1, admitted=admit(one), chunks=(Chunk(1, 0, 4),), rows=(1,))
     decoding, _ = runner.advance(first, None)
     with_chunk = Step(2, admitted=admit(two), chunks=(Chunk(2, 0, 900),), rows=(1,))
@@ -264,14 +264,26 @@ def test_where_a_launch_computes_a_chunk_its_time_is_the_chunk_s():
     launched, outcome = runner.advance(with_chunk, decoding)
     launch_s = perf_counter() - began_at
     assert outcome is not None
-    assert outcome.device_s == 0.0, "unknown: it ended during the launch"
+    assert 0.0 < outcome.device_s < launch_s / 2, "it ended during the launch"
     _, outcome = runner.advance(None, launched)
     assert outcome is not None
     assert outcome.device_s >= 0.9 * launch_s
-    only_rows, _ = runner.advance(Step(3, rows=(1,)), None)
-    _, outcome = runner.advance(Step(4, rows=(1,)), only_rows)
+    chunk, _ = runner.advance(Step(3, chunks=(Chunk(2, 900, 1800),), rows=(1,)), None)
+    began_at = perf_counter()
+    last, outcome = runner.advance(Step(4, chunks=(Chunk(2, 1800, 1804),), rows=(1,)), chunk)
+    last_s = perf_counter() - began_at
+    assert outcome is not None
+    assert outcome.device_s > last_s, "of its own launch, not of the next one"
+    _, outcome = runner.advance(None, last)
+    assert outcome is not None
+    assert outcome.device_s < launch_s, "of four tokens and a row"
+    only_rows, _ = runner.advance(Step(5, rows=(1,)), None)
+    only_rows, outcome = runner.advance(Step(6, rows=(1,)), only_rows)
     assert outcome is not None
     assert outcome.device_s > 0.0
+    _, outcome = runner.advance(Step(7, chunks=(Chunk(2, 1804, 2700),), rows=(1,)), only_rows)
+    assert outcome is not None
+    assert outcome.device_s == 0.0, "unknown: it ended during the launch"
 
 
 def test_an_outcome_has_a_token_for_each_row_and_none_without_rows(subject: Subject):
