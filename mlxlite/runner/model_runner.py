@@ -6,6 +6,7 @@ step. It must never wait for the device except for the step in flight, and never
 the token path. Every call is made on the device thread.
 """
 
+import ctypes
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from mlxlite.runner.embedder import Embedder
 from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layers
 from mlxlite.runner.prefill import Failure, Prefills
 from mlxlite.runner.snapshots import CacheSnapshot, PendingWrite, Snapshots
+
+_MIN_TRIM_BYTES = 32 << 20  # of free buffers: trimming takes some milliseconds
 
 
 @dataclass(slots=True, repr=False)
@@ -83,6 +86,7 @@ class ModelRunner:
         memory_bytes: int | None = None,
         store: Store | None = None,
     ) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         self._model = model
         self._kv_bits = kv_bits
         self._store = store
@@ -96,6 +100,14 @@ class ModelRunner:
         self._batch = DecodeBatch(model, self.num_vocab)
         self._embedder = Embedder(model, self._new_cache)
         self._done_at = 0.0
+
+    def _return_memory(self) -> None:
+        """Give free buffers back to the system. On a CPU they are malloc's, which keeps them."""
+        mx.clear_cache()
+        num_freed = mx.get_peak_memory() - mx.get_active_memory()
+        if num_freed > _MIN_TRIM_BYTES and self._trim is not None:
+            mx.reset_peak_memory()
+            self._trim(0)
 
     def _new_cache(self) -> Cache:
         cache: Cache = make_prompt_cache(self._model)
@@ -134,7 +146,7 @@ class ModelRunner:
         self._batch = DecodeBatch(self._model, self.num_vocab)
         if (forget := getattr(self._model, "forget", None)) is not None:
             forget()  # the features of images
-        mx.clear_cache()
+        self._return_memory()
 
     def embed(
         self, inputs: SequenceOf[tuple[int, ...]], *, is_mean: bool, part: Part | None = None
@@ -186,7 +198,7 @@ class ModelRunner:
         mx.async_eval(drawn.arrays() if drawn else [], states)
         dispatch_s = perf_counter() - built_at
         if drawn is None and not prefills:
-            mx.clear_cache()  # nothing runs: give the buffers back to the system
+            self._return_memory()
         lost, writes = self._snapshots.drain()
         times = began_at, built_at - began_at, dispatch_s
         return _InFlight(step, drawn, states, tuple(failed), lost, writes, *times)

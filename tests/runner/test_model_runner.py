@@ -28,6 +28,7 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Sequence
 from mlxlite.engine.step import Add, Admission, Chunk, Command, Finish, Runner, Step, Token
+from mlxlite.runner import model_runner
 from mlxlite.runner.kv_cache import KVBits
 from mlxlite.runner.model_runner import ModelRunner
 from mlxlite.runner.row_batch import merge
@@ -904,3 +905,20 @@ def test_a_prompt_that_leaves_and_a_reset_free_their_memory():
     assert active_bytes() - before < both
     runner.reset()
     assert active_bytes() == before
+
+
+@pytest.mark.parametrize(("min_bytes", "num_trims"), [(0, 1), (1 << 40, 0)])
+def test_memory_of_a_large_step_goes_back_to_the_system_once_nothing_runs(
+    min_bytes: int, num_trims: int, monkeypatch: pytest.MonkeyPatch
+):
+    runner = ModelRunner(build("qwen3"))
+    trims: list[int] = []
+    monkeypatch.setattr(runner, "_trim", trims.append)
+    monkeypatch.setattr(model_runner, "_MIN_TRIM_BYTES", min_bytes)
+    mx.reset_peak_memory()
+    sequence = make_sequence(1, 901)
+    start = Step(1, admitted=admit(sequence), chunks=(Chunk(1, 0, 900),), rows=(1,))
+    one_by_one(runner, start)
+    assert trims == []
+    one_by_one(runner, Step(2, released=(1,)))
+    assert trims == [0] * num_trims
