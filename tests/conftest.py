@@ -1,5 +1,7 @@
-"""Fixtures that the tests share: a tiny random checkpoint, and a clock for a server in-process."""
+"""Fixtures that tests share: a random checkpoint; a clock and a check of threads, for servers."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(admin, "perf_counter", clock)
     monkeypatch.setattr(server_module, "SWEEP_S", 0.005)
     return clock
+
+
+@pytest.fixture
+def no_server_thread_is_left() -> Iterator[None]:
+    """A server's threads end with its test."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("mlxlite"):
+            thread.join(5)
+            assert not thread.is_alive(), f"{thread.name} lives on"

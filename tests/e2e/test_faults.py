@@ -46,6 +46,7 @@ from helpers import (
     until,
 )
 from mlx import nn
+from server_cases import assert_ends_with_an_error
 
 from mlxlite.api.service import ModelCard
 from mlxlite.config.options import Config
@@ -70,7 +71,6 @@ from tests.e2e.test_command_line import (
     running,
     until_it_listens,
 )
-from tests.e2e.test_server import assert_ends_with_an_error
 from tests.runner.test_model_runner import VOCABULARY, build, judge
 
 

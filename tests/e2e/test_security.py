@@ -36,12 +36,12 @@ from helpers import (
     text_of,
     until,
 )
+from server_cases import ALLOWED, CHAT, FOREIGN
 
 from mlxlite.config.flags import ConfigError
 from mlxlite.config.options import Config
 from tests.e2e.test_command_line import GONE_S, Process, fails, free_port, running
 from tests.e2e.test_faults import assert_one_line
-from tests.e2e.test_server import ALLOWED, CHAT, FOREIGN
 
 # --- what a process emits ------------------------------------------------------------------------
 
