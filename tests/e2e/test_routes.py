@@ -45,7 +45,6 @@ ROUTES: dict[str, tuple[str, ...]] = {
 }
 
 OPEN = ("/health", "/metrics", "/version")
-
 NEED_NO_MODEL = OPEN
 
 BODIES: dict[str, Any] = {

@@ -9,7 +9,6 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 EMBEDDINGS = "/v1/embeddings"
 PROMPT = "It was a bright cold day in April, and so"[:40]
-
 ENVELOPE_KEYS = {"message", "type", "param", "code"}
 
 ALLOWED = [

@@ -1,6 +1,6 @@
 """Completions, embeddings, tokenize, detokenize: requests and answers. Pure.
 
-The fields that a completion shares with a chat have their cases in `test_request`.
+The fields that a completion shares with a chat have their cases in `chat_requests`.
 """
 
 import base64
@@ -12,6 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from chat_requests import (
+    CASES,
+    Accepted,
+    Refused,
+    Works,
+)
 from openai.types import Completion, CreateEmbeddingResponse
 from tables import arrived, with_value
 
@@ -60,12 +66,6 @@ from mlxlite.output.events import (
     Done,
     Progress,
     TextDelta,
-)
-from tests.api.test_request import (
-    CASES,
-    Accepted,
-    Refused,
-    Works,
 )
 
 ENVELOPE = Envelope("cmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
@@ -363,13 +363,13 @@ def test_a_stream_is_text_and_a_finish_with_usage_and_timings(
     for chunk in chunks:
         assert chunk["object"] == "text_completion"
         assert chunk["id"] == "cmpl-1"
-    echo, said, finish, *rest = chunks
-    assert [c["choices"][0]["text"] for c in (echo, said, finish)] == ["echo " + text, text, ""]
+    echo, piece, finish, *rest = chunks
+    assert [c["choices"][0]["text"] for c in (echo, piece, finish)] == ["echo " + text, text, ""]
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert finish["timings"] == timings_json(USAGE)
     Completion.model_validate(finish, strict=True)
     if include_usage:
-        assert [chunk["usage"] for chunk in (echo, said, finish)] == [None] * 3
+        assert [chunk["usage"] for chunk in (echo, piece, finish)] == [None] * 3
         assert [(chunk["choices"], chunk["usage"]) for chunk in rest] == [([], usage_json(USAGE))]
     else:
         assert finish["usage"] == usage_json(USAGE)
@@ -379,8 +379,8 @@ def test_a_stream_is_text_and_a_finish_with_usage_and_timings(
 def test_only_an_echo_is_sent_before_the_first_token() -> None:
     assert writer(num_choices=3).begin() == b""
     chunks = payloads_of(writer("a", "", "b").begin())
-    said = [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
-    assert said == [(0, "a"), (2, "b")]
+    echoes = [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
+    assert echoes == [(0, "a"), (2, "b")]
 
 
 def test_usage_and_timings_are_in_every_text_chunk_on_request() -> None:
@@ -512,17 +512,17 @@ VECTORS = [[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]
 def embedded(**fields: Any) -> list[Any]:
     request = parse_embedding(body(input=["a", "b"], **fields))
     raw = embeddings(request, VECTORS, "org/model", 7)
-    said = json.loads(raw)
-    assert said["object"] == "list"
-    assert said["model"] == "org/model"
-    assert said["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
-    assert [(item["object"], item["index"]) for item in said["data"]] == [
+    answer = json.loads(raw)
+    assert answer["object"] == "list"
+    assert answer["model"] == "org/model"
+    assert answer["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [(item["object"], item["index"]) for item in answer["data"]] == [
         ("embedding", 0),
         ("embedding", 1),
     ]
     if not request.is_base64:
         CreateEmbeddingResponse.model_validate_json(raw, strict=True)
-    return [item["embedding"] for item in said["data"]]
+    return [item["embedding"] for item in answer["data"]]
 
 
 def decoded(text: str) -> list[float]:
@@ -613,13 +613,13 @@ def test_what_cannot_be_tokenized_is_a_400_that_names_it(
 def test_tokenize_answers_in_both_dialects_with_texts_on_request() -> None:
     tokens = list("a🙂".encode())
 
-    def said(**fields: Any) -> Any:
+    def answer(**fields: Any) -> Any:
         request = parse_tokenize(body(content="a🙂", **fields))
         return json.loads(tokenized(request, tokens, 4096, token_bytes))
 
-    assert said() == {"tokens": tokens, "count": 5, "max_model_len": 4096}
-    assert said(return_token_strs=True)["token_strs"] == ["a", *"\ufffd" * 4]
-    assert said(with_pieces=True)["tokens"] == [
+    assert answer() == {"tokens": tokens, "count": 5, "max_model_len": 4096}
+    assert answer(return_token_strs=True)["token_strs"] == ["a", *"\ufffd" * 4]
+    assert answer(with_pieces=True)["tokens"] == [
         {"id": 97, "piece": "a"},
         *({"id": byte, "piece": [byte]} for byte in "🙂".encode()),
     ]
