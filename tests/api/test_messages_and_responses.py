@@ -81,7 +81,7 @@ def must_call(is_single: bool) -> tuple[Constraint, str]:
     return asked.constraint
 
 
-# --- every field ----------------------------------------------------------------------------------
+# --- every field --------------------------------------------------------------------------------
 
 
 class Works:
@@ -486,7 +486,7 @@ def test_thinking_that_is_off_wins_over_effort_and_template_kwargs_over_both() -
     assert messages(**asked).template_kwargs["enable_thinking"] is True
 
 
-# --- tools and formats ----------------------------------------------------------------------------
+# --- tools and formats --------------------------------------------------------------------------
 
 
 def _of_tools(request: ChatRequest) -> Any:
@@ -603,7 +603,7 @@ def test_tools_are_counted_unless_tool_choice_is_none() -> None:
     assert count(tools=[MESSAGES_TOOL], tool_choice={"type": "none"}).tools == ()
 
 
-# --- calls in answers -----------------------------------------------------------------------------
+# --- calls in answers ---------------------------------------------------------------------------
 
 
 def test_a_streamed_call_is_sent_in_deltas_in_both_dialects() -> None:
@@ -645,7 +645,7 @@ def test_an_invalid_call_is_incomplete_and_its_text_follows(end: Done) -> None:
     assert body["content"] == [{"type": "text", "text": "a<call>{!</call>"}]
 
 
-# --- shared fields --------------------------------------------------------------------------------
+# --- shared fields ------------------------------------------------------------------------------
 
 
 def test_the_fields_of_each_endpoint_include_the_shared_ones() -> None:

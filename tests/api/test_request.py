@@ -26,7 +26,7 @@ from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.output.grammar import Constraint
 
-# --- tools and what an answer must match ----------------------------------------------------------
+# --- tools and what an answer must match --------------------------------------------------------
 
 ASKS: dict[str, Any] = {
     "response_format": {"type": "json_object"},
@@ -291,7 +291,7 @@ def test_tool_arguments_are_a_string_or_an_object(arguments: Any) -> None:
     assert param == "messages[0].tool_calls[0].function.arguments"
 
 
-# --- options inside fields ------------------------------------------------------------------------
+# --- options inside fields ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [100.5, -101, "1", None, True, [1], {}])
@@ -428,7 +428,7 @@ def test_template_kwargs_cannot_set_what_the_server_sets(name: str) -> None:
     assert error.param == f"chat_template_kwargs.{name}"
 
 
-# --- bodies ---------------------------------------------------------------------------------------
+# --- bodies -------------------------------------------------------------------------------------
 
 
 def _chat(content: bytes = b'"x"', more: bytes = b"") -> bytes:
@@ -537,7 +537,7 @@ def test_the_last_of_two_equal_names_counts() -> None:
     assert parse_chat(_chat(more=b',"top_k":5,"top_k":6')).sampling == {"top_k": 6}
 
 
-# --- sampling -------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 def test_a_silent_request_samples_by_the_models_defaults() -> None:

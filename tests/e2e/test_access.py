@@ -17,7 +17,7 @@ from mlxlite.api.service import Phase
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- access control -------------------------------------------------------------------------------
+# --- access control -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ async def test_http_1_0_may_leave_the_host_out() -> None:
         assert await wire.is_cut()
 
 
-# --- pages in browsers ----------------------------------------------------------------------------
+# --- pages in browsers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("origin", ALLOWED)

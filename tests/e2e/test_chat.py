@@ -16,7 +16,7 @@ from mlxlite.models.interface import PromptError
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -193,7 +193,7 @@ def test_a_template_that_fails_oddly_costs_its_request_and_nothing_else(error: E
     test()
 
 
-# --- end tokens and biases ------------------------------------------------------------------------
+# --- end tokens and biases ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

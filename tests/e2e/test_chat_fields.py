@@ -15,7 +15,7 @@ from server_cases import CHAT, COMPLETIONS, PROMPT, stream
 
 from mlxlite.engine.sequence import Prompt
 
-# --- chats: what a stream emits on demand ---------------------------------------------------------
+# --- chats: what a stream emits on demand -------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -126,7 +126,7 @@ async def test_continuous_usage_needs_include_usage() -> None:
         assert [("usage" in chunk) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
-# --- chats: what reaches the template -------------------------------------------------------------
+# --- chats: what reaches the template -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

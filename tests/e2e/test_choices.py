@@ -13,7 +13,7 @@ from server_cases import assert_ends_with_an_error
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- several choices ------------------------------------------------------------------------------
+# --- several choices ----------------------------------------------------------------------------
 
 # A sequence with a temperature begins at the character of its seed: "abc", "bc", "c".
 THREE: dict[str, Any] = {"n": 3, "temperature": 1, "seed": 0}
@@ -193,7 +193,7 @@ async def test_more_choices_than_the_queue_can_hold_are_not_a_429() -> None:
         assert answer.status == 200 or answer.error["param"] == "n"
 
 
-# --- logprobs -------------------------------------------------------------------------------------
+# --- logprobs -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from mlxlite.http.connection import MAX_AT_ONCE, MAX_PIPELINED_BYTES
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- connections ----------------------------------------------------------------------------------
+# --- connections --------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -203,7 +203,7 @@ async def test_a_connection_beyond_the_maximum_is_a_503_and_the_others_stay() ->
             assert (await four.get("/health")).status == 200
 
 
-# --- clients that disconnect ----------------------------------------------------------------------
+# --- clients that disconnect --------------------------------------------------------------------
 
 
 def _is_in_phase(served: Served, phase: str) -> bool:

@@ -27,7 +27,7 @@ from mlxlite.api.service import Phase
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- one answer -----------------------------------------------------------------------------------
+# --- one answer ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -74,7 +74,7 @@ def test_an_answer_that_cannot_even_fail_is_cut_and_leaves_nothing(
     test()
 
 
-# --- steps, sequences, the runner -----------------------------------------------------------------
+# --- steps, sequences, the runner ---------------------------------------------------------------
 
 
 @in_a_loop

@@ -40,7 +40,7 @@ from mlxlite.models.interface import LoadError
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- loading --------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -133,7 +133,7 @@ async def test_a_server_can_be_stopped_while_it_loads() -> None:
     gate.set()
 
 
-# --- embedding ------------------------------------------------------------------------------------
+# --- embedding ----------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -219,7 +219,7 @@ def test_a_unix_socket_is_for_its_owner_alone_and_removed_at_stop() -> None:
     assert not path.exists()
 
 
-# --- the end --------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------
 
 
 @in_a_loop

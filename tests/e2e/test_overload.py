@@ -26,7 +26,7 @@ from mlxlite.models.interface import LoadError
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- priorities -----------------------------------------------------------------------------------
+# --- priorities ---------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -58,7 +58,7 @@ async def test_an_urgent_request_takes_the_place_of_another_which_loses_nothing(
         assert served.runner.admitted == [1, 2, 1]
 
 
-# --- the queue ------------------------------------------------------------------------------------
+# --- the queue ----------------------------------------------------------------------------------
 
 
 @in_a_loop
@@ -100,7 +100,7 @@ async def test_many_requests_at_once_each_get_their_own_answer() -> None:
         assert served.num_ended("stop") == 40
 
 
-# --- memory ---------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------
 
 
 def memory_for(*lengths: int) -> Memory:

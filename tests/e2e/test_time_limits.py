@@ -42,7 +42,7 @@ from mlxlite.http.connection import (
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 
 
-# --- peers, requests, the device ------------------------------------------------------------------
+# --- peers, requests, the device ----------------------------------------------------------------
 
 
 @in_a_loop
@@ -288,7 +288,7 @@ def test_a_device_that_hangs_makes_health_fail_until_it_answers(clock: Clock) ->
     test()
 
 
-# --- slow readers ---------------------------------------------------------------------------------
+# --- slow readers -------------------------------------------------------------------------------
 
 
 def test_a_slow_reader_is_disconnected_and_delays_no_other_stream(

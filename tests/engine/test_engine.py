@@ -9,10 +9,9 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import pytest
 from fakes import (
@@ -26,17 +25,16 @@ from fakes import (
     make_sequence,
     spell,
 )
+from loops import TIMEOUT_S, play, turns
 
-from mlxlite.engine.chunk_budget import ChunkTuner
 from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueFull
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Logprobs, Prompt, Sequence
-from mlxlite.engine.step import Chunk, Finished, Prefilled, SinkFailed, Step, Token
+from mlxlite.engine.step import Finished, Prefilled, SinkFailed, Step, Token
 
 HOUR_S = 3600.0
-TIMEOUT_S = 30.0  # far above what any wait here needs
 
 
 @dataclass
@@ -82,10 +80,6 @@ async def serve(
     scheduler.check()
 
 
-def play(scenario: Coroutine[Any, Any, None], **options: Any) -> None:
-    asyncio.run(asyncio.wait_for(scenario, TIMEOUT_S), **options)
-
-
 class Gate:
     """Blocks the device thread in one step until it is opened; `reached` is set when it does."""
 
@@ -102,12 +96,6 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
-
-
-async def turns(num: int = 20) -> None:
-    """Give the loop a number of turns: whatever was ready has run, and time has not passed."""
-    for _ in range(num):
-        await asyncio.sleep(0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -609,7 +597,7 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
 
 
 def test_too_many_images_at_once_are_refused_and_text_is_not():
-    def with_picture(id: int, num_bytes: int = MAX_IMAGE_BYTES // 2) -> Sequence:
+    def with_image(id: int, num_bytes: int = MAX_IMAGE_BYTES // 2) -> Sequence:
         sequence = make_sequence(id, images=[(0, 1)])
         (image,) = sequence.prompt.images
         images = (replace(image, num_bytes=num_bytes),)
@@ -618,17 +606,17 @@ def test_too_many_images_at_once_are_refused_and_text_is_not():
     async def scenario() -> None:
         gate = Gate(2)
         async with serve(FakeRunner(before=gate)) as served:
-            sinks = [served.add(with_picture(1)), served.add(with_picture(2))]
+            sinks = [served.add(with_image(1)), served.add(with_image(2))]
             await gate.reached.wait()
             refused = RecordingSink()
             with pytest.raises(QueueFull):
-                served.engine.add([with_picture(3, 1)], [refused])
+                served.engine.add([with_image(3, 1)], [refused])
             sinks.append(served.add(make_sequence(4)))
             gate.open()
             for sink in sinks:
                 await sink.wait()
             assert refused.outputs == []
-            await served.add(with_picture(5, 2 * MAX_IMAGE_BYTES)).wait()  # alone, any number
+            await served.add(with_image(5, 2 * MAX_IMAGE_BYTES)).wait()  # alone, any number
 
     play(scenario())
 
@@ -902,208 +890,3 @@ def test_an_engine_cancelled_with_a_step_in_flight_leaves_a_device_thread_that_c
             gate.open()
 
     play(scenario())
-
-
-# --- the device thread ------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def open_device_thread() -> AsyncIterator[DeviceThread]:
-    device_thread = DeviceThread()
-    try:
-        yield device_thread
-    finally:
-        assert await device_thread.close(TIMEOUT_S)
-
-
-def test_the_device_thread_returns_results_from_one_thread_that_is_not_the_loops():
-    async def scenario() -> None:
-        async with open_device_thread() as device_thread:
-            assert await device_thread.run(lambda a, b: a + b, 2, 3) == 5
-            threads = {await device_thread.run(threading.get_ident) for _ in range(3)}
-            assert len(threads) == 1
-            assert threading.get_ident() not in threads
-
-    play(scenario())
-
-
-class Odd(BaseException):
-    """Not an Exception."""
-
-
-@pytest.mark.parametrize("error", [ValueError("x"), Odd(), StopIteration(3)], ids=repr)
-def test_the_device_thread_returns_any_exception_and_continues(error: BaseException):
-    """StopIteration too, which mlx-lm's caches can raise (`next(iter(…))`) and futures reject.
-
-    It may be wrapped in another error, but it must be raised, and must not end the loop.
-    """
-
-    def fail() -> None:
-        raise error
-
-    async def scenario() -> None:
-        async with open_device_thread() as device_thread:
-            expected = ValueError if isinstance(error, ValueError) else RuntimeError
-            with pytest.raises(expected):
-                await asyncio.wait_for(device_thread.run(fail), 1)
-            assert await device_thread.run(lambda: 7) == 7
-
-    play(scenario())
-
-
-def test_the_device_threads_results_are_not_logged(caplog: pytest.LogCaptureFixture):
-    class Result:
-        def __repr__(self) -> str:
-            raise AssertionError("an array would be evaluated here")
-
-    async def scenario() -> None:
-        device_thread = DeviceThread()
-        asyncio.get_running_loop().slow_callback_duration = 0  # so that each callback is logged
-        assert isinstance(await device_thread.run(Result), Result)
-        await device_thread.close(timeout_s=5)
-
-    with caplog.at_level(logging.WARNING, "asyncio"):
-        play(scenario(), debug=True)
-    assert any("_Success" in message for message in caplog.messages)
-
-
-def test_the_device_thread_runs_calls_in_order_one_at_a_time():
-    async def scenario() -> None:
-        seen: list[int] = []
-        inside = threading.Lock()
-
-        def note(number: int) -> int:
-            assert inside.acquire(blocking=False)
-            seen.append(number)
-            inside.release()
-            return number
-
-        async with open_device_thread() as device_thread:
-            calls = [device_thread.run(note, number) for number in range(50)]
-            assert await asyncio.gather(*calls) == list(range(50))
-            assert seen == list(range(50))
-
-    play(scenario())
-
-
-def test_a_stuck_device_thread_reports_it_and_closes_when_it_is_free():
-    async def scenario() -> None:
-        device_thread, free = DeviceThread(), threading.Event()
-        stuck = asyncio.ensure_future(device_thread.run(free.wait, TIMEOUT_S))
-        await turns()
-        assert not await device_thread.close(0.0)
-        free.set()
-        assert await stuck
-        assert await device_thread.close(TIMEOUT_S)
-
-    play(scenario())
-
-
-@pytest.mark.parametrize("is_raising", [False, True])
-def test_the_result_of_a_cancelled_call_is_dropped(
-    is_raising: bool, caplog: pytest.LogCaptureFixture
-):
-    async def scenario() -> None:
-        free = threading.Event()
-
-        def work() -> None:
-            assert free.wait(TIMEOUT_S)
-            if is_raising:
-                raise ValueError("no task awaits this")
-
-        async with open_device_thread() as device_thread:
-            waiting = asyncio.ensure_future(device_thread.run(work))
-            await turns()
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            free.set()
-            assert await device_thread.run(lambda: 1) == 1
-
-    play(scenario(), debug=True)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-def test_a_device_thread_outlives_the_loop_that_called_it():
-    device_thread, free = DeviceThread(), threading.Event()
-
-    async def leave() -> None:
-        call = asyncio.ensure_future(device_thread.run(free.wait, TIMEOUT_S))
-        await turns()
-        call.cancel()
-
-    async def come_back() -> None:
-        assert await device_thread.run(lambda: 7) == 7
-        assert await device_thread.close(TIMEOUT_S)
-
-    asyncio.run(leave())
-    free.set()  # its result is for a loop that is closed
-    asyncio.run(come_back())
-
-
-# --- the chunk tuner --------------------------------------------------------------------------
-
-
-def step_of(num_prefill: int, num_rows: int) -> Step:
-    chunks = (Chunk(99, 0, num_prefill),) if num_prefill else ()
-    return Step(1, chunks=chunks, rows=tuple(range(num_rows)))
-
-
-def test_the_tuner_fits_the_measured_rate_into_the_budget():
-    tuner = ChunkTuner(0.1)
-    assert tuner.measure(step_of(1000, 0), 1.0) == 100
-
-
-def test_the_tuner_subtracts_the_time_of_a_step_that_only_decodes():
-    tuner = ChunkTuner(0.1)
-    assert tuner.measure(step_of(0, 3), 0.030) is None
-    # 20 ms for 50 tokens, beside the rows and a pass as long as theirs; 70 of 100 ms are left.
-    assert tuner.measure(step_of(50, 3), 0.080) == pytest.approx(175, abs=1)
-
-
-def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
-    """A pass of 20 ms and 1 ms a token, whatever the chunk: 80 tokens fit."""
-    tuner = ChunkTuner(0.1)
-    tuner.measure(step_of(0, 1), 0.020)
-    num_tokens = 16
-    for _ in range(4):
-        device_s = 0.020 + 0.020 + num_tokens * 0.001
-        num_tokens = tuner.measure(step_of(num_tokens, 1), device_s) or num_tokens
-    assert num_tokens == pytest.approx(80, abs=1)
-
-
-def test_the_last_tokens_of_a_prompt_hardly_change_the_budget():
-    """1 ms a token, and once for four tokens 30 ms more, in which the budget would be 16."""
-    tuner = ChunkTuner(0.1)
-    tuner.measure(step_of(0, 1), 0.010)
-    assert tuner.measure(step_of(90, 1), 0.110) == 90
-    assert tuner.measure(step_of(4, 1), 0.054) == 81
-    assert tuner.measure(step_of(90, 1), 0.110) in (None, 90)
-
-
-def test_the_tuner_never_subtracts_more_than_nine_tenths():
-    tuner = ChunkTuner(0.1)
-    tuner.measure(step_of(0, 3), 1.0)
-    assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
-
-
-def test_the_tuner_averages_with_three_tenths_for_a_faster_step_and_takes_a_slower_at_once():
-    tuner = ChunkTuner(1.0)
-    assert tuner.measure(step_of(100, 0), 1.0) == 100  # 10 ms a token
-    assert tuner.measure(step_of(100, 0), 0.5) == 117  # 10 - 0.3 * 5 = 8.5 ms
-    assert tuner.measure(step_of(100, 0), 2.5) == 40  # 25 ms
-
-
-def test_the_tuner_reports_no_small_change_and_no_unknown_time():
-    tuner = ChunkTuner(1.0)
-    assert tuner.measure(step_of(100, 0), 0.0) is None
-    assert tuner.measure(step_of(100, 0), 1.0) == 100
-    assert tuner.measure(step_of(100, 0), 1.05) is None  # 95
-    assert tuner.measure(step_of(100, 0), 1.1) == 90
-    assert tuner.measure(step_of(100, 0), 0.9) is None  # 96: less than an eighth more
-    assert tuner.measure(step_of(100, 0), 0.6) == 110
-
-
-def test_the_tuner_never_reports_less_than_sixteen_tokens():
-    tuner = ChunkTuner(0.1)
-    assert tuner.measure(step_of(10, 0), 100.0) == 16

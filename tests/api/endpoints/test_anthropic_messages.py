@@ -57,7 +57,7 @@ from mlxlite.http.errors import APIError, ErrorKind
 from mlxlite.output.events import Done, ParserEvent, Progress
 from mlxlite.vision.images import Source
 
-# --- histories ------------------------------------------------------------------------------------
+# --- histories ----------------------------------------------------------------------------------
 
 
 def turn_of(role: str, *content: Any) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def test_a_broken_message_is_refused_by_its_place(turn: Any, param: str) -> None
     assert refusal(messages, messages=[turn]).param == param
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------
 
 
 def run_events(writer: Any, events: Sequence[ParserEvent]) -> bytes:
@@ -511,7 +511,7 @@ def test_a_too_long_prompt_is_an_error_in_anthropics_wording_and_in_llama_server
     assert "the request exceeds the available context size." in message
 
 
-# --- what known clients send ----------------------------------------------------------------------
+# --- what known clients send --------------------------------------------------------------------
 
 EPHEMERAL = {"cache_control": {"type": "ephemeral"}}
 

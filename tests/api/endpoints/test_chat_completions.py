@@ -10,7 +10,7 @@ from tables import arrived, with_value
 from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.api.fields import Use, markdown
 
-# --- the table ------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------
 
 # What each kind of field does, one parameter a value.
 WORKING = [
@@ -115,7 +115,7 @@ def test_an_alias_means_the_field_it_stands_for() -> None:
         assert CASES[name] == CASES[meant], "it reads the same values"
 
 
-# --- what known clients send ----------------------------------------------------------------------
+# --- what known clients send --------------------------------------------------------------------
 
 
 def test_all_that_the_launching_app_sends_is_accepted() -> None:

@@ -35,7 +35,7 @@ for _ in range(300):
     DEEP = {"a": DEEP}
 
 
-# --- histories ------------------------------------------------------------------------------------
+# --- histories ----------------------------------------------------------------------------------
 
 
 @given(JUNK, JUNK)
@@ -167,7 +167,7 @@ def test_new_instructions_precede_the_history_and_are_not_stored() -> None:
     assert response().after(history).messages == request.conversation
 
 
-# --- depth ----------------------------------------------------------------------------------------
+# --- depth --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_what_responses_repeat_is_never_too_deep_to_write(
     assert refusal(response, **fields).param == param
 
 
-# --- what Codex sends -----------------------------------------------------------------------------
+# --- what Codex sends ---------------------------------------------------------------------------
 
 CODEX: dict[str, Any] = {
     "model": "gpt-5-codex",

@@ -1,0 +1,71 @@
+"""The chunk budget: the measured rate of prefill, fitted into the time that a step may take."""
+
+import pytest
+
+from mlxlite.engine.chunk_budget import ChunkTuner
+from mlxlite.engine.step import Chunk, Step
+
+
+def step_of(num_prefill: int, num_rows: int) -> Step:
+    chunks = (Chunk(99, 0, num_prefill),) if num_prefill else ()
+    return Step(1, chunks=chunks, rows=tuple(range(num_rows)))
+
+
+def test_the_tuner_fits_the_measured_rate_into_the_budget():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(1000, 0), 1.0) == 100
+
+
+def test_the_tuner_subtracts_the_time_of_a_step_that_only_decodes():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(0, 3), 0.030) is None
+    # 20 ms for 50 tokens, beside the rows and a pass as long as theirs; 70 of 100 ms are left.
+    assert tuner.measure(step_of(50, 3), 0.080) == pytest.approx(175, abs=1)
+
+
+def test_a_small_chunk_does_not_make_the_next_one_smaller_still():
+    """A pass of 20 ms and 1 ms a token, whatever the chunk: 80 tokens fit."""
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 1), 0.020)
+    num_tokens = 16
+    for _ in range(4):
+        device_s = 0.020 + 0.020 + num_tokens * 0.001
+        num_tokens = tuner.measure(step_of(num_tokens, 1), device_s) or num_tokens
+    assert num_tokens == pytest.approx(80, abs=1)
+
+
+def test_the_last_tokens_of_a_prompt_hardly_change_the_budget():
+    """1 ms a token, and once for four tokens 30 ms more, in which the budget would be 16."""
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 1), 0.010)
+    assert tuner.measure(step_of(90, 1), 0.110) == 90
+    assert tuner.measure(step_of(4, 1), 0.054) == 81
+    assert tuner.measure(step_of(90, 1), 0.110) in (None, 90)
+
+
+def test_the_tuner_never_subtracts_more_than_nine_tenths():
+    tuner = ChunkTuner(0.1)
+    tuner.measure(step_of(0, 3), 1.0)
+    assert tuner.measure(step_of(100, 3), 0.5) == pytest.approx(100, abs=1)  # 50 ms, not -500
+
+
+def test_the_tuner_averages_with_three_tenths_for_a_faster_step_and_takes_a_slower_at_once():
+    tuner = ChunkTuner(1.0)
+    assert tuner.measure(step_of(100, 0), 1.0) == 100  # 10 ms a token
+    assert tuner.measure(step_of(100, 0), 0.5) == 117  # 10 - 0.3 * 5 = 8.5 ms
+    assert tuner.measure(step_of(100, 0), 2.5) == 40  # 25 ms
+
+
+def test_the_tuner_reports_no_small_change_and_no_unknown_time():
+    tuner = ChunkTuner(1.0)
+    assert tuner.measure(step_of(100, 0), 0.0) is None
+    assert tuner.measure(step_of(100, 0), 1.0) == 100
+    assert tuner.measure(step_of(100, 0), 1.05) is None  # 95
+    assert tuner.measure(step_of(100, 0), 1.1) == 90
+    assert tuner.measure(step_of(100, 0), 0.9) is None  # 96: less than an eighth more
+    assert tuner.measure(step_of(100, 0), 0.6) == 110
+
+
+def test_the_tuner_never_reports_less_than_sixteen_tokens():
+    tuner = ChunkTuner(0.1)
+    assert tuner.measure(step_of(10, 0), 100.0) == 16
