@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_requests import BEGUN, HELLO, message, parse, refusal
+from api_requests import BEGUN, HELLO, message, parse, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from chat_requests import (
+from api_requests import (
     BEGUN,
     GBNF,
     NO_PARAMETERS,

@@ -61,6 +61,7 @@ RESPONSES_TOOL = {"type": "function", **ABOUT, "parameters": SCHEMA}
 
 
 def token_bytes(token: int) -> bytes:
+    """A byte-level vocabulary: a token is a byte."""
     return bytes([token])
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_requests import CASES, SILENT, Accepted, Refused, Works, function_tool, parse, refusal
+from api_requests import CASES, SILENT, Accepted, Refused, Works, function_tool, parse, refusal
 from tables import arrived, with_value
 
 from mlxlite.api.endpoints.chat_completions import FIELDS

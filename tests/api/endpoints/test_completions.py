@@ -1,52 +1,32 @@
-"""Completions, embeddings, tokenize, detokenize: requests and answers. Pure.
+"""Completions: requests and answers. Pure.
 
-The fields that a completion shares with a chat have their cases in `chat_requests`.
+The fields that a completion shares with a chat have their cases in `api_requests`. What prompts
+share with the inputs of embeddings and tokenize is here too.
 """
 
-import base64
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from chat_requests import (
-    CASES,
-    Accepted,
-    Refused,
-    Works,
-)
-from openai.types import Completion, CreateEmbeddingResponse
+from api_requests import CASES, Accepted, Refused, Works, body, refused
+from dialects import token_bytes
+from openai.types import Completion
 from tables import arrived, with_value
 
 from mlxlite.api.answer import failure, total_usage
-from mlxlite.api.conversation import Message, Role
 from mlxlite.api.endpoints.chat_completions import FIELDS
-from mlxlite.api.endpoints.completions import (
-    FIELDS as COMPLETION_FIELDS,
-)
-from mlxlite.api.endpoints.completions import (
-    CompletionRequest,
-    CompletionWriter,
-    parse_completion,
-)
-from mlxlite.api.endpoints.embeddings import (
-    FIELDS as EMBEDDING_FIELDS,
-)
-from mlxlite.api.endpoints.embeddings import (
-    EmbeddingRequest,
-    embeddings,
-    parse_embedding,
-)
+from mlxlite.api.endpoints.completions import FIELDS as COMPLETION_FIELDS
+from mlxlite.api.endpoints.completions import CompletionRequest, CompletionWriter, parse_completion
+from mlxlite.api.endpoints.embeddings import FIELDS as EMBEDDING_FIELDS
+from mlxlite.api.endpoints.embeddings import parse_embedding
 from mlxlite.api.endpoints.tokenize import (
     DETOKENIZE_FIELDS,
     TOKENIZE_FIELDS,
-    detokenized,
     parse_detokenize,
     parse_tokenize,
-    tokenized,
 )
 from mlxlite.api.fields import Field, Use, markdown
 from mlxlite.api.readers import MAX_PROMPTS
@@ -62,17 +42,14 @@ from mlxlite.api.writers import (
 )
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
-from mlxlite.output.events import (
-    Done,
-    Progress,
-    TextDelta,
-)
+from mlxlite.output.events import Done, Progress, TextDelta
 
 ENVELOPE = Envelope("cmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
 USAGE = Usage(num_prompt=10, num_cached=4, num_output=5, queue_s=1.0, prefill_s=0.5, decode_s=2.0)
 DONE = Done(FinishReason.STOP, USAGE)
 SILENT = CompletionRequest(prompts=("hello",))
 OWN = ("prompt", "logprobs", "echo", "best_of", "suffix")  # a completion's, unlike a chat's
+
 NOT_ITS = (
     *("messages", "chat_template_kwargs", "reasoning_effort", "continue_final_message"),
     *("add_generation_prompt", "top_logprobs", "reasoning_format", "tool_choice", "tools"),
@@ -81,19 +58,8 @@ NOT_ITS = (
 )
 
 
-def body(**fields: Any) -> bytes:
-    return json.dumps(fields).encode()
-
-
 def parse(**fields: Any) -> CompletionRequest:
     return parse_completion(body(**{"prompt": "hello", **fields}))
-
-
-def refused(parser: Callable[[bytes], Any], raw: bytes) -> APIError:
-    with pytest.raises(APIError) as caught:
-        parser(raw)
-    assert caught.value.status == 400
-    return caught.value
 
 
 def refusal(**fields: Any) -> APIError:
@@ -114,6 +80,7 @@ TEXTS: list[tuple[Any, Any]] = [
     (["a"] * MAX_PROMPTS, ("a",) * MAX_PROMPTS),
     ([7] * 1000, ((7,) * 1000,)),
 ]
+
 NO_TEXTS: list[tuple[Any, str]] = [
     ("", ""),
     ([], ""),
@@ -190,6 +157,7 @@ def test_a_body_that_is_no_json_object_is_a_400(parser: Callable[[bytes], Any], 
 # --- the table of completions -------------------------------------------------------------------
 
 _FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
+
 OWN_CASES: dict[str, Works | Accepted | Refused] = {
     "prompt": Works("prompts", TEXTS, [value for value, where in NO_TEXTS if not where]),
     "logprobs": Works(
@@ -199,6 +167,7 @@ OWN_CASES: dict[str, Works | Accepted | Refused] = {
     "best_of": Refused([1, 1.0], [2, 0, True, "1", []]),
     "suffix": Refused([""], ["x", False, 0, []]),
 }
+
 COMPLETION_CASES = {
     name: case for name, case in CASES.items() if name not in (*NOT_ITS, *OWN)
 } | OWN_CASES
@@ -310,11 +279,6 @@ def test_a_table_in_the_readme_has_a_row_for_every_field(table: Mapping[str, Fie
 
 
 # --- what a completion returns ------------------------------------------------------------------
-
-
-def token_bytes(token: int) -> bytes:
-    """A byte-level vocabulary: a token is a byte."""
-    return bytes([token])
 
 
 def writer(*echoes: str, num_choices: int = 1, **options: bool) -> Writer:
@@ -463,188 +427,3 @@ def test_usage_counts_each_prompt_once_and_every_output() -> None:
     total = total_usage([first, first, other, other], 2)
     assert (total.num_prompt, total.num_cached, total.num_output) == (13, 4, 24)
     assert total.decode_s == 2.0
-
-
-# --- embeddings ---------------------------------------------------------------------------------
-
-
-def test_an_embedding_request_defaults_to_floats_of_the_last_token() -> None:
-    silent = EmbeddingRequest(("hello",))
-    assert parse_embedding(body(input="hello")) == silent
-    neutral = {"encoding_format": "float", "pooling": "last", "user": "me", "dimensions": None}
-    assert parse_embedding(body(input="hello", **neutral)) == silent
-    assert parse_embedding(body(input="hello", model="any")) == replace(silent, model="any")
-    asking = {"encoding_format": "base64", "pooling": "mean", "dimensions": 5.0, "zeta": 1}
-    assert parse_embedding(body(input="hello", **asking)) == EmbeddingRequest(
-        ("hello",), is_base64=True, dimensions=5, is_mean=True, ignored=("zeta",)
-    )
-
-
-WRONG_IN_EMBEDDINGS: dict[str, list[Any]] = {
-    "encoding_format": ["", "int8", "Float", 5, True, ["float"], {}],
-    "pooling": ["", "max", 5, True, ["last"], {}],
-    "dimensions": [0, -1, 1.5, "5", True, [], {}, 2**21],
-    "user": [5, True, [], {}],
-    "model": [5, True, [], {}],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, values in WRONG_IN_EMBEDDINGS.items() for value in values],
-)
-def test_a_wrong_value_of_an_embedding_is_a_400_that_names_the_field(name: str, value: Any) -> None:
-    error = refused(parse_embedding, body(**{"input": "x", name: value}))
-    assert error.param == name
-    assert f"'{name}'" in error.message
-
-
-@pytest.mark.parametrize("fields", [{}, {"input": None}, {"content": "x"}])
-def test_an_embedding_needs_its_input(fields: dict[str, Any]) -> None:
-    error = refused(parse_embedding, body(**fields))
-    assert error.param == "input"
-    assert "required" in error.message
-
-
-VECTORS = [[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]
-
-
-def embedded(**fields: Any) -> list[Any]:
-    request = parse_embedding(body(input=["a", "b"], **fields))
-    raw = embeddings(request, VECTORS, "org/model", 7)
-    answer = json.loads(raw)
-    assert answer["object"] == "list"
-    assert answer["model"] == "org/model"
-    assert answer["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
-    assert [(item["object"], item["index"]) for item in answer["data"]] == [
-        ("embedding", 0),
-        ("embedding", 1),
-    ]
-    if not request.is_base64:
-        CreateEmbeddingResponse.model_validate_json(raw, strict=True)
-    return [item["embedding"] for item in answer["data"]]
-
-
-def decoded(text: str) -> list[float]:
-    raw = base64.b64decode(text, validate=True)
-    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
-
-
-def test_base64_is_the_same_floats() -> None:
-    assert embedded() == VECTORS
-    for text, vector in zip(embedded(encoding_format="base64"), VECTORS, strict=True):
-        assert decoded(text) == pytest.approx(vector, abs=1e-7)
-
-
-def test_fewer_dimensions_are_the_first_ones_normalised_again() -> None:
-    assert embedded(dimensions=3) == VECTORS
-    first, other = embedded(dimensions=2)
-    assert first == pytest.approx([0.6, 0.8])
-    assert other == [0.0, 0.0], "there is no direction in what is left"
-    assert embedded(dimensions=1)[0] == [1.0]
-    (short, _) = embedded(dimensions=1, encoding_format="base64")
-    assert decoded(short) == [1.0]
-
-
-def test_more_dimensions_than_there_are_is_a_400() -> None:
-    request = parse_embedding(body(input=["a", "b"], dimensions=4))
-    with pytest.raises(APIError) as caught:
-        embeddings(request, VECTORS, "org/model", 7)
-    assert caught.value.status == 400
-    assert caught.value.param == "dimensions"
-    assert "3" in caught.value.message
-
-
-# --- tokenize and detokenize --------------------------------------------------------------------
-
-
-def test_a_text_has_a_name_in_both_dialects() -> None:
-    request = parse_tokenize(body(content="hello"))
-    assert request == parse_tokenize(body(prompt="hello"))
-    assert request == parse_tokenize(body(prompt="hello", content="hello", parse_special=True))
-    assert (request.content, request.messages, request.add_special) == ("hello", (), False)
-    for name in ("add_special", "add_special_tokens"):
-        assert parse_tokenize(body(content="x", **{name: True})).add_special
-    assert parse_tokenize(body(content="")).content == ""
-    assert parse_tokenize(body(content="x", with_pieces=True)).with_pieces
-    assert parse_tokenize(body(content="x", return_token_strs=True)).with_strings
-    assert parse_tokenize(body(content="x", zeta=1)).ignored == ("zeta",)
-
-
-def test_a_chat_may_be_counted_as_well() -> None:
-    messages = [{"role": "user", "content": "hello"}]
-    request = parse_tokenize(body(messages=messages, chat_template_kwargs={"a": 1}))
-    assert request.messages == (Message(Role.USER, "hello"),)
-    assert request.template_kwargs == {"a": 1}
-    assert not request.is_open
-    assert not parse_tokenize(body(messages=messages, add_generation_prompt=True)).is_open
-    assert parse_tokenize(body(messages=messages, add_generation_prompt=False)).is_open
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({}, "content"),
-        ({"content": None}, "content"),
-        ({"content": "x", "messages": [{"role": "user", "content": "x"}]}, "content"),
-        ({"content": "x", "prompt": "y"}, "prompt"),
-        ({"content": 5}, "content"),
-        ({"prompt": ["x"]}, "prompt"),
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"content": "x", "with_pieces": 1}, "with_pieces"),
-        ({"content": "x", "return_token_strs": "true"}, "return_token_strs"),
-        ({"content": "x", "add_special": 1}, "add_special"),
-        ({"content": "x", "add_special": True, "add_special_tokens": False}, "add_special_tokens"),
-        ({"content": "x", "parse_special": False}, "parse_special"),
-        ({"content": "x", "add_generation_prompt": 0}, "add_generation_prompt"),
-        (
-            {"content": "x", "chat_template_kwargs": {"messages": 1}},
-            "chat_template_kwargs.messages",
-        ),
-    ],
-)
-def test_what_cannot_be_tokenized_is_a_400_that_names_it(
-    fields: dict[str, Any], param: str
-) -> None:
-    assert refused(parse_tokenize, body(**fields)).param == param
-
-
-def test_tokenize_answers_in_both_dialects_with_texts_on_request() -> None:
-    tokens = list("a🙂".encode())
-
-    def answer(**fields: Any) -> Any:
-        request = parse_tokenize(body(content="a🙂", **fields))
-        return json.loads(tokenized(request, tokens, 4096, token_bytes))
-
-    assert answer() == {"tokens": tokens, "count": 5, "max_model_len": 4096}
-    assert answer(return_token_strs=True)["token_strs"] == ["a", *"\ufffd" * 4]
-    assert answer(with_pieces=True)["tokens"] == [
-        {"id": 97, "piece": "a"},
-        *({"id": byte, "piece": [byte]} for byte in "🙂".encode()),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({}, "tokens"),
-        ({"tokens": None}, "tokens"),
-        ({"tokens": "abc"}, "tokens"),
-        ({"tokens": 5}, "tokens"),
-        ({"tokens": [5, -1]}, "tokens[1]"),
-        ({"tokens": ["5"]}, "tokens[0]"),
-        ({"tokens": [True]}, "tokens[0]"),
-        ({"tokens": [[5]]}, "tokens[0]"),
-        ({"tokens": [2**31]}, "tokens[0]"),
-    ],
-)
-def test_what_is_no_token_is_a_400_that_names_it(fields: dict[str, Any], param: str) -> None:
-    assert refused(parse_detokenize, body(**fields)).param == param
-
-
-def test_detokenize_answers_in_both_dialects() -> None:
-    request = parse_detokenize(body(tokens=[1, 2.0], model="m", zeta=1))
-    assert (request.tokens, request.ignored) == ((1, 2), ("zeta",))
-    assert parse_detokenize(body(tokens=[])).tokens == ()
-    assert json.loads(detokenized("a\n🙂")) == {"content": "a\n🙂", "prompt": "a\n🙂"}

@@ -1,9 +1,10 @@
-"""Chat requests for tests: a case for each field, a chat's parse and its refusal.
+"""Requests for tests of the API: a case for each field of a chat, parses and refusals.
 
 The cases are keyed by field; a field of `FIELDS` that has none fails in `test_chat_completions`.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,17 @@ from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstra
 HELLO = [{"role": "user", "content": "hello"}]
 BEGUN = [*HELLO, {"role": "assistant", "content": "Once"}]
 SILENT = ChatRequest(messages=(Message(Role.USER, "hello"),))
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def refused(parser: Callable[[bytes], Any], raw: bytes) -> APIError:
+    with pytest.raises(APIError) as caught:
+        parser(raw)
+    assert caught.value.status == 400
+    return caught.value
 
 
 def parse(**fields: Any) -> ChatRequest:
