@@ -573,15 +573,15 @@ def test_a_full_disk_costs_no_answer_and_writing_resumes_when_there_is_room(
 
 
 def test_a_prefix_is_not_written_where_a_link_leads(tmp_path: Path) -> None:
-    told: list[Any] = []
+    failed: list[Any] = []
     store = Store(tmp_path / "home", "label", 1 << 20)
-    store.on_failed = told.append
+    store.on_failed = failed.append
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
     (tmp_path / "home" / "label" / "7.tmp").symlink_to(victim)
     store.write(7, File(Stored(1, 0, None, b"\1\0\0\0"), {}))
-    until_true(lambda: told)
-    assert told == [7]
+    until_true(lambda: failed)
+    assert failed == [7]
     assert victim.read_bytes() == b"precious"
 
 

@@ -48,46 +48,46 @@ from tests.e2e.test_faults import assert_one_line
 KEYS = {"flag": "sk-flag-0a1b2c3d4e", "file": "sk-file-5f6a7b8c9d", "second": "sk-file-2222222222"}
 WRONG = "sk-wrong-e1f2a3b4c5"
 HUB_TOKEN = "hf_a1b2c3d4e5f6a7b8c9"
-SAID = "xyzzy"  # in every text of a client, and in nothing that may be logged
-SAY = f"Tell me of {SAID} and nothing else."
+WORD = "xyzzy"  # in every text of a client, and in nothing that may be logged
+PROMPT = f"Repeat {WORD} and nothing else."
 TOOL = {
     "type": "function",
-    "function": {"name": "look", "description": SAY, "parameters": {"type": "object"}},
+    "function": {"name": "look", "description": PROMPT, "parameters": {"type": "object"}},
 }
 CALLS: tuple[tuple[str, str, Any], ...] = (
-    ("POST", CHAT, chat_body(SAY, max_tokens=4)),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, stream=True, stop=[SAID])),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, tools=[TOOL], user=SAID, metadata={"a": SAID})),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, unknown_field=SAID)),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, chat_template_kwargs={"a": SAID})),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, cache_salt=SAID)),
-    ("POST", CHAT, chat_body(SAY, temperature=SAID)),
-    ("POST", CHAT, chat_body(SAY, verbosity=SAID)),
-    ("POST", CHAT, chat_body(SAY, chat_template=SAID)),
-    ("POST", CHAT, chat_body(SAY, response_format={"type": SAID})),
-    ("POST", CHAT, chat_body(SAY, max_tokens=4, guided_regex=f"({SAID}")),
-    ("POST", CHAT, chat_body(SAY + "\ud800")),
-    ("POST", CHAT, chat_body(SAID * 20_000)),
-    ("POST", CHAT, {"messages": SAID}),
-    ("POST", CHAT, {"messages": [{"role": SAID, "content": SAY}]}),
-    ("POST", "/v1/completions", {"prompt": SAY, "max_tokens": 4, "echo": True}),
-    ("POST", "/v1/messages", {**chat_body(SAY), "max_tokens": 4, "system": SAY}),
-    ("POST", "/v1/messages/count_tokens", chat_body(SAY)),
-    ("POST", "/v1/responses", {"input": SAY, "max_output_tokens": 16, "instructions": SAY}),
-    ("GET", f"/v1/responses/{SAID}", None),
-    ("POST", "/v1/embeddings", {"input": [SAY, SAY]}),
-    ("POST", "/tokenize", {"content": SAY, "with_pieces": True}),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4)),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, stream=True, stop=[WORD])),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, tools=[TOOL], user=WORD, metadata={"a": WORD})),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, unknown_field=WORD)),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, chat_template_kwargs={"a": WORD})),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, cache_salt=WORD)),
+    ("POST", CHAT, chat_body(PROMPT, temperature=WORD)),
+    ("POST", CHAT, chat_body(PROMPT, verbosity=WORD)),
+    ("POST", CHAT, chat_body(PROMPT, chat_template=WORD)),
+    ("POST", CHAT, chat_body(PROMPT, response_format={"type": WORD})),
+    ("POST", CHAT, chat_body(PROMPT, max_tokens=4, guided_regex=f"({WORD}")),
+    ("POST", CHAT, chat_body(PROMPT + "\ud800")),
+    ("POST", CHAT, chat_body(WORD * 20_000)),
+    ("POST", CHAT, {"messages": WORD}),
+    ("POST", CHAT, {"messages": [{"role": WORD, "content": PROMPT}]}),
+    ("POST", "/v1/completions", {"prompt": PROMPT, "max_tokens": 4, "echo": True}),
+    ("POST", "/v1/messages", {**chat_body(PROMPT), "max_tokens": 4, "system": PROMPT}),
+    ("POST", "/v1/messages/count_tokens", chat_body(PROMPT)),
+    ("POST", "/v1/responses", {"input": PROMPT, "max_output_tokens": 16, "instructions": PROMPT}),
+    ("GET", f"/v1/responses/{WORD}", None),
+    ("POST", "/v1/embeddings", {"input": [PROMPT, PROMPT]}),
+    ("POST", "/tokenize", {"content": PROMPT, "with_pieces": True}),
     ("POST", "/detokenize", {"tokens": [1, 2, 3]}),
-    ("POST", "/v1/cancel", {"id": SAID}),
+    ("POST", "/v1/cancel", {"id": WORD}),
     ("GET", "/v1/models", None),
-    ("GET", f"/v1/models/{SAID}", None),
+    ("GET", f"/v1/models/{WORD}", None),
     ("GET", "/v1/status", None),
     ("GET", "/v1/cache", None),
     ("GET", "/openapi.json", None),
     ("GET", "/version", None),
     ("GET", "/health", None),
     ("GET", "/metrics", None),
-    ("GET", f"/nowhere/{SAID}", None),
+    ("GET", f"/nowhere/{WORD}", None),
     ("DELETE", CHAT, None),
     ("DELETE", "/v1/cache", None),
 )
@@ -103,7 +103,7 @@ def credentials() -> Iterator[dict[str, str]]:
     yield {}
 
 
-def say(
+def ask(
     port: int, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> tuple[int, list[tuple[str, str]], str]:
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as link:
@@ -127,33 +127,33 @@ def test_at_debug_neither_a_key_nor_a_prompt_nor_a_path_is_logged(
     flags += ("--api-key-file", str(keys), "--prefix-cache-dir", str(tmp_path / "prefixes"))
     variables = {"MLXLITE_API_KEY": KEYS["flag"]}
     right = {"authorization": f"Bearer {KEYS['second']}"}
-    told: list[str] = []
+    answered: list[str] = []
     with running(tmp_path, *flags, variables=variables) as process:
         process.until("server is listening")
         for headers in credentials():
-            status, fields, body = say(port, "POST", CHAT, chat_body(SAY, max_tokens=2), headers)
+            status, fields, body = ask(port, "POST", CHAT, chat_body(PROMPT, max_tokens=2), headers)
             given = [headers.get("x-api-key"), headers.get("authorization", "").partition(" ")[2]]
             is_right = any(key in given for key in KEYS.values())
             is_right &= not headers.get("authorization", "").startswith("Basic")
             assert status == (200 if is_right else 401), headers
-            told += [*map(str, fields), body]
+            answered += [*map(str, fields), body]
         statuses = set()
         for method, path, body in CALLS * 2:
-            status, fields, text = say(port, method, path, body, right)
+            status, fields, text = ask(port, method, path, body, right)
             assert status < 500, (path, text)
             statuses.add(status)
-            told += [*map(str, fields), text]
+            answered += [*map(str, fields), text]
         assert {200, 400, 404, 405} <= statuses
-        told += [say(port, "GET", "/metrics", None, {"accept": "application/json"})[2]]
+        answered += [ask(port, "GET", "/metrics", None, {"accept": "application/json"})[2]]
         process.kill(signal.SIGTERM)
         assert process.wait(GONE_S) == 0
         logged = process.stdout + process.stderr
     assert " INFO mlxlite.api: req_" in logged
     for secret in (*KEYS.values(), WRONG):
         assert secret not in logged
-        assert not [text for text in told if secret in text]
-    assert SAID not in logged, "no log level includes text of clients"
-    assert not [text for text in told if str(tmp_path) in text or "secret-home" in text]
+        assert not [text for text in answered if secret in text]
+    assert WORD not in logged, "no log level includes text of clients"
+    assert not [text for text in answered if str(tmp_path) in text or "secret-home" in text]
 
 
 def test_at_debug_the_hubs_token_is_not_logged(checkpoint: Path, tmp_path: Path) -> None:
