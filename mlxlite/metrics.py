@@ -153,6 +153,7 @@ class Metrics:
         self.output_tokens = total("vllm:generation_tokens_total", "Output tokens.")
         ended = total("vllm:request_success_total", "Ended sequences.", (), "finished_reason")
         self.num_finished = {why: ended.labels(why) for why in ("stop", "length", "abort", "error")}
+        self.num_finished["displaced"] = self.num_finished["error"]
         self.num_finished["cancelled"] = self.num_finished["abort"]  # our word, vLLM's word
         self.num_asked = total("vllm:prefix_cache_queries_total", "Tokens looked for.")
         self.num_hits = total("vllm:prefix_cache_hits_total", "Tokens found.")

@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 
 from mlxlite.api.writers import Collected, Writer
+from mlxlite.engine.engine import QUEUE_FULL
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, ErrorKind
+from mlxlite.http.errors import APIError, ErrorKind, retry_later
 from mlxlite.output.events import Done, Event
 
 log = logging.getLogger("mlxlite.api")
@@ -60,7 +61,7 @@ class Answer:
             self._choices[index].take(event)
 
     def _done(self, index: int, done: Done) -> None:
-        if done.reason is FinishReason.ERROR:
+        if done.error is not None:
             self._fail(failure(done))
             return
         total = None
@@ -106,7 +107,13 @@ class Answer:
         )
 
 
+def queue_full() -> APIError:
+    return retry_later(ErrorKind.QUEUE_FULL, QUEUE_FULL, retry_after_s=1)
+
+
 def failure(done: Done) -> APIError:
+    if done.reason is FinishReason.DISPLACED:
+        return queue_full()
     return APIError(ErrorKind.MODEL_FAILED, done.error or "the model failed")
 
 

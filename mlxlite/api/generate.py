@@ -11,7 +11,7 @@ from functools import partial
 from time import time
 from typing import Any, Protocol, TypeVar
 
-from mlxlite.api.answer import Answer
+from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
 from mlxlite.api.render import complete, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
@@ -105,7 +105,8 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
     if exchange.is_lost or exchange.is_answered:
         return
     service.need_model()  # the phase may have changed while the prompt was rendered
-    service.note_ignored(exchange, request.ignored)
+    is_limited = request.priority < service.priority_limit(exchange)
+    service.note_ignored(exchange, request.ignored + ("priority",) * is_limited)
     service.check_model(request.model)
     _start(dialect, service, exchange, ready, request, prompts)
 
@@ -137,7 +138,7 @@ def _start(
     request: Any,
     prompts: Sequence[Prompt],
 ) -> None:
-    model, sequences = ready.model, _sequences(service, ready, request, prompts)
+    model, sequences = ready.model, _sequences(service, exchange, ready, request, prompts)
     id = dialect.id_prefix + secrets.token_hex(12)
     envelope = Envelope(id, int(time()), model.id, f"fp_{model.fingerprint}")
     writer = dialect.writer(envelope, request, model, prompts)
@@ -162,8 +163,7 @@ def _start(
     try:
         ready.engine.add(sequences, generations)
     except QueueFull:
-        message = "the request queue is full; try again later"
-        raise retry_later(ErrorKind.QUEUE_FULL, message, retry_after_s=1) from None
+        raise queue_full() from None
     except EngineFailed as error:
         raise retry_later(ErrorKind.UNAVAILABLE, str(error), retry_after_s=30) from None
     service.running[exchange] = Running(id, tuple(sequence.id for sequence in sequences))
@@ -178,7 +178,11 @@ def _start(
 
 
 def _sequences(
-    service: Service, ready: Ready, request: Request, prompts: Sequence[Prompt]
+    service: Service,
+    exchange: Exchange,
+    ready: Ready,
+    request: Request,
+    prompts: Sequence[Prompt],
 ) -> list[EngineSequence]:
     model, size, config = ready.model, ready.card.context_size, service.config
     if request.num_choices * len(prompts) > config.max_queue:
@@ -189,6 +193,7 @@ def _sequences(
             raise bad_request(f"the model has no token {id}", "logit_bias")
     eos_tokens = frozenset(request.stop_tokens)
     eos_tokens |= frozenset() if request.ignore_eos else model.eos_tokens
+    priority = max(request.priority, service.priority_limit(exchange))
     sequences: list[EngineSequence] = []
     for prompt in prompts:
         num_left = size - len(prompt.tokens)
@@ -203,7 +208,9 @@ def _sequences(
                 sampling=replace(sampling, seed=(sampling.seed + i) % 2**64),
                 max_tokens=min(wanted, num_left),
                 eos_tokens=eos_tokens,
-                priority=request.priority,
+                priority=priority,
+                tenant=exchange.key,
+                number=len(sequences) + i,
                 wants_progress=request.is_stream and request.return_progress and i == 0,
                 wants_usage=request.stream_options.has_extras,
             )

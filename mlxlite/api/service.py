@@ -89,6 +89,7 @@ class Service:
         self.num_sequences = 0  # so far; the next one's id follows
         self._executors: tuple[Executor, ...] = ()
         self._ignored_names: set[str] = set()
+        self._priority_limits = config.priority_limits()
 
     def need_model(self) -> Ready:
         """The loaded model. Raises APIError 503 where there is none (yet)."""
@@ -143,13 +144,17 @@ class Service:
         """Requests of one tenant share cached prefixes: all, or those of one API key."""
         return exchange.key if self.config.prefix_cache_scope == "key" else b""
 
+    def priority_limit(self, exchange: Exchange) -> int:
+        """The best priority that a request of this key may have."""
+        return self._priority_limits[exchange.key.decode()]
+
     def cancel(self, running: Running) -> None:
         if self.ready is not None:
             for id in running.sequence_ids:
                 self.ready.engine.cancel(id)
 
     def note_ignored(self, exchange: Exchange, names: tuple[str, ...]) -> None:
-        """Unknown fields: named in a header of each answer, logged once each."""
+        """Fields without effect: named in a header of each answer, logged once each."""
         if not names:
             return
         self.metrics.ignored_fields(len(names))
@@ -159,7 +164,7 @@ class Service:
         for name in shown:
             if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:
                 self._ignored_names.add(name)
-                log.warning("unknown request field ignored: %s (logged once)", name)
+                log.warning("request field ignored: %s (logged once)", name)
 
 
 def _call(work: Callable[..., T], *args: Any) -> T:

@@ -23,6 +23,8 @@ USAGE_STATUS = 2  # the exit status argparse and getopt use for a bad command li
 # Characters that a header can hold, hmac.compare_digest can compare and a comma can separate.
 _API_KEY = re.compile(r"[!-+\--~]+")
 _API_KEY_TEXT = "visible ASCII characters without a comma"
+_KEY_LINE = re.compile(rf"({_API_KEY.pattern})(?:[ \t]+(-?[0-9]{{1,10}}))?")
+NO_PRIORITY_LIMIT = -(2**31)
 _MODE = re.compile(r"0?[0-7]{3}")
 _LEVELS = ("debug", "info", "warning", "error")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
@@ -81,7 +83,11 @@ class Config:
         pattern_text=_API_KEY_TEXT,
         is_secret=True,
     )
-    api_key_file: str | None = flag(None, "PATH", "accept the keys in this file too, one per line")
+    api_key_file: str | None = flag(
+        None,
+        "PATH",
+        "accept the keys in this file too, one per line; a number behind it is its --max-priority",
+    )
     cors_origins: tuple[str, ...] = flag(
         ("http://localhost", "http://127.0.0.1", "tauri://localhost"),
         "ORIGIN,...",
@@ -144,6 +150,13 @@ class Config:
         0, "TOKENS", "end an answer whose last N tokens repeat one piece; 0 = off"
     )
     max_queue: int = flag(256, "N", "waiting sequences; beyond that the answer is 429", minimum=1)
+    max_priority: int = flag(
+        0,
+        "N",
+        "with several API keys: best priority of a request, lower is better; see --api-key-file",
+        minimum=NO_PRIORITY_LIMIT,
+        maximum=-NO_PRIORITY_LIMIT - 1,
+    )
     max_body_mb: int = flag(
         64, "MB", "largest request body; beyond it the answer is 413", minimum=1
     )
@@ -223,22 +236,38 @@ class Config:
         Reads the file at each call. Raises `ConfigError` if it cannot be read or holds no key: an
         empty file must not turn access control off.
         """
+        return tuple(self._keys())
+
+    def priority_limits(self) -> dict[str, int]:
+        """By API key, the best priority that its requests may have; by "" where there is none.
+
+        Reads the key file, as `api_keys` does.
+        """
+        keys = self._keys()
+        usual = self.max_priority if len(keys) > 1 else NO_PRIORITY_LIMIT
+        return {key: usual if own is None else own for key, own in (keys or {"": None}).items()}
+
+    def _keys(self) -> dict[str, int | None]:
+        """The keys, in order, with their own limits of priority."""
+        keys: dict[str, int | None] = dict.fromkeys(self.api_key)
         if self.api_key_file is None:
-            return tuple(dict.fromkeys(self.api_key))
+            return keys
         try:
             text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise ConfigError(f"--api-key-file {self.api_key_file}: {reason}") from None
-        keys = {n: line.strip() for n, line in enumerate(text.splitlines(), 1) if line.strip()}
-        for n, key in keys.items():
-            if not _API_KEY.fullmatch(key):
+        lines = {n: line.strip() for n, line in enumerate(text.splitlines(), 1) if line.strip()}
+        for n, line in lines.items():
+            if (match := _KEY_LINE.fullmatch(line)) is None:
                 raise ConfigError(
                     f"--api-key-file {self.api_key_file}: line {n} must be {_API_KEY_TEXT}"
                 )
-        if not keys:
+            key, limit = match.groups()
+            keys[key] = keys.get(key) if limit is None else int(limit)
+        if not lines:
             raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key")
-        return tuple(dict.fromkeys((*self.api_key, *keys.values())))
+        return keys
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str]) -> Config:

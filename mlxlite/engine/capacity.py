@@ -5,7 +5,8 @@ counted, fits the budget. Never moves a request: it names the victims, and the s
 them. One request alone always fits: the server has refused those that do not.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mlxlite.engine.memory import Memory
@@ -14,6 +15,21 @@ from mlxlite.engine.request_state import RequestState
 
 def _key(state: RequestState) -> tuple[int, int]:
     return state.key
+
+
+def _yields(
+    victim: RequestState, newcomer: RequestState, num_rows: Mapping[bytes, int], step: int
+) -> bool:
+    """Whether a running request makes room for a better priority, or for its tenant's share.
+
+    Ages count as they were when it was admitted: what runs does not age. Two rows between tenants,
+    or one would preempt the other in turn.
+    """
+    own, other = victim.sequence, newcomer.sequence
+    if other.priority < own.priority:
+        return newcomer.level(step) < victim.level(victim.admitted)
+    has_more = num_rows[own.tenant] - num_rows[other.tenant] >= 2
+    return has_more and other.priority == own.priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +59,26 @@ class Capacity:
         return victims
 
     def victims_for(
-        self, newcomer: RequestState, running: list[RequestState], *, may_preempt: bool
+        self, newcomer: RequestState, running: list[RequestState], step: int, *, may_preempt: bool
     ) -> list[RequestState] | None:
-        """The lower-priority requests to preempt for a newcomer, last in order first.
+        """The requests to preempt for a newcomer: of lower priority, or of a tenant with more rows.
 
-        Empty if there is room; None if preemption does not make enough.
+        Empty if there is room; None if preemption does not make enough. The worst priority goes
+        first, then the tenant with the most rows, and of its requests the last in order.
         """
-        kept, victims = sorted(running, key=_key), []
+        kept, victims = list(running), []
+        num_rows = Counter(state.sequence.tenant for state in running)
+
+        def rank(state: RequestState) -> tuple[int, int, tuple[int, int]]:
+            return state.sequence.priority, num_rows[state.sequence.tenant], state.key
+
         while len(kept) >= self.max_rows or not self.fits([*kept, newcomer]):
-            victim = kept.pop()
-            is_higher = newcomer.sequence.priority < victim.sequence.priority
-            if not (may_preempt and is_higher and newcomer.key < victim.key):
+            yielding = [state for state in kept if _yields(state, newcomer, num_rows, step)]
+            if not may_preempt or not yielding:
                 return None
+            victim = max(yielding, key=rank)
+            kept.remove(victim)
+            num_rows[victim.sequence.tenant] -= 1
             victims.append(victim)
         return victims
 

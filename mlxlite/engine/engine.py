@@ -20,6 +20,7 @@ from time import perf_counter
 from mlxlite.engine.chunk_budget import ChunkTuner
 from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.embeddings import Embedder
+from mlxlite.engine.fair_queue import displaced
 from mlxlite.engine.live_sequences import LiveSequences, Observer
 from mlxlite.engine.scheduler import Scheduler
 from mlxlite.engine.sequence import FinishReason, Sequence
@@ -44,6 +45,7 @@ from mlxlite.prefix_cache.operations import CacheStats
 log = logging.getLogger("mlxlite.engine")
 # Of the vision towers' inputs, in all live sequences; a single request may have more.
 MAX_IMAGE_BYTES = 1 << 30
+QUEUE_FULL = "the request queue is full; try again later"
 
 
 class EngineFailed(Exception):
@@ -105,14 +107,12 @@ class Engine:
         """Queue one request's sequences; each one's sink is called until its `Finished`.
 
         Choices share one `Prompt` object, whose images are counted with the first of them only.
-        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded or there are
-        too many pictures, and EngineFailed when the engine has stopped for good.
+        Raises QueueFull, and queues none of them, when `max_queue` would be exceeded and no others
+        are displaced, or there are too many images, and EngineFailed when the engine has stopped
+        for good.
         """
         if self.failure is not None:
             raise EngineFailed(self.failure)
-        num_waiting = self._scheduler.num_waiting + sum(isinstance(c, Add) for c in self._commands)
-        if num_waiting + len(sequences) > self._options.max_queue:
-            raise QueueFull
         firsts = {id(sequence.prompt): sequence.id for sequence in reversed(sequences)}
         sizes = {
             s.id: sum(image.num_bytes for image in s.prompt.images)
@@ -123,9 +123,25 @@ class Engine:
         if num_held and num_bytes and num_held + num_bytes > MAX_IMAGE_BYTES:
             raise QueueFull
         now = perf_counter()
+        self._make_room(sequences, now)
         for sequence, sink in zip(sequences, sinks, strict=True):
             self._live.add(sequence, sink, now, sizes.get(sequence.id, 0))
             self._command(Add(sequence))
+
+    def _make_room(self, arrivals: SequenceOf[Sequence], now: float) -> None:
+        """End the waiting sequences that arrivals displace. Raises QueueFull."""
+        added = [command.sequence for command in self._commands if isinstance(command, Add)]
+        num_free = self._options.max_queue - self._scheduler.num_waiting - len(added)
+        if num_free >= len(arrivals):
+            return
+        waiting = self._scheduler.waiting() + added
+        live = [sequence for sequence in waiting if sequence.id in self._live]
+        num_free += len(waiting) - len(live)  # have ended since the last tick
+        leaving = displaced(arrivals, live, num_free)
+        if leaving is None:
+            raise QueueFull
+        for sequence in leaving:
+            self._live.fail(sequence.id, QUEUE_FULL, now, FinishReason.DISPLACED)
 
     def finish(self, id: int, reason: FinishReason) -> None:
         """End a sequence at the next step; its sink gets no more tokens. Ignores unknown ids."""

@@ -97,6 +97,9 @@ class LiveSequences:
     def __len__(self) -> int:
         return len(self._lives)
 
+    def __contains__(self, id: int) -> bool:
+        return id in self._lives
+
     def __iter__(self) -> Iterator[int]:
         return iter(list(self._lives))
 
@@ -115,10 +118,12 @@ class LiveSequences:
             live.stopping = reason
             self._command(Finish(id, reason))
 
-    def fail(self, id: int, error: str, now: float) -> None:
+    def fail(
+        self, id: int, error: str, now: float, reason: FinishReason = FinishReason.ERROR
+    ) -> None:
         """End a sequence: for its sink at once, for the scheduler at the next tick."""
-        self._command(Finish(id, FinishReason.ERROR, error))
-        self._finished(Finished(id, FinishReason.ERROR, error), now)
+        self._command(Finish(id, reason, error))
+        self._finished(Finished(id, reason, error), now)
 
     # --- the scheduler's events ---------------------------------------------------------------
 

@@ -11,6 +11,11 @@ from mlxlite.engine.sequence import Sequence
 from mlxlite.engine.step import Status
 from mlxlite.prefix_cache.hashing import Blocks, extended
 
+# A waiting request gains one priority level on newcomers in so many steps, so that low levels
+# progress: about half a minute at 30 steps a second.
+STEPS_PER_LEVEL = 1000
+STEPS_PER_SEQUENCE = 32  # about what a short answer takes: so much later is a request's next one
+
 
 @dataclass(slots=True)
 class RequestState:
@@ -22,12 +27,14 @@ class RequestState:
     """
 
     sequence: Sequence
-    key: tuple[int, int]  # priority with ageing, then order of arrival: the lowest goes first
+    since: int  # the step of its arrival, later by the levels that it would have gained running
+    arrival: int
     status: Status = Status.WAITING
     start: int = 0
     num_computed: int = 0
     num_encoded: int = 0
     num_launched: int = 0
+    admitted: int = 0  # the step before which it last left the queue
     num_deferred: int = 0  # steps without a part of its prompt, since the last one with one
     outputs: list[int] = field(default_factory=list)
     stops: set[int] = field(default_factory=set)  # where a chunk ends, to store the prefix so far
@@ -36,6 +43,24 @@ class RequestState:
     @property
     def id(self) -> int:
         return self.sequence.id
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The order in a tenant's queue, the lowest first: priority with ageing, then arrival.
+
+        Each further sequence of a request queues as if it had arrived some steps later.
+        """
+        late = self.sequence.number * STEPS_PER_SEQUENCE
+        return self.sequence.priority * STEPS_PER_LEVEL + self.since + late, self.arrival
+
+    def level(self, step: int) -> int:
+        """Its priority, less what it has gained by waiting."""
+        return self.sequence.priority - (step - self.since) // STEPS_PER_LEVEL
+
+    def stop_running(self, step: int) -> None:
+        """Only waiting ages: take back the levels that it gained since its admission."""
+        self.since += (step - self.admitted) // STEPS_PER_LEVEL * STEPS_PER_LEVEL
+        self.admitted = step
 
     @property
     def is_running(self) -> bool:

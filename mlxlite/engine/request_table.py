@@ -4,11 +4,10 @@ Moves requests between the queue, the prefilling, the decoding and the leaving, 
 ids the runner must release. Never decides which request moves.
 
 Invariants, asserted by `check()`: a live request is in exactly one place, in that of its status;
-the queue is sorted by key; an id is released once for each time it was admitted.
+an id is released once for each time it was admitted.
 """
 
-from bisect import bisect_left, insort
-
+from mlxlite.engine.fair_queue import FairQueue
 from mlxlite.engine.request_state import RequestState
 from mlxlite.engine.step import Status
 
@@ -18,7 +17,7 @@ class RequestTable:
 
     def __init__(self) -> None:
         self.states: dict[int, RequestState] = {}
-        self.queue: list[tuple[tuple[int, int], int]] = []  # (key, id), sorted
+        self.queue = FairQueue()
         self.prefilling: dict[int, RequestState] = {}
         self.decoding: dict[int, RequestState] = {}
         self.leaving: dict[int, RequestState] = {}
@@ -35,12 +34,13 @@ class RequestTable:
     def add(self, state: RequestState) -> None:
         assert state.id not in self.states, f"sequence {state.id} was added twice"
         self.states[state.id] = state
-        insort(self.queue, (state.key, state.id))
+        self.queue.arrive(state)
 
-    def admit(self, state: RequestState) -> None:
-        """From the queue to the prefilling."""
-        self._unqueue(state)
+    def admit(self, state: RequestState, step: int) -> None:
+        """From the queue to the prefilling, before `step`."""
+        self.queue.remove(state)
         state.status = Status.PREFILL
+        state.admitted = step
         state.num_deferred = 0
         self.prefilling[state.id] = state
 
@@ -49,10 +49,11 @@ class RequestTable:
         state.status = Status.DECODE
         self.decoding[state.id] = self.prefilling.pop(state.id)
 
-    def preempt(self, state: RequestState) -> None:
+    def preempt(self, state: RequestState, step: int) -> None:
         """From the running to the queue, or to the leaving while a launched row is in flight."""
         self._release(state)
         state.resume(0)
+        state.stop_running(step)
         state.status = Status.LEAVING
         self.leaving[state.id] = state
         self.requeue(state)
@@ -62,27 +63,25 @@ class RequestTable:
         if state.status is Status.LEAVING and len(state.outputs) == state.num_launched:
             del self.leaving[state.id]
             state.status = Status.WAITING
-            insort(self.queue, (state.key, state.id))
+            self.queue.push(state)
 
     def remove(self, state: RequestState) -> None:
         """Finish a request, in whatever place it is."""
         match state.status:
             case Status.WAITING:
-                self._unqueue(state)
+                self.queue.remove(state)
             case Status.LEAVING:
                 del self.leaving[state.id]
             case _:
                 self._release(state)
         state.status = Status.FINISHED
+        self.queue.leave(state)
         del self.states[state.id]
 
     def take_released(self) -> tuple[int, ...]:
         """The ids to release in the next step, once."""
         released, self._released = tuple(self._released), []
         return released
-
-    def _unqueue(self, state: RequestState) -> None:
-        del self.queue[bisect_left(self.queue, (state.key, state.id))]
 
     def _release(self, state: RequestState) -> None:
         self._released.append(state.id)
@@ -91,9 +90,9 @@ class RequestTable:
 
     def check(self) -> None:
         """Assert the module's invariants."""
-        waiting = [id for _, id in self.queue]
+        self.queue.check()
+        waiting = [state.id for state in self.queue]
         places = [*waiting, *self.prefilling, *self.decoding, *self.leaving]
-        assert self.queue == sorted(self.queue)
         assert sorted(places) == sorted(self.states)
         assert len(set(self._released)) == len(self._released)
         for id in waiting:

@@ -51,10 +51,6 @@ from mlxlite.engine.step import (
 from mlxlite.prefix_cache.index import PrefixCache
 from mlxlite.prefix_cache.operations import CacheOp
 
-# A waiting request gains one priority level on newcomers in so many steps, so that low levels
-# progress: about half a minute at 30 steps a second.
-STEPS_PER_LEVEL = 1000
-
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -118,6 +114,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._requests.queue) + len(self._requests.leaving)
 
+    def waiting(self) -> list[Sequence]:
+        """The sequences in the queue that have no token yet."""
+        return [state.sequence for state in self._requests.queue if not state.num_launched]
+
     @property
     def num_running(self) -> int:
         return self._requests.num_running
@@ -167,8 +167,7 @@ class Scheduler:
         return []
 
     def _add(self, sequence: Sequence) -> None:
-        aged = sequence.priority * STEPS_PER_LEVEL + self.num_steps
-        self._requests.add(RequestState(sequence, (aged, self._num_arrivals)))
+        self._requests.add(RequestState(sequence, self.num_steps, self._num_arrivals))
         self._num_arrivals += 1
 
     def _fail_running(self, error: str) -> list[Event]:
@@ -215,28 +214,34 @@ class Scheduler:
 
     def _preempt(self, state: RequestState) -> None:
         self._sharing.store(state)
-        self._requests.preempt(state)
+        self._requests.preempt(state, self.num_steps)
 
     def _admit(self) -> list[RequestState]:
-        """Admit from the head of the queue while there is room, or lower priorities can make it."""
+        """Admit the next of the queue while there is room, or others make it."""
         if not self._policy.continuous and (self.num_running or self.is_gathering):
             return []
         self._is_batch_closed = False
         entering: list[RequestState] = []
-        for _, id in list(self._requests.queue):
-            state = self._requests.states[id]
-            if self._sharing.must_wait(state, self._requests.prefilling):
+        passed: set[int] = set()  # they wait for a prefix, and hold back no other
+        requests = self._requests
+        while state := requests.queue.next(self.num_steps, requests.running(), passed):
+            if self._sharing.must_wait(state, requests.prefilling):
+                passed.add(state.id)
                 continue
             if not self._reserve(state):
                 break
-            self._requests.admit(state)
+            requests.admit(state, self.num_steps)
             entering.append(state)
         return entering
 
     def _reserve(self, state: RequestState) -> bool:
-        """Make room by preempting lower priorities if that frees enough, none of them otherwise."""
-        running, may_preempt = self._requests.running(), self._policy.continuous
-        victims = self._capacity.victims_for(state, running, may_preempt=may_preempt)
+        """Make room by preempting others if that frees enough, none of them otherwise."""
+        victims = self._capacity.victims_for(
+            state,
+            self._requests.running(),
+            self.num_steps,
+            may_preempt=self._policy.continuous,
+        )
         for victim in victims or ():
             self._preempt(victim)
         return victims is not None
@@ -252,6 +257,9 @@ class Scheduler:
         states = prefill_order(self._requests.prefilling.values())
         images, chunks = share(states, budget, has_rows=has_rows)
         has_chunk = {chunk.id for chunk in chunks}
+        for chunk in chunks:
+            state = self._requests.states[chunk.id]
+            self._requests.queue.charge(state, 0, chunk.stop - chunk.start)
         for state in states:
             is_computed = not state.num_to_prefill
             if state.id in has_chunk and (is_computed or state.num_computed in state.stops):
@@ -264,6 +272,7 @@ class Scheduler:
         states = [state for state in self._requests.decoding.values() if state.has_row]
         for state in states:
             state.num_launched += 1
+            self._requests.queue.charge(state, 1)
         return tuple(state.id for state in states)
 
     def _prefix_ops(self) -> tuple[CacheOp, ...]:

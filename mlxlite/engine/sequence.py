@@ -17,6 +17,7 @@ class FinishReason(Enum):
     STOP = "stop"  # end-of-sequence token, or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
     CANCELLED = "cancelled"  # by the client, or by its disconnect
+    DISPLACED = "displaced"  # from a full queue, by one with a better claim to a place
     ERROR = "error"
 
 
@@ -100,7 +101,8 @@ class Sequence:
 
     `max_tokens` is at least 1 and already within the context: prompt + output never exceed it.
     `eos_tokens` end the sequence and are no part of its text; an empty set never ends it.
-    Lower `priority` goes first, as in vLLM.
+    Lower `priority` goes first, as in vLLM; within it tenants have equal shares of the rows and of
+    the queue. `number` counts the sequences of one request from 0.
     """
 
     id: int
@@ -109,6 +111,8 @@ class Sequence:
     max_tokens: int
     eos_tokens: frozenset[int] = frozenset()
     priority: int = 0
+    tenant: bytes = b""
+    number: int = 0
     wants_progress: bool = False  # its sink gets `Prefilled`
     wants_usage: bool = False  # its sink gets the usage with every token
 

@@ -247,7 +247,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a sequence; `error` is set for FinishReason.ERROR."""
+    """The last event of a sequence; `error` is set for FinishReason.ERROR and DISPLACED."""
 
     id: int
     reason: FinishReason

@@ -17,7 +17,7 @@ from tables import flag_table
 
 import mlxlite
 from mlxlite.config.flags import ConfigError
-from mlxlite.config.options import Config, parse_args
+from mlxlite.config.options import NO_PRIORITY_LIMIT, Config, parse_args
 from mlxlite.vision.fetch import Limits
 from mlxlite.vision.images import MAX_BYTES, MAX_IMAGES
 
@@ -478,10 +478,26 @@ def test_the_key_file_adds_one_key_a_line(tmp_path: Path) -> None:
     assert config.api_keys() == ("zero", "two", "one")
 
 
+def test_several_keys_have_a_limit_of_priority_and_one_key_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("admin  -10\nguest 5\nplain\ntwo\n")
+    named = ("--api-key", "one,two", "--api-key-file", str(file))
+    limits = {"one": 0, "two": 0, "admin": -10, "guest": 5, "plain": 0}
+    assert from_args(*named).priority_limits() == limits
+    assert from_args(*named, "--max-priority", "-3").priority_limits()["plain"] == -3
+    assert from_args(*named, "--max-priority", "-3").priority_limits()["admin"] == -10
+    assert from_args(*named).api_keys() == tuple(limits)
+    assert from_args("--api-key", "one").priority_limits() == {"one": NO_PRIORITY_LIMIT}
+    assert from_args("--max-priority", "-3").priority_limits() == {"": NO_PRIORITY_LIMIT}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "No such file"),
+        (b"good\nkey -\n", "line 2 must be visible ASCII"),
+        (b"good 1.5\n", "line 1 must be visible ASCII"),
+        (b"good 1 2\n", "line 1 must be visible ASCII"),
         (b"", "holds no key"),
         (b"\n \n", "holds no key"),
         (b"good\ntwo words\n", "line 2 must be visible ASCII"),

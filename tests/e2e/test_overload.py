@@ -5,7 +5,9 @@ refuses tasks, transports and errors that are left behind.
 """
 
 import asyncio
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from helpers import (
@@ -13,8 +15,10 @@ from helpers import (
     ENDLESS,
     FakeModel,
     ScriptedRunner,
+    chat_body,
     chat_request,
     in_a_loop,
+    request,
     serving,
     text_of,
     until,
@@ -78,6 +82,60 @@ async def test_a_full_queue_is_a_429_with_a_retry_after_header() -> None:
         assert text_of(await waiting.rest()) == "hello"
         assert (await wire.chat("hello")).status == 200
         await waiting.close()
+
+
+def keyed(key: str, content: str, **fields: Any) -> bytes:
+    body = json.dumps(chat_body(content, **fields)).encode()
+    return request("POST", "/v1/chat/completions", body, x_api_key=key)
+
+
+@in_a_loop
+async def test_a_key_that_fills_the_queue_gives_a_place_to_another_key() -> None:
+    keys = ("many", "few")
+    async with serving(api_key=keys, max_batch_size=1, max_queue=2) as served:
+        a, b, c, other = [await served.wire() for _ in range(4)]
+        served.runner.hold()
+        for n, (wire, text) in enumerate(((a, "first"), (b, "second"), (c, "third")), 1):
+            await wire.send(keyed("many", text))
+            await until(lambda n=n: served.num_live == n)  # type: ignore[misc]
+        await other.send(keyed("few", "other"))
+        answer = await c.answer()  # the latest of the other key
+        assert (answer.status, answer.error["code"]) == (429, "queue_full")
+        assert answer["retry-after"] == "1"
+        served.runner.release()
+        for wire in (a, b, other):
+            assert (await wire.answer()).status == 200
+            await wire.close()
+        await c.close()
+
+
+@in_a_loop
+async def test_a_displaced_stream_ends_with_its_error() -> None:
+    async with serving(max_batch_size=1, max_queue=1) as served:
+        a, b, c = [await served.wire() for _ in range(3)]
+        await a.open_stream("a" + ENDLESS)
+        await until(lambda: served.runner.num_drawn.get(1, 0) > 0)
+        await b.open_stream("hello", priority=1)
+        await c.open_stream("hello", priority=0)
+        frames = await b.rest()
+        assert frames[-1] == DONE
+        assert "the request queue is full" in str(frames)
+        await a.close()
+        assert text_of(await c.rest()) == "hello"
+        await b.close()
+        await c.close()
+
+
+@in_a_loop
+async def test_a_priority_above_the_limit_of_a_key_is_lowered_and_named() -> None:
+    keys = ("one", "two")
+    async with serving(api_key=keys, max_priority=-2) as served, await served.wire() as wire:
+        for priority, is_lowered in ((0, False), (-2, False), (-3, True), (-(2**31), True)):
+            await wire.send(keyed("one", "hello", priority=priority))
+            answer = await wire.answer()
+            assert answer.status == 200
+            assert ("x-mlxlite-ignored" in answer) is is_lowered
+            assert not is_lowered or answer["x-mlxlite-ignored"] == "priority"
 
 
 @in_a_loop

@@ -28,7 +28,13 @@ from fakes import (
 from loops import TIMEOUT_S, play, turns
 
 from mlxlite.engine.device_thread import DeviceThread
-from mlxlite.engine.engine import MAX_IMAGE_BYTES, Engine, EngineOptions, QueueFull
+from mlxlite.engine.engine import (
+    MAX_IMAGE_BYTES,
+    QUEUE_FULL,
+    Engine,
+    EngineOptions,
+    QueueFull,
+)
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Logprobs, Prompt, Sequence
@@ -592,6 +598,69 @@ def test_a_full_queue_refuses_and_keeps_nothing_of_the_refused():
                 await sink.wait()
             assert refused.outputs == []
             await served.add(make_sequence(5)).wait()  # there is room again
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("waiting", "arrival", "leaves"),
+    [
+        ({"tenant": b"many"}, {"tenant": b"few"}, True),
+        ({"priority": 1}, {"priority": 0}, True),
+        ({"priority": 1, "tenant": b"few"}, {"priority": 0, "tenant": b"many"}, True),
+        ({"tenant": b"many"}, {"tenant": b"many"}, False),
+        ({"priority": 0}, {"priority": 1, "tenant": b"few"}, False),
+        ({"priority": 0}, {"priority": 0}, False),
+    ],
+)
+def test_a_full_queue_makes_room_for_a_better_priority_and_for_a_share(
+    waiting: dict[str, object], arrival: dict[str, object], leaves: bool
+):
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(max_queue=3)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1), options) as served:
+            sinks = [served.add(make_sequence(1, **waiting))]
+            await gate.reached.wait()
+            sinks += [served.add(make_sequence(id, **waiting)) for id in (2, 3, 4)]
+            last = RecordingSink()
+            if leaves:
+                served.engine.add([make_sequence(5, **arrival)], [last])
+                done = await sinks.pop().wait()  # the latest, before the device has moved
+                assert (done.reason, done.error) == (FinishReason.DISPLACED, QUEUE_FULL)
+                sinks.append(last)
+            else:
+                with pytest.raises(QueueFull):
+                    served.engine.add([make_sequence(5, **arrival)], [last])
+                assert last.outputs == []
+            assert served.engine.num_live == 4
+            gate.open()
+            for sink in sinks:
+                assert (await sink.wait()).reason is FinishReason.LENGTH
+
+    play(scenario())
+
+
+def test_arrivals_of_one_request_get_all_their_places_or_none():
+    async def scenario() -> None:
+        gate = Gate(2)
+        options = EngineOptions(max_queue=4)
+        async with serve(FakeRunner(before=gate), Policy(max_rows=1), options) as served:
+            sinks = [served.add(make_sequence(1, tenant=b"many"))]
+            await gate.reached.wait()
+            sinks += [served.add(make_sequence(id, tenant=b"many")) for id in (2, 3, 4, 5)]
+            three = [make_sequence(6 + i, tenant=b"few", number=i) for i in range(3)]
+            refused = [RecordingSink() for _ in three]
+            with pytest.raises(QueueFull):
+                served.engine.add(three, refused)
+            assert served.engine.num_live == 5
+            two = [RecordingSink() for _ in three[:2]]
+            served.engine.add(three[:2], two)
+            assert served.engine.num_live == 5
+            gate.open()
+            ends = [(await sink.wait()).reason for sink in (*sinks, *two)]
+            assert ends.count(FinishReason.DISPLACED) == 2
+            assert [sink.outputs for sink in refused] == [[], [], []]
 
     play(scenario())
 

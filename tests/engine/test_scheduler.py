@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlite.engine.prefill import MAX_DEFERRALS
+from mlxlite.engine.request_state import STEPS_PER_LEVEL
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.engine.scheduler import STEPS_PER_LEVEL, Policy, Scheduler
+from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason
 from mlxlite.engine.step import (
     Add,
@@ -229,17 +230,28 @@ def test_the_lowest_priority_is_preempted_and_not_the_last_arrival():
     assert admissions(run) == [2, 1, 3, 4, 2, 1]
 
 
-def test_a_request_that_has_aged_past_a_higher_level_is_not_preempted():
-    """Level 1 gains on level 0 in STEPS_PER_LEVEL steps: then the order of both must agree."""
-    late = STEPS_PER_LEVEL + 1
-    for tick, is_preempted in ((late - 2, True), (late, False)):
-        commands: dict[int, list[Command]] = {
-            0: [Add(make_sequence(1, 1, 2 * STEPS_PER_LEVEL, priority=1))],
-            tick: [Add(make_sequence(2, 1, 1, priority=0))],
-        }
-        run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
-        assert (admissions(run) == [1, 2, 1]) is is_preempted, tick
-        assert run.tokens(1) == answer(make_sequence(1, 1, 2 * STEPS_PER_LEVEL))
+@pytest.mark.parametrize("tick", [2, STEPS_PER_LEVEL + 1, 3 * STEPS_PER_LEVEL])
+def test_what_runs_does_not_age_and_is_preempted_by_a_higher_level_at_any_time(tick: int):
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, 4 * STEPS_PER_LEVEL, priority=1))],
+        tick: [Add(make_sequence(2, 1, 1, priority=0))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == [1, 2, 1]
+    assert run.tokens(1) == answer(make_sequence(1, 1, 4 * STEPS_PER_LEVEL))
+
+
+@pytest.mark.parametrize(("priority", "is_preempted"), [(0, False), (-1, True)])
+def test_a_request_keeps_the_level_that_it_gained_by_waiting_while_it_runs(
+    priority: int, is_preempted: bool
+):
+    commands: dict[int, list[Command]] = {
+        0: [Add(make_sequence(1, 1, STEPS_PER_LEVEL + 9))],
+        1: [Add(make_sequence(2, 1, 50, priority=1))],
+        STEPS_PER_LEVEL + 20: [Add(make_sequence(3, 1, 1, priority=priority))],
+    }
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    assert admissions(run) == ([1, 2, 3, 2] if is_preempted else [1, 2, 3])
 
 
 def test_a_low_level_is_not_starved_by_a_flood_of_a_higher_one():
@@ -254,6 +266,91 @@ def test_a_low_level_is_not_starved_by_a_flood_of_a_higher_one():
     assert STEPS_PER_LEVEL < served < STEPS_PER_LEVEL + 20
     of_flood = [id for id in admissions(run) if id >= 100]
     assert of_flood == sorted(of_flood)  # first in, first out within a level
+
+
+# --- tenants ----------------------------------------------------------------------------------
+
+
+def arrivals_of(tenant: bytes, first: int, num: int, max_tokens: int = 40, **more) -> list[Command]:
+    ids = range(first, first + num)
+    return [Add(make_sequence(id, 2, max_tokens, tenant=tenant, **more)) for id in ids]
+
+
+def rows_of(run: Run, first: int, last: int) -> list[tuple[int, int]]:
+    """In each step, the rows of ids in `[first, last)`, and of all others."""
+    counts = [sum(first <= id < last for id in step.rows) for step in run.steps]
+    return [(own, len(step.rows) - own) for own, step in zip(counts, run.steps, strict=True)]
+
+
+@pytest.mark.parametrize(("max_rows", "share"), [(2, 1), (5, 2), (8, 4), (16, 8)])
+def test_a_tenant_with_few_requests_has_half_of_the_rows_beside_a_flood(max_rows: int, share: int):
+    commands = {
+        0: arrivals_of(b"many", 1000, 200),
+        50: arrivals_of(b"few", 1, 40),
+    }
+    run = drive(Scheduler(Policy(max_rows=max_rows)), FakeRunner(), commands)
+    both = [counts for counts in rows_of(run, 1, 1000)[55:] if counts[0] and counts[1]]
+    both = both[: len(both) - 45]  # towards the end it has too few left
+    assert sum(own >= share for own, _ in both) > 0.9 * len(both)
+    assert sum(own for own, _ in both) >= 0.45 * sum(map(sum, both)) * 2 * share / max_rows
+    for sequence in (c.sequence for batch in commands.values() for c in batch):
+        assert run.tokens(sequence.id) == answer(sequence)
+
+
+def test_the_first_token_of_a_small_tenant_waits_for_no_row_of_a_flood():
+    commands = {0: arrivals_of(b"many", 1000, 100, 1000), 50: arrivals_of(b"few", 1, 1, 4)}
+    run = drive(Scheduler(Policy(max_rows=4)), FakeRunner(), commands)
+    first = next(step.number for step in run.steps if 1 in step.rows)
+    added = run.steps[50].number
+    assert first <= added + 3
+
+
+def test_equal_shares_are_reached_once_and_no_row_is_preempted_after_that():
+    tenants = [b"a", b"b", b"c"]
+    commands: dict[int, list[Command]] = {
+        20 * i: arrivals_of(tenant, 1000 * (i + 1), 12, 500) for i, tenant in enumerate(tenants)
+    }
+    run = drive(Scheduler(Policy(max_rows=9)), FakeRunner(), commands)
+    assert len(run.steps[100].rows) == 9
+    assert {id // 1000: 3 for id in run.steps[100].rows} == {1: 3, 2: 3, 3: 3}
+    num_preempted = sum(len(step.released) for step in run.steps[:400])
+    assert num_preempted <= 9
+
+
+@pytest.mark.parametrize("sizes", [(30, 30), (30, 10), (10, 50)])
+def test_with_one_row_tenants_are_served_equal_numbers_of_tokens(sizes: tuple[int, int]):
+    commands = {0: arrivals_of(b"a", 1000, 40, sizes[0]) + arrivals_of(b"b", 2000, 40, sizes[1])}
+    run = drive(Scheduler(Policy(max_rows=1)), FakeRunner(), commands)
+    rows = [id // 1000 for step in run.steps[:400] for id in step.rows]
+    assert abs(rows.count(1) - rows.count(2)) <= 2 * max(sizes)
+
+
+def test_a_flood_that_has_waited_for_long_does_not_hold_off_a_newcomer_of_another_tenant():
+    late = 3 * STEPS_PER_LEVEL
+    commands = {0: arrivals_of(b"many", 1000, 600, 50), late: arrivals_of(b"few", 1, 1, 1)}
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    (step,) = (step.number for step in run.steps if 1 in step.rows)
+    assert step <= run.steps[late].number + 4
+
+
+def test_the_sequences_of_a_large_request_do_not_hold_off_a_small_one_of_the_same_tenant():
+    large: list[Command] = [Add(make_sequence(100 + i, 2, 40, number=i)) for i in range(64)]
+    commands = {0: large, 10: [Add(make_sequence(1, 2, 4))]}
+    run = drive(Scheduler(Policy(max_rows=4)), FakeRunner(), commands)
+    assert admissions(run).index(1) <= 8
+    assert [id for id in admissions(run) if id >= 100] == list(range(100, 164))
+
+
+def test_a_better_priority_goes_before_any_share():
+    commands = {
+        0: arrivals_of(b"many", 1000, 20, 100),
+        30: arrivals_of(b"few", 1, 4, 20, priority=1)
+        + arrivals_of(b"many", 2000, 2, 20, priority=-1),
+    }
+    run = drive(Scheduler(Policy(max_rows=2)), FakeRunner(), commands)
+    order = admissions(run)
+    assert order.index(2000) < order.index(1)
+    assert order.index(1019) < order.index(1)
 
 
 @pytest.mark.parametrize("tick", range(1, 14))

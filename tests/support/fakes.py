@@ -59,6 +59,8 @@ def make_sequence(
     sampling: SamplingParams = GREEDY,
     eos_tokens: frozenset[int] = frozenset(),
     priority: int = 0,
+    tenant: bytes = b"",
+    number: int = 0,
     images: SequenceOf[tuple[int, int]] = (),
     is_unbroken: bool = False,
 ) -> Sequence:
@@ -67,7 +69,7 @@ def make_sequence(
     seen = tuple(Image(start, stop, b"%d" % start) for start, stop in images)
     min_first_chunk = seen[-1].stop if is_unbroken else 0
     made = Prompt(tokens, images=seen, min_first_chunk=min_first_chunk)
-    return Sequence(id, made, sampling, max_tokens, eos_tokens, priority)
+    return Sequence(id, made, sampling, max_tokens, eos_tokens, priority, tenant, number)
 
 
 def make_choices(
