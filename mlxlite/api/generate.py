@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
-from mlxlite.api.render import complete, output_parser, render_chat
+from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
 from mlxlite.api.writers import Envelope, Writer
@@ -77,16 +77,6 @@ def in_task(work: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Hand
             exchange.release(is_read=True)
 
     return handle
-
-
-def context_exceeded(num_prompt: int, context_size: int, param: str = "messages") -> APIError:
-    """The error in the form that llama-server's clients and LiteLLM each recognise."""
-    message = (
-        f"the request exceeds the available context size. This model's maximum context length is "
-        f"{context_size} tokens, and the prompt has {num_prompt}; the answer needs at least one."
-    )
-    extra = {"n_prompt_tokens": num_prompt, "n_ctx": context_size}
-    return APIError(ErrorKind.CONTEXT_EXCEEDED, message, param=param, extra=extra)
 
 
 async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body: bytes) -> None:

@@ -6,18 +6,18 @@ APIError for all that is the client's mistake; holds nothing.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mlxlite.api.openai_content import image_errors
-from mlxlite.api.readers import Text
+from mlxlite.api.readers import MAX_VALUES, Text
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
-from mlxlite.http.errors import bad_request, not_supported
-from mlxlite.models.interface import Model, PromptError
+from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported
+from mlxlite.models.interface import Model, PromptError, PromptTooLong
 from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
@@ -37,7 +37,7 @@ def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prom
     try:
         return [model.render(messages, arguments, is_continuation=is_continuation, **more)]
     except PromptError as error:
-        raise bad_request(str(error), "messages") from error
+        raise prompt_error(model, error, "messages") from error
     except ImageError as error:  # also of one that is decoded only now
         raise bad_request(str(error), error.param or "messages") from error
 
@@ -103,8 +103,19 @@ def complete(
     return replace(prompt, grammar=grammar, blocks=blocks)
 
 
-def encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
-    """Token ids of a text, with the tokenizer's special tokens. Raises APIError."""
+def encode(model: Model, texts: Sequence[Text], param: str) -> list[tuple[int, ...]]:
+    """Token ids of texts, with the tokenizer's special tokens. Raises APIError."""
+    encoded: list[tuple[int, ...]] = []
+    num_left = MAX_VALUES  # as many as a body may hold as ids
+    for text in texts:
+        encoded.append(_encode(model, text, param))
+        num_left -= len(encoded[-1])
+        if num_left < 0 and len(encoded) > 1:
+            raise bad_request(f"'{param}' has more than {MAX_VALUES} tokens in all", param)
+    return encoded
+
+
+def _encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
     if not isinstance(text, str):
         for token in text:
             if token >= model.num_vocab:
@@ -113,10 +124,29 @@ def encode(model: Model, text: Text, param: str) -> tuple[int, ...]:
     try:
         tokens = model.encode(text, add_special=True)
     except PromptError as error:
-        raise bad_request(str(error), param) from error
+        raise prompt_error(model, error, param) from error
     if not tokens:
         raise bad_request(f"'{param}' has no tokens", param)
     return tokens
+
+
+def prompt_error(model: Model, error: PromptError, param: str) -> APIError:
+    if isinstance(error, PromptTooLong):
+        return context_exceeded(error.num_tokens, model.context_size, param, is_least=True)
+    return bad_request(str(error), param)
+
+
+def context_exceeded(
+    num_prompt: int, context_size: int, param: str = "messages", *, is_least: bool = False
+) -> APIError:
+    """The error in the form that llama-server's clients and LiteLLM each recognise."""
+    message = (
+        f"the request exceeds the available context size. This model's maximum context length is "
+        f"{context_size} tokens, and the prompt has {'at least ' * is_least}{num_prompt}; the "
+        "answer needs at least one."
+    )
+    extra = {"n_prompt_tokens": num_prompt, "n_ctx": context_size}
+    return APIError(ErrorKind.CONTEXT_EXCEEDED, message, param=param, extra=extra)
 
 
 def _cache_scope(model: Model, tenant: bytes, salt: str, config: Config) -> int:

@@ -168,10 +168,13 @@ class Service:
 
 
 def _call(work: Callable[..., T], *args: Any) -> T:
-    """Call `work`; an exception that a future cannot carry is wrapped."""
+    """Call `work`; an exception that a future cannot carry is wrapped.
+
+    No local refers to an exception, or the body in its traceback would stay until a collection.
+    """
     try:
         return work(*args)
     except BaseException as error:
-        if (bare := as_exception(error)) is error:
+        if as_exception(error) is error:
             raise
-        raise bare from error
+        raise as_exception(error) from error

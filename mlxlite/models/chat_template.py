@@ -65,8 +65,9 @@ class ChatTemplate:
         """Chat messages to a prompt; `pictures` are those of the messages, in order.
 
         `is_continuation` leaves the last message open, for the answer to go on from it. Raises
-        PromptError without a template, for messages that it refuses, and for a template argument
-        that is a setting of the renderer; ImageError for an image that cannot be used.
+        PromptTooLong; PromptError without a template, for messages that it refuses, and for a
+        template argument that is a setting of the renderer; ImageError for an image that cannot be
+        used.
         """
         if not self.exists:
             raise PromptError(
@@ -74,6 +75,7 @@ class ChatTemplate:
             )
         if template_kwargs and (reserved := _renderer_arguments().intersection(template_kwargs)):
             raise PromptError(f"a request may not set the template argument {min(reserved)!r}")
+        self.tokenizer.check_length(_num_chars(messages))
         text = self._apply(list(messages), dict(template_kwargs), is_continuation)
         if not pictures:
             prompt = Prompt(self._encode(text))
@@ -114,13 +116,10 @@ class ChatTemplate:
             return True
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        try:
-            tokens = self.tokenizer.wrapper.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:
-            raise PromptError("the messages hold half a character (a lone surrogate)") from error
+        tokens = self.tokenizer.encode(text, add_special=False)
         if not tokens:
             raise PromptError("the chat template made an empty prompt of the messages")
-        return tuple(tokens)
+        return tokens
 
     def _message_starts(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """The positions at which messages begin, found by the special tokens that begin them.
@@ -176,6 +175,14 @@ class ChatTemplate:
 
 def _user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
+
+
+def _num_chars(messages: SequenceOf[Mapping[str, Any]]) -> int:
+    """Characters of the messages' contents and of their parts."""
+    contents = [message.get("content") or "" for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    texts = (*contents, *(part.get("text") or "" for part in parts))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loaded model as the code above MLX uses it: one protocol, and two exceptions."""
+"""The loaded model as the code above MLX uses it: one protocol, and its exceptions."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -16,6 +16,14 @@ class LoadError(Exception):
 
 class PromptError(ValueError):
     """The request's messages cannot become a prompt; the message is for the client."""
+
+
+class PromptTooLong(PromptError):
+    """A text has more tokens than the context: at least `num_tokens`, counted in part."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"the prompt has at least {num_tokens} tokens")
+        self.num_tokens = num_tokens
 
 
 class Model(Protocol):
@@ -50,7 +58,7 @@ class Model(Protocol):
         """The text of token ids, without special tokens; "" for ids without a text."""
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
-        """A text's token ids. Raises PromptError when it cannot be encoded."""
+        """A text's token ids. Raises PromptError when it cannot be encoded, PromptTooLong."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters."""
@@ -63,7 +71,7 @@ class Model(Protocol):
         is_continuation: bool,
         pictures: SequenceOf[Any] = (),
     ) -> Prompt:
-        """Apply the chat template and the tokenizer. Raises PromptError.
+        """Apply the chat template and the tokenizer. Raises PromptError, PromptTooLong.
 
         `pictures` are the images of the messages' parts of type image, in order; for one that
         cannot be used it raises `vision.images.ImageError`.

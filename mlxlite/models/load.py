@@ -89,7 +89,9 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
     if adapter is not None:
         _apply_adapter(network, adapter)
     has_vision = not isinstance(processor, str)
-    template = ChatTemplate(Tokenizer(wrapper), source)
+    context_size = _context_size(settings, config.ctx_size)
+    # A prompt that is too long is counted to the end, for the client to shorten it, up to a bound.
+    template = ChatTemplate(Tokenizer(wrapper, 2 * context_size), source)
     if has_vision:
         template = replace(template, needs_parts=template.omits_strings())
         processor = _make_reader(network, processor, template)
@@ -101,7 +103,7 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
         id=config.served_id,
         path=path,
         fingerprint=fingerprint_of(path, weights, adapter),
-        context_size=_context_size(settings, config.ctx_size),
+        context_size=context_size,
         num_vocab=int(network(mx.array([[0]])).shape[-1]),
         defaults=_sampling_defaults(generation),
         chat_template=template,

@@ -1,7 +1,8 @@
 """A checkpoint's tokenizer: text to token ids, token ids to text and to bytes, and its formats.
 
 Wraps mlx-lm's tokenizer. Lookups that are slow there (added tokens, the decoder) happen once, at
-load. Immutable after that, so that any thread may use it.
+load. Immutable after that, so that any thread may use it. It must never tokenize a text that cannot
+fit the context: that takes 170 bytes of memory for each character of 60 MiB of "a a a".
 """
 
 import json
@@ -13,11 +14,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from mlxlite.models.interface import PromptError
+from mlxlite.models.interface import PromptError, PromptTooLong
 from mlxlite.output.formats import OutputFormat, format_of
 from mlxlite.output.grammar import Grammars
 from mlxlite.output.markers import MarkerFormat
 
+_PIECE_CHARS = 64 << 10  # tokenized at a time where tokens are only counted
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # sentencepiece's byte fallback
 
 
@@ -25,11 +27,13 @@ class Tokenizer:
     """Text and token ids of one checkpoint. Safe to use from any thread.
 
     `wrapper` is mlx-lm's TokenizerWrapper, `own` transformers' tokenizer in it. `shown` are the
-    special tokens that are part of the text, because markers consist of them.
+    special tokens that are part of the text, because markers consist of them. Texts of more than
+    `max_tokens` are refused.
     """
 
-    def __init__(self, wrapper: Any) -> None:
+    def __init__(self, wrapper: Any, max_tokens: int) -> None:
         self.wrapper = wrapper
+        self.max_tokens = max_tokens
         self.own = wrapper.get_chat_template.__self__
         self.eos_tokens: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.added_tokens: frozenset[int] = frozenset(wrapper.added_tokens_decoder)
@@ -39,6 +43,7 @@ class Tokenizer:
         backend = getattr(wrapper, "backend_tokenizer", None)
         # Of the vocabulary; transformers' method builds a dict of all added tokens at each call.
         self._piece = wrapper.convert_ids_to_tokens if backend is None else backend.id_to_token
+        self._longest = max(map(len, wrapper.get_vocab()), default=1)  # characters of one token
         is_byte_level = "ByteLevel" in str(getattr(backend, "decoder", ""))
         self._byte_alphabet = _byte_alphabet() if is_byte_level else None
 
@@ -54,11 +59,29 @@ class Tokenizer:
         return partial(decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
-        """A text's token ids. Raises PromptError."""
+        """A text's token ids. Raises PromptError, PromptTooLong."""
+        self.check_length(len(text))
         try:
+            if len(text) > max(self.max_tokens, _PIECE_CHARS):
+                self._check_pieces(text)
             return tuple(self.wrapper.encode(text, add_special_tokens=add_special))
         except (TypeError, UnicodeError) as error:
             raise PromptError("the text holds half a character (a lone surrogate)") from error
+
+    def check_length(self, num_chars: int) -> None:
+        """Raises PromptTooLong for a text whose length alone shows that it does not fit."""
+        if (least := num_chars // self._longest) > self.max_tokens:
+            raise PromptTooLong(least)
+
+    def _check_pieces(self, text: str) -> None:
+        """Count tokens piece by piece, which holds the memory of one. A cut may add some."""
+        num_tokens, most = 0, self.max_tokens
+        for start in range(0, len(text), _PIECE_CHARS):
+            piece = text[start : start + _PIECE_CHARS]
+            num_tokens += len(self.wrapper.encode(piece, add_special_tokens=False))
+            most += self._longest
+            if num_tokens > most:
+                raise PromptTooLong(num_tokens)
 
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         """The text of token ids, without special tokens except those in `shown`."""

@@ -21,7 +21,7 @@ from mlxlite.api.endpoints.admin import (
     model_list,
 )
 from mlxlite.api.endpoints.chat_completions import ChatWriter
-from mlxlite.api.generate import context_exceeded
+from mlxlite.api.render import context_exceeded
 from mlxlite.api.service import ModelCard
 from mlxlite.api.writers import (
     MIN_LOGPROB,

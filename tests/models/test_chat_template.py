@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlxlite.engine.sequence import Prompt
 from mlxlite.models import chat_template
-from mlxlite.models.interface import PromptError
+from mlxlite.models.chat_template import ChatTemplate
+from mlxlite.models.interface import PromptError, PromptTooLong
 from mlxlite.models.load import LoadedModel
 
 
@@ -164,6 +165,23 @@ def test_a_template_that_raises_refuses_the_messages_with_its_reason(
 def test_half_a_character_is_refused(model: LoadedModel) -> None:
     with pytest.raises(PromptError, match="surrogate"):
         model.render([{"role": "user", "content": "a\ud800b"}], {}, is_continuation=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x" * 50_000_000,
+        [{"type": "text", "text": "x" * 25_000_000}] * 2,
+        [{"type": "text", "text": "x"}, {"type": "text", "text": "x" * 50_000_000}],
+    ],
+    ids=["text", "parts", "one of two"],
+)
+def test_messages_that_cannot_fit_are_refused_before_they_are_rendered(
+    model: LoadedModel, content: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTemplate, "_apply", None)
+    with pytest.raises(PromptTooLong):
+        rendered(model, ("user", content))
 
 
 def test_no_messages_are_refused(model: LoadedModel) -> None:

@@ -2,16 +2,68 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import IM_END, NUM_TOKENS, loaded, save_checkpoint
 from tokenizers import Tokenizer
 
 from mlxlite.config.options import Config
+from mlxlite.models import tokenizer
+from mlxlite.models.interface import PromptTooLong
 from mlxlite.models.load import LoadedModel, load
+from mlxlite.models.tokenizer import Tokenizer as OwnTokenizer
 from mlxlite.output.detokenizer import Detokenizer
 from mlxlite.output.grammar import CallConstraint, ConstraintError
 from mlxlite.output.markers import PARSE_ERRORS, MarkerFormat
+
+# --- text to tokens ---------------------------------------------------------------------------
+
+
+class Counted:
+    """A tokenizer's wrapper that counts the characters of each text."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+        self.sizes: list[int] = []
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.sizes.append(len(text))
+        return self._wrapper.encode(text, **options)
+
+
+@pytest.fixture
+def small(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> OwnTokenizer:
+    """A tokenizer for texts of 1,000 tokens, which counts them in pieces of 500 characters."""
+    monkeypatch.setattr(tokenizer, "_PIECE_CHARS", 500)
+    made = OwnTokenizer(model.tokenizer.wrapper, 1000)
+    made.wrapper = Counted(made.wrapper)
+    return made
+
+
+@pytest.mark.parametrize("text", ["a ", "7", "\n", "模", "🙂", "!?", "Hello, "])
+def test_a_text_that_cannot_fit_is_never_tokenized_whole(small: OwnTokenizer, text: str) -> None:
+    with pytest.raises(PromptTooLong) as caught:
+        small.encode(text * 5000, add_special=False)
+    assert caught.value.num_tokens > 1000
+    assert max(small.wrapper.sizes, default=0) <= 500
+    assert sum(small.wrapper.sizes) < 12_000, "it stops once the context is exceeded"
+
+
+@pytest.mark.parametrize("text", ["a ", "7", "\n", "模", "🙂", "Hello, "])
+def test_a_long_text_that_fits_has_the_same_tokens(small: OwnTokenizer, text: str) -> None:
+    own = small.wrapper._wrapper
+    whole = tuple(own.encode(text, add_special_tokens=False))
+    many = text * (990 // len(whole))
+    expected = tuple(own.encode(many, add_special_tokens=False))
+    assert small.encode(many, add_special=False) == expected
+
+
+def test_a_text_of_too_many_characters_is_refused_by_its_length(small: OwnTokenizer) -> None:
+    with pytest.raises(PromptTooLong):
+        small.encode("a" * 10_000_000, add_special=False)
+    assert small.wrapper.sizes == []
+
 
 # --- tokens to text ---------------------------------------------------------------------------
 

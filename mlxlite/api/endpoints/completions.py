@@ -77,14 +77,14 @@ def _with_echoes(
     if not request.is_echo:
         return replace(request, echoes=("",) * len(request.prompts))
     echoes = (
-        text if isinstance(text, str) else model.detokenize(encode(model, text, "prompt"))
+        text if isinstance(text, str) else model.detokenize(*encode(model, [text], "prompt"))
         for text in request.prompts
     )
     return replace(request, echoes=tuple(echoes))
 
 
 def _render(model: Model, request: CompletionRequest, _config: Config) -> list[Prompt]:
-    return [Prompt(encode(model, text, "prompt")) for text in request.prompts]
+    return [Prompt(tokens) for tokens in encode(model, request.prompts, "prompt")]
 
 
 class CompletionWriter(writers.OpenAIWriter):

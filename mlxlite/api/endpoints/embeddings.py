@@ -13,9 +13,9 @@ import orjson
 
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Table, no_op, read_fields, supported
-from mlxlite.api.generate import context_exceeded, in_task
+from mlxlite.api.generate import in_task
 from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
-from mlxlite.api.render import encode
+from mlxlite.api.render import context_exceeded, encode
 from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL
 from mlxlite.errors import FOREIGN, trace_of
@@ -66,7 +66,7 @@ def parse_embedding(body: bytes) -> EmbeddingRequest:
 
 def _prepare(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
     request = parse_embedding(body)
-    return request, [encode(model, text, "input") for text in request.inputs]
+    return request, encode(model, request.inputs, "input")
 
 
 def embeddings(

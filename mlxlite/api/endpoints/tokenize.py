@@ -13,7 +13,7 @@ from mlxlite.api.fields import Table, read_fields, supported, unsupported
 from mlxlite.api.generate import in_task, parse_and_render
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
-from mlxlite.api.render import render_chat
+from mlxlite.api.render import prompt_error, render_chat
 from mlxlite.api.request import ChatRequest
 from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL, TEMPLATE_FIELDS
@@ -93,7 +93,7 @@ def _tokens(model: Model, config: Config, request: TokenizeRequest) -> tuple[int
     try:
         return model.encode(request.content, add_special=request.add_special)
     except PromptError as error:
-        raise bad_request(str(error), "content") from error
+        raise prompt_error(model, error, "content") from error
 
 
 def tokenized(

@@ -50,7 +50,7 @@ from pydantic import TypeAdapter
 
 from mlxlite.api.conversation import Message, Role, ToolCall
 from mlxlite.api.endpoints.anthropic_messages import MessagesWriter, anthropic_error
-from mlxlite.api.generate import context_exceeded
+from mlxlite.api.render import context_exceeded
 from mlxlite.api.writers import Collected
 from mlxlite.engine.sequence import FinishReason
 from mlxlite.http.errors import APIError, ErrorKind
