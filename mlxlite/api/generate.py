@@ -16,6 +16,7 @@ from mlxlite.api.endpoint import Handler
 from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
+from mlxlite.api.threads import Dropped, Work
 from mlxlite.api.writers import Envelope, Writer
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import EngineFailed, QueueFull
@@ -25,19 +26,23 @@ from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, internal_error, retry_later
 from mlxlite.models.interface import Model
 from mlxlite.output.generation import Generation
+from mlxlite.output.grammar import Constraint
 from mlxlite.vision.images import Source
 
 T = TypeVar("T")
 
 
-class HasSources(Protocol):
-    """A request that may have images."""
+class Renderable(Protocol):
+    """A request that may have images, and a constraint with its field."""
 
     @property
     def sources(self) -> tuple[Source, ...]: ...
 
+    @property
+    def constraint(self) -> tuple[Constraint, str] | None: ...
 
-R = TypeVar("R", bound=HasSources)
+
+R = TypeVar("R", bound=Renderable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,8 @@ def in_task(work: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Hand
             await work(service, exchange, body)
         except APIError as error:
             exchange.fail(error)
+        except Dropped:
+            pass
         finally:
             exchange.release(is_read=True)
 
@@ -91,7 +98,7 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
         prompts = dialect.render(model, request, config)
         return [complete(model, prompt, request, tenant, config) for prompt in prompts]
 
-    request, prompts = await parse_and_render(service, body, parse, render)
+    request, prompts = await parse_and_render(service, exchange, body, parse, render)
     if exchange.is_lost or exchange.is_answered:
         return
     service.need_model()  # the phase may have changed while the prompt was rendered
@@ -102,22 +109,37 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
 
 
 async def parse_and_render(
-    service: Service, body: bytes, parse: Callable[[bytes], R], render: Callable[[R], T]
+    service: Service,
+    exchange: Exchange,
+    body: bytes,
+    parse: Callable[[bytes], R],
+    render: Callable[[R], T],
 ) -> tuple[R, T]:
-    """Read and render a body in the service's threads. Raises APIError.
+    """Read and render a body in the service's threads. Raises APIError, Dropped.
 
-    Images may have to be fetched: a request that has some is parsed among the short ones, and
-    rendered in a thread that may take long.
+    Images may have to be fetched and a grammar be compiled: such a request is parsed among those of
+    its size, and rendered where it may take long.
     """
+    model = service.need_model().model
 
     def work() -> tuple[R, T | None]:
         request = parse(body)
-        return request, None if request.sources else render(request)
+        return request, None if slow_work(model, request) else render(request)
 
-    request, rendered = await service.in_thread(len(body), work)
+    request, rendered = await service.in_thread(exchange, Work.of(len(body)), work)
     if rendered is None:
-        rendered = await service.in_thread(len(body), render, request, has_images=True)
+        kind = slow_work(model, request) or Work.GRAMMAR  # compiled in the meantime
+        rendered = await service.in_thread(exchange, kind, render, request)
     return request, rendered
+
+
+def slow_work(model: Model, request: Renderable) -> Work | None:
+    """What a request needs that may take long; None if nothing."""
+    if request.sources:
+        return Work.IMAGES
+    if request.constraint is None or model.is_compiled(request.constraint[0]):
+        return None
+    return Work.GRAMMAR
 
 
 def _start(

@@ -7,17 +7,16 @@ but `in_thread` belongs to the event loop.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from mlxlite.api.stored_responses import StoredResponses
+from mlxlite.api.threads import Lane, Work
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
-from mlxlite.errors import as_exception, trace_of
+from mlxlite.errors import trace_of
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, retry_later, truncate
 from mlxlite.metrics import Metrics
@@ -25,7 +24,6 @@ from mlxlite.models.interface import Model
 
 log = logging.getLogger("mlxlite.api")
 
-LONG_BODY_BYTES = 32 << 10  # a longer body renders beside the short ones, not before them
 _MAX_IGNORED_NAMES = 256  # logged once each; bounds the table
 _MAX_SHOWN_NAMES = 32  # in one answer, each of at most so many characters
 _MAX_IGNORED_NAME = 64
@@ -87,7 +85,7 @@ class Service:
         self.tasks: set[asyncio.Task[None]] = set()
         self.running: dict[Exchange, Running] = {}
         self.num_sequences = 0  # so far; the next one's id follows
-        self._executors: tuple[Executor, ...] = ()
+        self._lanes: dict[Work, Lane] = {}
         self._ignored_names: set[str] = set()
         self._priority_limits = config.priority_limits()
 
@@ -109,21 +107,18 @@ class Service:
             raise APIError(ErrorKind.NO_MODEL, message, param="model")
 
     def start_threads(self) -> None:
-        """One thread for short bodies, in order of arrival; one for long ones; two for images."""
-        self._executors = tuple(
-            ThreadPoolExecutor(num, thread_name_prefix="mlxlite-render") for num in (1, 1, 2)
-        )
+        self._lanes = {work: Lane(work) for work in Work}
 
     def stop_threads(self) -> None:
-        for executor in self._executors:
-            executor.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes.values():
+            lane.close()
 
     async def in_thread(
-        self, num_bytes: int, work: Callable[..., T], *args: Any, has_images: bool = False
+        self, exchange: Exchange, kind: Work, work: Callable[..., T], *args: Any
     ) -> T:
-        number = 2 if has_images else int(num_bytes > LONG_BODY_BYTES)
-        call = partial(_call, work, *args)
-        return await asyncio.get_running_loop().run_in_executor(self._executors[number], call)
+        """Call `work` in a thread. Raises Dropped where the client disconnects before it runs."""
+        lane = self._lanes[kind]
+        return await lane.run(exchange.key, lambda: not exchange.is_lost, work, *args)
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], on_error: Callable[[BaseException], None]
@@ -165,16 +160,3 @@ class Service:
             if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:
                 self._ignored_names.add(name)
                 log.warning("request field ignored: %s (logged once)", name)
-
-
-def _call(work: Callable[..., T], *args: Any) -> T:
-    """Call `work`; an exception that a future cannot carry is wrapped.
-
-    No local refers to an exception, or the body in its traceback would stay until a collection.
-    """
-    try:
-        return work(*args)
-    except BaseException as error:
-        if as_exception(error) is error:
-            raise
-        raise as_exception(error) from error

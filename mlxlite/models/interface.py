@@ -49,6 +49,9 @@ class Model(Protocol):
         Raises ConstraintError.
         """
 
+    def is_compiled(self, constraint: Constraint) -> bool:
+        """Whether a grammar was compiled lately, so that `compile` is quick."""
+
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:

@@ -69,7 +69,8 @@ class LoadedModel:
         self.detokenize = tokenizer.detokenize
         self.token_bytes = tokenizer.token_bytes
         self.parse_calls = tokenizer.parse_calls
-        self.compile = make_grammars(tokenizer, num_vocab).compile
+        grammars = make_grammars(tokenizer, num_vocab)
+        self.compile, self.is_compiled = grammars.compile, grammars.is_compiled
 
 
 def load(config: Config) -> tuple[nn.Module, LoadedModel]:

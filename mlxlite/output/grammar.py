@@ -126,10 +126,15 @@ class Grammars:
             thought = Thought(*self._think, is_thinking, budget)
         return Grammar(found, self._num_words, _bits(self._num_words, self._eos_tokens), thought)
 
+    def is_compiled(self, constraint: Constraint) -> bool:
+        return constraint in self._compiled
+
     def _find(self, constraint: Constraint) -> Any:
-        """The compiled constraint, of the latest ones or new."""
+        """The compiled constraint, of the latest ones or new. No lock is held over a compile."""
         with self._lock:
-            found = self._compiled.pop(constraint, None) or self._compile(constraint)
+            found = self._compiled.pop(constraint, None)
+        found = found or self._compile(constraint)
+        with self._lock:
             self._compiled[constraint] = found
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)

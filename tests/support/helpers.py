@@ -367,6 +367,9 @@ class FakeModel:
         self.compiled.append(FakeGrammar(constraint, is_thinking, budget))
         return self.compiled[-1]
 
+    def is_compiled(self, constraint: Constraint) -> bool:
+        return False
+
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:

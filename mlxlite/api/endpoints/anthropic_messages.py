@@ -394,7 +394,7 @@ async def _count(service: Service, exchange: Exchange, body: bytes) -> None:
     def count(request: ChatRequest) -> int:
         return len(render_chat(model, request, config)[0].tokens)
 
-    request, num_tokens = await parse_and_render(service, body, parse_count_tokens, count)
+    request, num_tokens = await parse_and_render(service, exchange, body, parse_count_tokens, count)
     service.note_ignored(exchange, request.ignored)
     exchange.respond(200, orjson.dumps({"input_tokens": num_tokens}))
 

@@ -18,6 +18,7 @@ from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
 from mlxlite.api.render import context_exceeded, encode
 from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL
+from mlxlite.api.threads import Work
 from mlxlite.errors import FOREIGN, trace_of
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request
@@ -96,7 +97,9 @@ def embeddings(
 
 async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
     ready = service.need_model()
-    request, inputs = await service.in_thread(len(body), _prepare, ready.model, body)
+    request, inputs = await service.in_thread(
+        exchange, Work.of(len(body)), _prepare, ready.model, body
+    )
     service.note_ignored(exchange, request.ignored)
     for tokens in inputs:
         if len(tokens) > ready.card.context_size:
@@ -113,7 +116,7 @@ async def _embed(service: Service, exchange: Exchange, body: bytes) -> None:
         raise APIError(ErrorKind.MODEL_FAILED, f"the model failed: {kind}") from None
     if vectors is not None:
         work = partial(embeddings, request, vectors, ready.model.id, sum(map(len, inputs)))
-        exchange.respond(200, await service.in_thread(len(body), work))
+        exchange.respond(200, await service.in_thread(exchange, Work.of(len(body)), work))
 
 
 ENDPOINTS: Final = (

@@ -17,6 +17,7 @@ from mlxlite.api.render import prompt_error, render_chat
 from mlxlite.api.request import ChatRequest
 from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL, TEMPLATE_FIELDS
+from mlxlite.api.threads import Work
 from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
 from mlxlite.http.connection import Exchange
@@ -56,6 +57,7 @@ class TokenizeRequest:
     with_pieces: bool
     with_strings: bool
     ignored: tuple[str, ...]
+    constraint: None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -149,15 +151,15 @@ def _detokenize(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
 async def _answer_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
     ready = service.need_model()
     tokens_of = partial(_tokens, ready.model, service.config)
-    request, tokens = await parse_and_render(service, body, parse_tokenize, tokens_of)
+    request, tokens = await parse_and_render(service, exchange, body, parse_tokenize, tokens_of)
     service.note_ignored(exchange, request.ignored)
     work = partial(tokenized, request, tokens, ready.card.context_size, ready.model.token_bytes)
-    exchange.respond(200, await service.in_thread(len(body), work))
+    exchange.respond(200, await service.in_thread(exchange, Work.of(len(body)), work))
 
 
 async def _answer_text(service: Service, exchange: Exchange, body: bytes) -> None:
     model = service.need_model().model
-    request, text = await service.in_thread(len(body), _detokenize, model, body)
+    request, text = await service.in_thread(exchange, Work.of(len(body)), _detokenize, model, body)
     service.note_ignored(exchange, request.ignored)
     exchange.respond(200, detokenized(text))
 
