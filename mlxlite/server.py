@@ -144,7 +144,7 @@ class Server:
         assert self._device_thread is not None
         try:
             model, runner = await self._device_thread.run(self._load, self.config)
-            ready = self._assemble(model, runner, self._device_thread)
+            ready = await self._assemble(model, runner, self._device_thread)
         except LoadError as error:
             self.service.phase = Phase.FAILED
             self._loaded.set_exception(error)
@@ -155,7 +155,7 @@ class Server:
         self._loaded.set_result(None)
         await ready.engine.run()
 
-    def _assemble(self, model: Model, runner: Runner, device_thread: DeviceThread) -> Ready:
+    async def _assemble(self, model: Model, runner: Runner, device_thread: DeviceThread) -> Ready:
         """The engine around a loaded model. Raises LoadError when no sequence would fit."""
         context_size = runner.memory.max_tokens(model.context_size)
         if context_size < min(MIN_CONTEXT, model.context_size):
@@ -170,7 +170,8 @@ class Server:
             observer=self.metrics,
             options=_engine_options(self.config),
         )
-        scheduler.prefix.restore(runner.files(engine.command_from_thread))
+        files = await device_thread.run(runner.files, engine.command_from_thread)
+        scheduler.prefix.restore(files)
         return Ready(model, engine, ModelCard(model.id, int(time()), context_size))
 
     async def ready(self) -> None:

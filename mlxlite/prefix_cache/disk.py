@@ -21,6 +21,7 @@ import fcntl
 import logging
 import os
 import re
+import stat
 import threading
 import weakref
 import zlib
@@ -40,7 +41,8 @@ log = logging.getLogger("mlxlite.prefix_cache.disk")
 MAX_PENDING_BYTES = 256 << 20  # waiting to be written; a payload beyond that is not written
 _FORMAT = "mlxlite-prefix/2"
 _MAX_HEADER_BYTES = 16 << 20
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # never through a link
+# Never through a link, and not waiting for the reader of a pipe.
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NAME = re.compile(r"([1-9][0-9]{0,14})\.safetensors")
 
 
@@ -131,12 +133,21 @@ def _parse(head: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_stored(path: Path) -> Stored:
     """The description of a file's payload, without its arrays. Raises OSError, BrokenFile."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         num_head = int.from_bytes(file.read(8), "little")
         _, payload = _parse(file.read(min(num_head, _MAX_HEADER_BYTES)))
         if os.fstat(file.fileno()).st_size != 8 + num_head + payload["num_bytes"]:
             raise BrokenFile("it is not as long as it was")
         return Stored(**payload["place"], words=file.read(payload["num_words"]))
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """A regular file, to read; nothing else may be in its place, as a pipe would be waited for."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise BrokenFile("it is no regular file")
+    return file
 
 
 # --- the directory ----------------------------------------------------------------------------
@@ -163,7 +174,8 @@ class Store:
         lock = _locked(self._directory / "lock")
         for leftover in self._root.glob("*/*.tmp"):
             if leftover.stem.isdecimal():
-                leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
         self._make_room(0)
         threading.Thread(
             target=_work, args=(self._calls,), name="mlxlite-store", daemon=True
@@ -238,15 +250,20 @@ class Store:
 
         Raises OSError if it is still full.
         """
-        paths = self._root.glob("*/*.safetensors")
-        sizes = {path: path.stat() for path in paths if _NAME.fullmatch(path.name)}
-        total = num_bytes + sum(status.st_size for status in sizes.values())
-        for path in sorted(sizes, key=lambda path: sizes[path].st_mtime):
+        files: list[tuple[float, int, Path]] = []
+        for path in self._root.glob("*/*.safetensors"):
+            with contextlib.suppress(OSError):  # another server has removed it
+                status = path.lstat()
+                if _NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
+                    files.append((status.st_mtime, status.st_size, path))
+        total = num_bytes + sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if total <= self._max_bytes:
                 return
             if path.parent != self._directory:
-                path.unlink(missing_ok=True)
-                total -= sizes[path].st_size
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    total -= size
         if num_bytes and total > self._max_bytes:
             raise OSError(f"{total} bytes would be more than its {self._max_bytes}")
 
@@ -258,7 +275,8 @@ class Store:
 
     def _fetch(self, id: int, stored: Stored) -> None:
         try:
-            file = decode(self._path(id).read_bytes())
+            with _opened(self._path(id)) as opened:
+                file = decode(opened.read())
             if file.stored != stored:
                 raise BrokenFile("it holds another prefix")
         except (OSError, MemoryError, ValueError) as error:
@@ -278,7 +296,8 @@ def _end(calls: SimpleQueue[Callable[[], None] | None], lock: IO[bytes]) -> None
 
 def _locked(path: Path) -> IO[bytes]:
     """Lock a file until it is closed or the process ends. Raises OSError if it is locked."""
-    file = path.open("ab")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    file = os.fdopen(fd, "r+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import struct
 import threading
@@ -338,6 +339,63 @@ def test_a_missing_or_broken_file_is_reported_as_failed(
         assert shop.store.take(id) is None
         assert str(shop.directory / f"{id}.safetensors") in caplog.text
     assert "checksum" in caplog.text
+
+
+@pytest.fixture
+def limited() -> Iterator[None]:
+    """A file operation that waits for ever is interrupted."""
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError("it waits")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def put_link_to_nothing(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def put_link_to_pipe(path: Path) -> None:
+    os.mkfifo(path.with_suffix(".pipe"))
+    path.symlink_to(path.with_suffix(".pipe"))
+
+
+STRANGE = [os.mkfifo, Path.mkdir, put_link_to_nothing, put_link_to_pipe]
+
+
+@pytest.mark.parametrize("put", STRANGE, ids=lambda put: put.__name__)
+@pytest.mark.parametrize("name", ["1.safetensors", "1.tmp"])
+@pytest.mark.usefixtures("limited")
+def test_what_is_no_regular_file_stops_neither_the_start_nor_the_cap(
+    open_shop: Callable[..., Shop], put: Callable[[Path], None], name: str
+):
+    shop = open_shop(max_bytes=size_of(make_file()))
+    put(shop.directory / name)
+    other = shop.home / "b"
+    other.mkdir()
+    put(other / name)
+    shop.store.fetch(1, STORED)
+    assert shop.next() == DiskFailed(1)
+    shop = open_shop(max_bytes=size_of(make_file()))
+    assert shop.ids() == []
+    for id in (2, 3):  # the second is beyond the cap
+        shop.store.write(id, make_file())
+    assert shop.settle() == [DiskFailed(3)]
+    assert shop.ids() == [2]
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, put_link_to_pipe], ids=lambda put: put.__name__)
+@pytest.mark.usefixtures("limited")
+def test_a_lock_that_is_a_pipe_is_not_waited_for(
+    open_shop: Callable[..., Shop], tmp_path: Path, put: Callable[[Path], None]
+):
+    (tmp_path / "prefixes" / "a").mkdir(parents=True)
+    put(tmp_path / "prefixes" / "a" / "lock")
+    assert open_shop().ids() == []
 
 
 OTHERS = {
