@@ -46,6 +46,7 @@ STEP_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+CUT_REASONS = ("stalled", "slow", "backlog", "memory", "shutdown")
 BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 # Clients can send any method; one that is not listed is counted as "other".
@@ -192,6 +193,10 @@ class Metrics:
     def _add_ours(self, version: str, start_time_s: float) -> None:
         gauge, total = partial(self._add, "gauge"), partial(self._add, "counter")
         self.connections = gauge("mlxlite:connections", "Open HTTP connections.")
+        cut = total("mlxlite:connections_cut_total", "Slow readers cut off.", (), "reason")
+        self.num_cut = {why: cut.labels(why) for why in CUT_REASONS}
+        dropped = "Lines that a full standard stream did not take."
+        self.num_dropped = total("mlxlite:log_records_dropped_total", dropped)
         held = gauge("mlxlite:prefix_cache_bytes", "Held by the prefix cache.", (), "where")
         self.memory_bytes, self.disk_bytes = held.labels("memory"), held.labels("disk")
         self.num_evicted = total("mlxlite:prefix_cache_evictions_total", "Prefixes that gave way.")
@@ -299,6 +304,14 @@ class Metrics:
 
     def connection_closed(self) -> None:
         self.connections.number -= 1
+
+    def connection_cut(self, reason: str) -> None:
+        """A reader with unsent bytes was disconnected."""
+        self.num_cut[reason].number += 1
+
+    def records_dropped(self, num: int) -> None:
+        """All lines that standard streams dropped so far."""
+        self.num_dropped.number = num
 
     def ignored_fields(self, num: int) -> None:
         self.num_ignored.number += num

@@ -53,6 +53,8 @@ def used_metrics() -> Metrics:
     metrics.http("/health", "GET", 204)
     metrics.connection_opened()
     metrics.connection_opened()
+    metrics.connection_cut("stalled")
+    metrics.records_dropped(2)
     metrics.connection_closed()
     metrics.ignored_fields(4)
     stats = CacheStats(num_bytes=500, disk_bytes=70, num_asked=128, num_hit=64)
@@ -352,6 +354,8 @@ OTHERS = {
     "mlxlite:batch_rows": "histogram",
     "mlxlite:loop_lag_seconds": "histogram",
     "mlxlite:connections": "gauge",
+    "mlxlite:connections_cut_total": "counter",
+    "mlxlite:log_records_dropped_total": "counter",
     "mlxlite:prefix_cache_bytes": "gauge",
     "mlxlite:prefix_cache_evictions_total": "counter",
     "mlxlite:prefix_cache_disk_loads_total": "counter",
@@ -448,6 +452,9 @@ def test_each_vllm_sample_has_the_labels_its_dashboards_filter_by() -> None:
         ("mlxlite:prefix_cache_evictions_total", {}, 3),
         ("mlxlite:prefix_cache_disk_loads_total", {}, 2),
         ("mlxlite:connections", {}, 1),
+        ("mlxlite:connections_cut_total", {"reason": "stalled"}, 1),
+        ("mlxlite:connections_cut_total", {"reason": "slow"}, 0),
+        ("mlxlite:log_records_dropped_total", {}, 2),
         ("mlxlite:ignored_fields_total", {}, 4),
         ("mlxlite:process_start_time_seconds", {}, START_S),
         ("mlxlite:info", {"version": "1.2.3"}, 1),

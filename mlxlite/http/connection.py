@@ -2,26 +2,34 @@
 
 Decides the timeouts of a peer, the backlog it may have, and what happens when it disconnects; the
 content of a response is the application's. It must never block, and never hold more than its
-bounds: a slow reader is disconnected at `MAX_UNSENT_BYTES`, or after `WRITE_TIMEOUT_S` without
-progress, and delays no other connection. EOF is a disconnect, as in nginx and uvicorn.
+bounds. A reader is disconnected for being slow, never for the size of its answer: after
+`WRITE_TIMEOUT_S` without progress, below `MIN_READ_RATE`, or `MAX_UNSENT_BYTES` of frames behind a
+stream; the log has a line for each, and no other connection is delayed. The next request of a
+connection waits until its peer has read the answer before. EOF is a disconnect, as in nginx and
+uvicorn, but an answer that is complete is sent.
 
 Every `Exchange` gets one response: `respond`, a stream, or `fail`. After a disconnect the response
-is dropped and the application is notified at once, in any state of the request (tested).
+is dropped and the application is notified at once, in any state of the request (tested). No
+callback of a transport raises: what goes wrong in one ends its own connection.
 
-Reading order: `Client` (one connection), `Exchange` (one request and its response).
+Reading order: `Client` (one connection), `Pace` (of its peer), `Exchange` (one request and its
+response).
 """
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
+import socket
 from collections.abc import Callable
 from email.utils import formatdate
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol
 
 from mlxlite.errors import trace_of
 from mlxlite.http.errors import APIError, ErrorBody, ErrorKind, error_body, internal_error
+from mlxlite.http.outbox import Outbox
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed
 from mlxlite.http.sse import sse_comment
 
@@ -33,11 +41,16 @@ MIN_BODY_RATE = 500  # bytes a second (as Apache's mod_reqtimeout): no body may 
 MAX_BODIES = 8  # of the largest size in memory at a time, besides bytes received with heads
 KEEP_ALIVE_S = 75.0  # between two requests (nginx's default)
 WRITE_TIMEOUT_S = 30.0  # without progress, until the peer is disconnected
+WRITE_GRACE_S = 120.0  # for a backlog, plus its bytes at `MIN_READ_RATE`
+MIN_READ_RATE = 500  # bytes a second, as `MIN_BODY_RATE`: no answer may be held for ever
 LINGER_S = 2.0  # after a response sent before the body: time for the peer to read it
 HEARTBEAT_S = 15.0  # of silence in a stream
-MAX_UNSENT_BYTES = 4 << 20  # a slow reader's backlog
+MAX_UNSENT_BYTES = 4 << 20  # of small frames behind a stream; a large one has only its time
+MAX_ALL_UNSENT_BYTES = 1 << 30  # of all connections: beyond it the slowest one is disconnected
 MAX_PIPELINED_BYTES = 64 << 10  # beyond it, reading pauses until the current response is sent
 MAX_AT_ONCE = 16  # pipelined requests handled before other connections are served
+# Seconds of silence, then between probes, and their number. macOS has another name for the first.
+KEEP_ALIVE_PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 _NEVER = float("inf")
 Fields = tuple[tuple[str, str], ...]
 JSON: Fields = (("content-type", "application/json"),)
@@ -54,6 +67,37 @@ def _nothing() -> None:
 
 def _new_request_id() -> str:
     return f"req_{secrets.token_hex(12)}"
+
+
+P = ParamSpec("P")
+
+
+def _contained(
+    callback: Callable[Concatenate["Client", P], None],
+) -> Callable[Concatenate["Client", P], None]:
+    """A callback of the event loop: a bug of ours in it ends its own connection, with a trace."""
+
+    @functools.wraps(callback)
+    def contained(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            callback(client, *args, **kwargs)
+        except Exception as error:
+            log.error("%r failed: %s", client, trace_of(error))
+            client.abort()
+
+    return contained
+
+
+def _probe(transport: asyncio.Transport) -> None:
+    """Let the system notice a peer's host that has vanished without a word."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family == socket.AF_UNIX:
+        return
+    with contextlib.suppress(OSError):  # the peer has already gone
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE_PROBES.items():
+            if (option := getattr(socket, name, None)) is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Application(Protocol):
@@ -77,6 +121,7 @@ class Observer(Protocol):
 
     def connection_opened(self) -> None: ...
     def connection_closed(self) -> None: ...
+    def connection_cut(self, reason: str) -> None: ...
     def http(self, route: str, method: str, status: int) -> None: ...
 
 
@@ -87,6 +132,7 @@ class Connections(Protocol):
     observer: Observer
     limits: Limits
     num_held_bytes: int  # of bodies that are not parsed yet
+    num_unsent_bytes: int  # that wait for their peers to read
 
     def joined(self, client: "Client") -> APIError | None:
         """Count a new connection; if an error is returned, it is sent and the connection closed."""
@@ -97,6 +143,43 @@ class Connections(Protocol):
     def make_room(self) -> None:
         """Reject one body: together they exceed `MAX_BODIES`."""
         ...
+
+    def cut_slowest(self, max_bytes: int, now: float) -> None:
+        """Disconnect the slowest readers, until all hold no more than `max_bytes`."""
+        ...
+
+
+class Pace:
+    """How a peer reads its backlog: since when, how quickly, and whether that is too slow."""
+
+    def __init__(self, out: Outbox) -> None:
+        self._out = out
+        self._since = self._deadline = _NEVER
+        self._num_before = self._num_sent = 0  # bytes: at the beginning, and at the last look
+
+    def begin(self, now: float) -> None:
+        """Bytes stay behind; no effect while others do."""
+        if self._since == _NEVER:
+            self._since, self._deadline = now, now + WRITE_TIMEOUT_S
+            self._num_before = self._num_sent = self._out.num_sent
+
+    def end(self) -> None:
+        """The peer has read everything."""
+        self._since = self._deadline = _NEVER
+
+    def rate(self, now: float) -> float:
+        """Bytes a second; infinite in the first second."""
+        seconds = now - self._since
+        return (self._out.num_sent - self._num_before) / seconds if seconds > 1.0 else _NEVER
+
+    def reason_to_cut(self, now: float) -> str | None:
+        """Progress extends the deadline, up to what the minimum rate allows."""
+        if (num_sent := self._out.num_sent) > self._num_sent:
+            self._num_sent, self._deadline = num_sent, now + WRITE_TIMEOUT_S
+        if now > self._deadline:
+            return "stalled"
+        latest = self._since + WRITE_GRACE_S + (num_sent - self._num_before) / MIN_READ_RATE
+        return "slow" if now > latest else None
 
 
 class Client(asyncio.Protocol):
@@ -110,12 +193,10 @@ class Client(asyncio.Protocol):
         self._is_lingering = False
         self._is_closing = False  # after the current response
         self._has_begun = False  # bytes of the next request have arrived
-        self._num_written = 0  # bytes, and how many of them were sent
-        self._num_sent = 0
+        self._last_id = ""  # of the current or last request, for the log
         self._deadline = perf_counter() + HEADER_TIMEOUT_S  # for the peer to send
         self._body_since = self._deadline  # the end of the current request's head
         self._num_body_bytes = 0
-        self._write_deadline = _NEVER  # for the peer to read
 
     def __repr__(self) -> str:
         return f"<Client {self.http!r} {self._exchange!r}>"
@@ -131,14 +212,25 @@ class Client(asyncio.Protocol):
         """Whether a request has no complete response yet."""
         return self._exchange is not None
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """Bytes of responses that the socket has not taken."""
+        return self._out.num_unsent
+
+    @_contained
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._out = Outbox(transport, self.connections, self._sent)
+        self.pace = Pace(self._out)
+        self._out.open()
+        _probe(transport)
         if (error := self.connections.joined(self)) is not None:
             self._refuse(error)
 
+    @_contained
     def data_received(self, data: bytes) -> None:
-        if self._is_lingering:
+        if self._is_lingering or self._out.is_closing:
             return
         if self._exchange is not None:
             if not self._exchange.has_body:
@@ -158,19 +250,43 @@ class Client(asyncio.Protocol):
         latest = self._body_since + BODY_GRACE_S + self._num_body_bytes / MIN_BODY_RATE
         self._deadline = min(perf_counter() + BODY_TIMEOUT_S, latest)
 
+    def eof_received(self) -> bool:
+        """Whether the connection stays open: until a complete response is sent."""
+        is_sending = self._out.is_behind and not self.is_busy
+        if is_sending:
+            self._out.close()
+        return is_sending and self._transport.can_write_eof()  # TLS cannot stay half-open
+
+    @_contained
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.left(self)
+        self._out.clear()
         if self._exchange is not None:
             self._exchange.is_lost = True
             self._exchange.release()
             self.connections.app.on_disconnect(self._exchange)
 
+    @_contained
     def pause_writing(self) -> None:
-        self._write_deadline = perf_counter() + WRITE_TIMEOUT_S
+        self._out.pause()
+        self.pace.begin(perf_counter())
 
+    @_contained
     def resume_writing(self) -> None:
-        self._write_deadline = _NEVER
+        self._out.resume()
 
+    @_contained
+    def _sent(self) -> None:
+        """The peer has read all that was written: its own time counts again."""
+        self.pace.end()
+        if self._is_lingering:
+            self._deadline = perf_counter() + LINGER_S
+        elif not self.is_busy:
+            timeout_s = HEADER_TIMEOUT_S if self._has_begun else KEEP_ALIVE_S
+            self._deadline = perf_counter() + timeout_s
+            self._pump()
+
+    @_contained
     def _pump(self) -> None:
         """Dispatch every parsed event, until bytes are missing or a response is in progress.
 
@@ -178,12 +294,15 @@ class Client(asyncio.Protocol):
         """
         self._is_pumping = True
         num_left = MAX_AT_ONCE
-        while num_left and not self._is_lingering and not self._transport.is_closing():
+        while num_left and not self._is_lingering and not self._out.is_closing:
+            if self._out.is_behind and not self.is_busy:
+                break  # until `_sent`
             match self.http.next_event():
                 case Head() as head:
                     self._body_since, self._num_body_bytes = perf_counter(), 0
                     self._deadline = self._body_since + BODY_TIMEOUT_S
                     self._exchange = Exchange(self, head)
+                    self._last_id = self._exchange.request_id
                     self._guard(self._exchange, self.connections.app.on_head)
                     if not self._is_lingering:
                         self.write(self.http.continue_100())
@@ -198,13 +317,11 @@ class Client(asyncio.Protocol):
                 case _:
                     break
         self._is_pumping = False
+        is_waiting = self.is_busy or self._out.is_behind
+        is_ahead = is_waiting and self.http.num_buffered > MAX_PIPELINED_BYTES
+        self._out.read_on(bool(num_left) and not is_ahead)
         if not num_left:
-            self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._pump)
-        elif self.http.num_buffered > MAX_PIPELINED_BYTES and self.is_busy:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
 
     def _malformed(self, error: APIError) -> None:
         """Respond to a malformed body in the dialect, and with the id, of its request."""
@@ -217,7 +334,7 @@ class Client(asyncio.Protocol):
         """Respond to bytes that are no request, and close."""
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
-        self.write(self.http.respond(error.status, fields, error.body()))
+        self.write(*self.http.respond(error.status, fields, error.body()))
         self._linger()
 
     def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
@@ -229,14 +346,26 @@ class Client(asyncio.Protocol):
             log.error("%r failed: %s", exchange, trace_of(error))
             exchange.abandon(internal_error())
 
-    def write(self, data: bytes) -> None:
-        """Send bytes; disconnect a peer whose backlog exceeds `MAX_UNSENT_BYTES`."""
-        if not data or self._transport.is_closing():
-            return
-        self._num_written += len(data)
-        self._transport.write(data)
-        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            self._transport.abort()
+    def write(self, *pieces: bytes) -> None:
+        """Send bytes; a peer that is too slow for them is disconnected."""
+        for piece in pieces:
+            self._out.write(piece)
+        if self._out.is_behind:
+            self._bound_backlog()
+
+    def _bound_backlog(self) -> None:
+        if self._out.num_backlog > MAX_UNSENT_BYTES:
+            self.cut_reader("backlog")
+        elif self.connections.num_unsent_bytes > MAX_ALL_UNSENT_BYTES:
+            self.connections.cut_slowest(MAX_ALL_UNSENT_BYTES, perf_counter())
+
+    def cut_reader(self, reason: str) -> None:
+        """Disconnect a peer with unsent bytes; `reason` is the metrics' label."""
+        if self._out.is_behind:
+            num_unsent = self._out.num_unsent
+            log.warning("cut (%s): %s, %d bytes unread", reason, self._last_id, num_unsent)
+            self.connections.observer.connection_cut(reason)
+        self.abort()
 
     def finished(self) -> None:
         """The response is complete: read the next request, or close."""
@@ -246,7 +375,7 @@ class Client(asyncio.Protocol):
         self._exchange = None
         self._has_begun = self.http.num_buffered > 0
         if self._is_closing or not self.http.start_next_cycle():
-            self._transport.close() if is_read else self._linger()
+            self._out.close() if is_read else self._linger()
         else:
             self._deadline = perf_counter() + KEEP_ALIVE_S
             if not self._is_pumping:
@@ -257,46 +386,44 @@ class Client(asyncio.Protocol):
         self._is_lingering = True
         self._deadline = perf_counter() + LINGER_S
         self.http = Connection(self.connections.limits)  # frees a partial body
-        self._transport.resume_reading()
-        if self._transport.can_write_eof():
-            with contextlib.suppress(OSError):  # the peer is gone: `connection_lost` follows
-                self._transport.write_eof()
+        self._out.read_on(True)
+        self._out.half_close()
 
+    @_contained
     def close_when_idle(self) -> None:
         """Close now, or as soon as the current response is complete."""
         self._is_closing = True
         if not self.is_busy:
-            self._transport.close()
+            self._out.close()
 
+    @_contained
     def refuse(self, error: APIError) -> None:
         """Respond with an error to a request without a response."""
         if self._exchange is not None:
             self._exchange.fail(error)
 
     def abort(self) -> None:
-        self._transport.abort()
+        self._out.abort()
 
     def cut(self, exchange: "Exchange") -> None:
         """Disconnect during a response; no effect after its end."""
         if self._exchange is exchange:
-            self._transport.abort()
+            self.abort()
 
+    @_contained
     def tick(self, now: float) -> None:
         """Enforce the deadlines; keep a silent stream alive."""
         if self._exchange is not None:
             self._exchange.beat(now)
-        num_sent = self._num_written - self._transport.get_write_buffer_size()
-        if num_sent > self._num_sent and self._write_deadline < _NEVER:
-            self._write_deadline = now + WRITE_TIMEOUT_S
-        self._num_sent = num_sent
-        if now > self._write_deadline:
-            self._transport.abort()
+        if self._out.is_behind:
+            if (reason := self.pace.reason_to_cut(now)) is not None:
+                self.cut_reader(reason)
         elif now > self._deadline:
             if self._exchange is not None and not self._exchange.has_body:
                 message = "the body did not come in time"
                 self._exchange.fail(APIError(ErrorKind.SLOW_BODY, message))
             else:
-                self._transport.abort()
+                self.abort()
 
 
 class Exchange:
@@ -337,7 +464,7 @@ class Exchange:
         if not self.is_lost and not self.is_answered:
             self.is_answered = True
             fields = self._headers(status, headers)
-            self._client.write(self._client.http.respond(status, fields, body))
+            self._client.write(*self._client.http.respond(status, fields, body))
             self._client.finished()
 
     def fail(self, error: APIError) -> None:

@@ -51,6 +51,7 @@ class Listener:
         self.observer = observer
         self.limits = Limits(max_body_bytes=max_body_bytes)
         self.num_held_bytes = 0  # of bodies that are not parsed yet
+        self.num_unsent_bytes = 0  # that wait for their peers to read
         self.clients: set[Client] = set()
         self._max_connections = max_connections
         self._is_draining = False
@@ -114,6 +115,15 @@ class Listener:
             message = "too much is being sent at a time; try again later"
             largest.refuse(retry_later(ErrorKind.UNAVAILABLE, message, retry_after_s=5))
 
+    def cut_slowest(self, max_bytes: int, now: float) -> None:
+        """Disconnect readers, the slowest first and of equals the largest, down to `max_bytes`."""
+        behind = [client for client in self.clients if client.num_unsent_bytes]
+        behind.sort(key=lambda client: (client.pace.rate(now), -client.num_unsent_bytes))
+        for client in behind:
+            if self.num_unsent_bytes <= max_bytes:
+                break
+            client.cut_reader("memory")
+
     def tick(self, now: float) -> None:
         """Check every connection's deadlines; keep silent streams alive."""
         for client in list(self.clients):
@@ -136,7 +146,7 @@ class Listener:
 
     def abort_all(self) -> None:
         for client in list(self.clients):
-            client.abort()
+            client.cut_reader("shutdown")
 
     async def until_empty(self, timeout_s: float) -> None:
         """Return when the last connection is closed, or after `timeout_s`."""

@@ -32,6 +32,7 @@ _BLANK_LINES = re.compile(rb"(?:\r\n)*")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _FOLD = re.compile(rb"\r\n[ \t]")
+_MAX_JOINED = 64 << 10  # bytes of a body that are copied, to leave in one write with their head
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:([^\r]*)", re.IGNORECASE)
 # 16 digits fill a 64-bit length; h11 accepts 20, which a proxy might truncate.
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})((?:;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
@@ -383,20 +384,21 @@ class Connection:
         interim = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
         return self._h11.send(interim)
 
-    def respond(self, status: int, headers: _Fields, body: bytes = b"") -> bytes:
-        """A complete response with its content-length; b"" if Malformed follows a started one.
+    def respond(self, status: int, headers: _Fields, body: bytes = b"") -> list[bytes]:
+        """A complete response with its content-length; none if Malformed follows a started one.
 
-        A 204 or 304 has no body; a response to HEAD has the length and no body.
+        A 204 or 304 has no body; a response to HEAD has the length and no body. A large body is a
+        piece of its own, which is not copied.
         """
         if self._failure is not None and self.is_response_started:
-            return b""
+            return []
         is_bodiless = status in (204, 304)
         framing = [] if is_bodiless else [("content-length", str(len(body)))]
         frames = [self._send_head(status, headers, framing)]
         if body and not (is_bodiless or self._is_head):
             frames.append(self._h11.send(h11.Data(data=body)))
         frames.append(self._h11.send(h11.EndOfMessage()))
-        return b"".join(frames)
+        return [b"".join(frames)] if len(body) <= _MAX_JOINED else frames
 
     def start_stream(self, status: int, headers: _Fields) -> bytes:
         """The head of a response of unknown length; for HTTP/1.0, the close ends it."""

@@ -99,12 +99,12 @@ class Response:
         return [v for n, v in self.headers if n == name]
 
 
-def read_back(raw: bytes, method: str = "GET", *, eof: bool = False) -> Response:
+def read_back(raw: bytes | list[bytes], method: str = "GET", *, eof: bool = False) -> Response:
     """The response that an h11 client parses from `raw`, which must be exactly one."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     client.send(h11.EndOfMessage())
-    client.receive_data(raw)
+    client.receive_data(raw if isinstance(raw, bytes) else b"".join(raw))
     if eof:
         client.receive_data(EOF)
     response = client.next_event()
@@ -610,7 +610,8 @@ def test_a_client_that_does_not_wait_gets_no_100(raw: bytes) -> None:
 
 def test_a_response_reads_back_with_its_length_and_the_headers_as_given() -> None:
     conn = after(GET)
-    raw = conn.respond(404, [("X-Case", "a \xe9"), ("set-cookie", "1"), ("set-cookie", "2")], b"no")
+    fields = [("X-Case", "a \xe9"), ("set-cookie", "1"), ("set-cookie", "2")]
+    (raw,) = conn.respond(404, fields, b"no")
     assert raw.startswith(b"HTTP/1.1 404 Not Found\r\nX-Case: a \xe9\r\n")
     response = read_back(raw)
     assert (response.status, response.body) == (404, b"no")
@@ -761,7 +762,7 @@ def test_every_refusal_allows_one_response_and_closes(raw: bytes) -> None:
     assert (response.status, response.body) == (event.status, event.message.encode())
     assert response.values(b"connection") == [b"close"]
     assert conn.is_response_complete
-    assert conn.respond(500, []) == b""
+    assert conn.respond(500, []) == []
     assert not conn.start_next_cycle()
 
 
@@ -770,7 +771,7 @@ def test_a_refusal_during_a_stream_adds_no_second_response() -> None:
     raw = conn.start_stream(200, [])
     conn.receive_data(b"what?\r\n")
     assert isinstance(conn.next_event(), Malformed)
-    assert conn.respond(400, []) == b""
+    assert conn.respond(400, []) == []
     assert not conn.is_response_complete
     raw += conn.stream_data(b"bye") + conn.end_stream()
     assert read_back(raw, "POST").body == b"bye"

@@ -72,13 +72,13 @@ def _answer(connection: Connection) -> bool:
                 connection.continue_100()
             case Body(data):
                 assert len(data) <= _LIMITS.max_body_bytes
-                assert connection.respond(200, [("x", "y")], data).startswith(b"HTTP/1.1 200 ")
+                assert connection.respond(200, [("x", "y")], data)[0].startswith(b"HTTP/1.1 200 ")
                 if not connection.start_next_cycle():
                     return False
             case Malformed(status, message):
                 assert 400 <= status <= 505
                 assert message.isascii()
-                assert b"onnection: close" in connection.respond(status, [])
+                assert b"onnection: close" in connection.respond(status, [])[0]
                 return False
             case Signal.CLOSED:
                 return False

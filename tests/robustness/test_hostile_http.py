@@ -737,10 +737,11 @@ def test_nonsense_behind_a_request_is_refused_after_its_answer(
     test()
 
 
-def test_a_client_that_pipelines_without_reading_is_cut_at_the_bound(
+def test_a_client_that_pipelines_without_reading_is_held_back_and_cut_after_a_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 18)
+    """The next request waits until the answer before is read, so that no answers pile up."""
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.5)
 
     @in_a_loop
     async def test() -> None:
@@ -750,12 +751,34 @@ def test_a_client_that_pipelines_without_reading_is_cut_at_the_bound(
             sending = asyncio.ensure_future(wire.send(request("GET", "/metrics") * 20_000))
             await until(lambda: served.num_clients == 1)
             (client,) = served.clients
+            await until(lambda: client.num_unsent_bytes > 0, "an answer waits")
+            assert client.num_unsent_bytes < 1 << 16
             await until(lambda: client._transport.is_closing(), "it is cut")
             assert client.http.num_buffered < 20_000 * len(SECOND)
+            assert served.server.metrics.num_cut["stalled"].number == 1
             with suppress(ConnectionError):
                 await sending
             wire._writer.transport.resume_reading()
             await wire.close()
+
+    test()
+
+
+def test_a_client_that_pipelines_first_and_reads_later_gets_every_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 1 << 14)
+
+    @in_a_loop
+    async def test() -> None:
+        async with besieged(caplog) as served, await served.wire() as wire:
+            wire._writer.transport.pause_reading()
+            sending = asyncio.ensure_future(wire.send(request("GET", "/metrics") * 1000))
+            await until(lambda: any(client.num_unsent_bytes for client in served.clients))
+            wire._writer.transport.resume_reading()
+            for _ in range(1000):
+                assert (await wire.answer()).status == 200
+            await sending
 
     test()
 

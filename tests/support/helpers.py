@@ -651,7 +651,7 @@ class SlowReader:
 
     @property
     def num_unsent(self) -> int:
-        return self.client._transport.get_write_buffer_size()
+        return self.client.num_unsent_bytes
 
     async def read(self) -> int:
         """Take a piece; how many bytes it has."""
