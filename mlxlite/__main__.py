@@ -6,6 +6,9 @@ Exit codes: 0 after SIGTERM, SIGINT or SIGHUP (a terminal that is closed), 1 whe
 start (the reason is on stderr), 2 for a bad command line; a second signal is 130, at once. A SIGHUP
 that was ignored from the start (nohup) stays ignored.
 
+Standard streams may be closed, full, unread or gone at any time, which changes neither the start
+nor the exit code. No write to them may block the event loop: once it runs, threads write.
+
 Imports are inside the functions, each as late as it can be: `--help` waits for none of them, and
 the listening socket for none of the model's.
 """
@@ -13,10 +16,14 @@ the listening socket for none of the model's.
 import contextlib
 import errno
 import gc
+import io
 import os
+import select
 import signal
 import sys
-from typing import TYPE_CHECKING
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, TextIO, cast
 
 from mlxlite.config.flags import ConfigError
 from mlxlite.config.options import USAGE_STATUS, Config, parse_args
@@ -24,6 +31,7 @@ from mlxlite.config.options import USAGE_STATUS, Config, parse_args
 if TYPE_CHECKING:
     import asyncio
     import socket
+    import threading
     from collections.abc import Callable
     from typing import Any
 
@@ -33,6 +41,9 @@ _EXIT_FAILED = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _EXIT_AT_ONCE = 130
 _OTHER_FILES = 128  # beside connections: weights, prefixes, a download's or an image's
+_MAX_WAITING = 1 << 20  # bytes for a standard stream that is not read
+_PATIENCE_S = 0.15  # at the end: for a stream to take the next line; a launcher waits for 2 s
+_FAILED_PATIENCE_S = 1.0  # for the reason of a start that fails
 _REPEAT_S = 10.0  # between two log lines with the same text
 # Between the device thread and the event loop: the default, 5 ms, is a whole step.
 _SWITCH_S = 0.0002
@@ -42,6 +53,7 @@ def main() -> None:
     """The console script."""
     for number in _stop_signals():  # until there is a loop, and something to end
         signal.signal(number, lambda *_: os._exit(0))
+    streams = _replace_standard_streams()
     config = parse_args(sys.argv[1:], os.environ)
     sys.setswitchinterval(_SWITCH_S)
     try:
@@ -51,14 +63,130 @@ def main() -> None:
 
     import asyncio
 
+    for stream in streams:
+        stream.start()
     _configure_logging(config)
-    _raise_file_limit(config.max_connections)
-    code = asyncio.run(_serve(config, listener))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the launching process may have exited
-            stream.flush()
+    config = replace(config, max_connections=_raise_file_limit(config.max_connections))
+    try:
+        code = asyncio.run(_serve(config, listener, streams[-1]))
+    except Exception:  # a bug of ours: the interpreter would end before the thread has written it
+        import traceback
+
+        traceback.print_exc()
+        code = _EXIT_FAILED
+    for stream in streams:
+        stream.drain(_FAILED_PATIENCE_S if code else _PATIENCE_S)
     # The device thread may be inside a kernel that cannot be interrupted: do not wait for it.
     os._exit(code)
+
+
+class _StandardStream(io.TextIOBase):
+    """stdout or stderr. Raises nothing, and blocks nothing once it is started.
+
+    Until `start`, a line is written when `write` returns: the reason for a start that fails. After
+    it, a daemon thread writes; lines beyond `_MAX_WAITING` bytes are dropped and counted, and a
+    line with their number follows once the stream takes lines again.
+    """
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: deque[bytes] = deque()
+        self._num_waiting = 0  # bytes
+        self._num_dropped = 0
+        self._num_reported = 0
+        self._changed: threading.Condition | None = None
+        self.on_dropped: Callable[[int], None] | None = None  # gets the number of all
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        """Nothing: a handler of logging calls it for every line."""
+
+    def write(self, text: str) -> int:
+        data = text.encode(self.encoding, self.errors)
+        if self._changed is None:
+            _write_all(self._fd, data)
+            return len(text)
+        with self._changed:
+            if self._num_waiting + len(data) > _MAX_WAITING:
+                self._drop()
+            else:
+                self._append(data)
+        return len(text)
+
+    def _append(self, data: bytes) -> None:
+        assert self._changed is not None
+        self._lines.append(data)
+        self._num_waiting += len(data)
+        self._changed.notify_all()
+
+    def _drop(self) -> None:
+        self._num_dropped += 1
+        if self.on_dropped is not None:
+            self.on_dropped(self._num_dropped)
+
+    def start(self) -> None:
+        """From now on a thread writes."""
+        import threading
+
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, args=(self._changed,), daemon=True).start()
+
+    def _run(self, changed: "threading.Condition") -> None:
+        while True:
+            with changed:
+                changed.wait_for(lambda: self._lines)
+                data = self._lines[0]
+            is_written = _write_all(self._fd, data)
+            with changed:
+                self._num_waiting -= len(self._lines.popleft())
+                if not is_written:
+                    self._drop()
+                elif not self._lines and (num := self._num_dropped - self._num_reported):
+                    self._num_reported = self._num_dropped
+                    self._append(f"mlxlite: {num} lines were dropped here\n".encode())
+                changed.notify_all()
+
+    def drain(self, patience_s: float) -> None:
+        """Return when all lines are written, or the stream takes none for `patience_s`."""
+        assert self._changed is not None
+        with self._changed:
+            while self._lines and self._changed.wait(patience_s):
+                pass
+
+
+def _write_all(fd: int, data: bytes) -> bool:
+    """Whether the stream took all bytes; False if it is full for good, or its reader has gone."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # the launching process made it so
+            select.select([], [fd], [])
+        except OSError:
+            return False
+    return True
+
+
+def _replace_standard_streams() -> tuple[_StandardStream, _StandardStream]:
+    """Make stdout and stderr safe to write to. A socket must not get the number of a closed one."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+    out, err = _StandardStream(1), _StandardStream(2)
+    sys.stdout, sys.stderr = cast("TextIO", out), cast("TextIO", err)
+    return out, err
 
 
 def _listen(config: Config) -> "socket.socket | None":
@@ -107,7 +235,7 @@ def _configure_logging(config: Config) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-async def _serve(config: Config, listener: "socket.socket | None") -> int:
+async def _serve(config: Config, listener: "socket.socket | None", stderr: _StandardStream) -> int:
     """Run until a signal; the exit code."""
     import asyncio
 
@@ -117,6 +245,7 @@ async def _serve(config: Config, listener: "socket.socket | None") -> int:
     asyncio.get_running_loop().set_exception_handler(_no_files_handler())
     try:
         server = Server(config)
+        stderr.on_dropped = server.metrics.records_dropped
         await server.start(listener)
     except ConfigError as error:
         return _fail(str(error), USAGE_STATUS)
@@ -165,21 +294,29 @@ def _stop_signals() -> list[signal.Signals]:
     return [n for n in _STOP_SIGNALS if n != signal.SIGHUP or not is_ignored]
 
 
-def _raise_file_limit(max_connections: int) -> None:
-    """Each connection is an open file, of which macOS by default allows a process 256."""
+def _raise_file_limit(max_connections: int) -> int:
+    """Allow an open file for each connection; how many connections there can be.
+
+    By default macOS allows a process 256 files. Where the limit cannot be raised, connections are
+    fewer: beyond it they would wait, and weights or images could not be opened.
+    """
     import logging
     import resource
 
     wanted = max_connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+        return max_connections
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
-        log = logging.getLogger("mlxlite")
-        log.warning("%d open files are too few for %d connections", most, max_connections)
+    num_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if num_files >= wanted:
+        return max_connections
+    num = max(1, num_files - _OTHER_FILES, num_files // 4)
+    text = "%d open files are too few for %d connections: %d are accepted"
+    logging.getLogger("mlxlite").warning(text, num_files, max_connections, num)
+    return num
 
 
 def _no_files_handler() -> "Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]":
@@ -211,13 +348,12 @@ def _announce(server: "Server") -> None:
             file=sys.stderr,
         )
     address = server.url.removeprefix("http://").removeprefix("https://")
-    with contextlib.suppress(OSError):  # stdout may be closed
-        print(f"[mlx] http server listening on {server.url}")
-        print(f"[mlx] server is listening on {address}", flush=True)
+    print(f"[mlx] http server listening on {server.url}")
+    print(f"[mlx] server is listening on {address}")
 
 
 def _fail(message: str, code: int = _EXIT_FAILED) -> int:
-    print(f"mlxlite: error: {message}", file=sys.stderr, flush=True)
+    print(f"mlxlite: error: {message}", file=sys.stderr)
     return code
 
 

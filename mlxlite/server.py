@@ -6,9 +6,10 @@ response, every stream its finish or its error, also at shutdown (tested).
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter, time
@@ -51,8 +52,9 @@ def load(config: Config) -> tuple[Model, Runner]:
 
     Raises LoadError.
     """
-    from mlxlite.models.load import load as load_model
-    from mlxlite.models.load import memory_budget
+    with _file_limit_kept():
+        from mlxlite.models.load import load as load_model
+        from mlxlite.models.load import memory_budget
     from mlxlite.runner import cpu
     from mlxlite.runner.kv_cache import KVBits
     from mlxlite.runner.model_runner import ModelRunner
@@ -74,6 +76,22 @@ def load(config: Config) -> tuple[Model, Runner]:
         flags = f" with --kv-bits {config.kv_bits}" if kv_bits is not None else ""
         raise LoadError(f"this model cannot run{flags}: {reason}") from None
     return model, runner
+
+
+@contextlib.contextmanager
+def _file_limit_kept() -> Iterator[None]:
+    """For the first import of mlx-lm: it sets the limit of open files to 2,048 of at most 4,096.
+
+    That fails where 4,096 are not allowed, and elsewhere takes files from connections.
+    """
+    import resource
+
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda _resource, _limits: None
+    try:
+        yield
+    finally:
+        resource.setrlimit = set_limit
 
 
 def _open_store(config: Config, fingerprint: str) -> "Store | None":

@@ -295,7 +295,8 @@ import mlxlite.__main__ as program
 before = gc.get_threshold()
 
 def announce(server):
-    print(gc.isenabled() and gc.get_threshold() == before, gc.get_freeze_count(), flush=True)
+    is_enabled = gc.isenabled() and gc.get_threshold() == before
+    os.write(1, f"{is_enabled} {gc.get_freeze_count()}".encode())
     os._exit(0)
 
 program._announce = announce

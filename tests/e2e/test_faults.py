@@ -631,21 +631,41 @@ def test_without_file_descriptors_no_connection_is_lost_and_the_server_does_not_
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "is_enough"), [(64, 4096, True), (64, 128, False), (2048, 4096, True)]
+    ("soft", "hard", "num"),
+    [(64, 4096, 1024), (2048, 4096, 1024), (64, 256, 128), (64, 128, 32), (256, 1000, 872)],
 )
-def test_as_many_files_may_be_open_as_connections_need(
-    soft: int, hard: int, is_enough: bool
+def test_as_many_connections_are_accepted_as_files_may_be_open(
+    soft: int, hard: int, num: int
 ) -> None:
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 from mlxlite.__main__ import _raise_file_limit
-_raise_file_limit(1024)
-print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+print(_raise_file_limit(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert int(done.stdout) == (max(soft, 1024 + 128) if is_enough else hard)
-    assert ("too few for 1024 connections" in done.stderr) == (not is_enough), done.stderr
+    assert done.stdout.split() == [str(num), str(min(hard, max(soft, 1024 + 128)))]
+    warned = f"too few for 1024 connections: {num} are accepted" in done.stderr
+    assert warned == (num < 1024), done.stderr
+
+
+@pytest.mark.parametrize("hard", [64, 256, 2000])
+def test_a_low_limit_of_open_files_prevents_no_start(tmp_path: Path, hard: int) -> None:
+    port = free_port()
+    limited = ("bash", "-c", f'ulimit -Sn {hard}; ulimit -Hn {hard}; exec "$@"', "-")
+    with running(tmp_path, "--port", str(port), prefix=limited) as process, ExitStack() as stack:
+        process.until("server is listening")
+        assert ask(port, "/v1/chat/completions", chat(max_tokens=2))[0] == 200
+        assert ("too few for 1024" in process.stderr) == (hard < 1152)
+        num = {64: 16, 256: 128, 2000: 150}[hard]
+        for _ in range(num):
+            stack.enter_context(closing(socket.create_connection(("127.0.0.1", port))))
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)) as link:
+            link.request("GET", "/health")
+            assert link.getresponse().status == (200 if hard == 2000 else 503), "one too many"
+        assert "Traceback" not in process.stderr
+        process.kill(signal.SIGTERM)
+        assert process.wait(GONE_S) == 0
 
 
 # --- signals, at each phase of a real process ----------------------------------------------------
@@ -763,26 +783,104 @@ def test_a_hangup_that_was_ignored_from_the_start_stays_ignored(tmp_path: Path) 
         assert process.wait(GONE_S) == 0
 
 
-def test_the_launching_process_may_close_the_servers_output(tmp_path: Path) -> None:
-    port = free_port()
+# --- standard streams ----------------------------------------------------------------------------
+
+
+def closed(stack: ExitStack) -> int | None:
+    return None
+
+
+def full(stack: ExitStack) -> int:
+    return stack.enter_context(open("/dev/full", "wb")).fileno()
+
+
+def gone(stack: ExitStack) -> int:
     reading, writing = os.pipe()
     os.close(reading)
-    with (tmp_path / "stderr").open("wb") as stderr:
+    stack.callback(os.close, writing)
+    return writing
+
+
+def unread(stack: ExitStack) -> int:
+    """A pipe that holds as much as it can, and that is not read."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    os.set_blocking(writing, True)
+    stack.callback(os.close, reading)
+    stack.callback(os.close, writing)
+    return writing
+
+
+Fault = Callable[[ExitStack], "int | None"]
+FAULTS: list[Fault] = [closed, full, gone, unread]
+if not Path("/dev/full").exists():
+    FAULTS.remove(full)
+
+
+@contextmanager
+def started(*args: str, **streams: Fault) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with these faults of its streams; those that are not named go nowhere."""
+    with ExitStack() as stack:
+        files: dict[str, int] = {}
+        closing_them = ""
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            fd = streams[name](stack) if name in streams else subprocess.DEVNULL
+            closing_them += f" {number}>&-" if fd is None else ""
+            files[name] = subprocess.DEVNULL if fd is None else fd
+        command = [sys.executable, "-m", "mlxlite", *args]
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlxlite", "--port", str(port)],
-            stdout=writing,
-            stderr=stderr,
-            cwd=ROOT,
+            ["bash", "-c", f'exec "$@"{closing_them}', "-", *command], cwd=ROOT, **files
         )
-    os.close(writing)
-    try:
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        yield process
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("names", [("stdout",), ("stderr",), ("stdin", "stdout", "stderr")])
+def test_a_standard_stream_that_takes_nothing_changes_nothing(
+    fault: Fault, names: tuple[str, ...]
+) -> None:
+    port = free_port()
+    streams = dict.fromkeys(names, fault)
+    flags = ("--port", str(port), "--log-level", "debug", "--shutdown-grace-s", "0.3")
+    with started(*flags, **streams) as process, ExitStack() as stack:
         until_true(lambda: can_connect(port) and ask(port, "/health")[0] == 200)
+        for _ in range(5):
+            assert ask(port, "/v1/chat/completions", chat(max_tokens=1))[0] == 200
+        assert ask(port, "/v1/nowhere")[0] == 404
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
+        stack.enter_context(closing(link))
+        body = chat(stream=True, temperature=1, ignore_eos=True)
+        link.request("POST", "/v1/chat/completions", json.dumps(body))
+        answer = link.getresponse()
+        until_line(answer, '"content":"', but='"content":""')
         process.send_signal(signal.SIGTERM)
+        assert parse_frames("data: {}\n\n" + answer.read().decode().lstrip("\n"))[-1] == DONE
         assert process.wait(GONE_S) == 0
-    finally:
-        process.kill()
-        process.wait()
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+@pytest.mark.parametrize("fault", FAULTS[:-1])
+def test_a_start_that_fails_has_its_exit_code_without_a_stderr(fault: Fault) -> None:
+    for code, flags in ((2, ("--modle", "x")), (1, ("--port", "0", "--model", "/nowhere/at/all"))):
+        with started(*flags, stderr=fault, stdout=fault) as process:
+            assert process.wait(TIMEOUT_S) == code
+
+
+def test_no_file_of_the_server_gets_the_number_of_a_closed_stream() -> None:
+    port = free_port()
+    streams: dict[str, Fault] = dict.fromkeys(("stdin", "stdout", "stderr"), closed)
+    with started("--port", str(port), **streams) as process:
+        until_true(lambda: can_connect(port) and ask(port, "/health")[0] == 200)
+        if sys.platform == "linux":
+            files = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+            assert files == [os.devnull] * 3
 
 
 def test_after_a_kill_in_mid_stream_the_same_port_is_served_again(tmp_path: Path) -> None:
