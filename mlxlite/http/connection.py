@@ -334,7 +334,8 @@ class Client(asyncio.Protocol):
         """Respond to bytes that are no request, and close."""
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
-        self.write(*self.http.respond(error.status, fields, error.body()))
+        for piece in self.http.respond(error.status, fields, error.body()):
+            self.write(piece)
         self._linger()
 
     def _guard(self, exchange: "Exchange", call: Callable[..., None], *args: bytes) -> None:
@@ -346,11 +347,10 @@ class Client(asyncio.Protocol):
             log.error("%r failed: %s", exchange, trace_of(error))
             exchange.abandon(internal_error())
 
-    def write(self, *pieces: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Send bytes; a peer that is too slow for them is disconnected."""
-        for piece in pieces:
-            self._out.write(piece)
-        if self._out.is_behind:
+        self._out.write(data)
+        if self._out.num_held:
             self._bound_backlog()
 
     def _bound_backlog(self) -> None:
@@ -464,7 +464,8 @@ class Exchange:
         if not self.is_lost and not self.is_answered:
             self.is_answered = True
             fields = self._headers(status, headers)
-            self._client.write(*self._client.http.respond(status, fields, body))
+            for piece in self._client.http.respond(status, fields, body):
+                self._client.write(piece)
             self._client.finished()
 
     def fail(self, error: APIError) -> None:

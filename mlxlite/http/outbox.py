@@ -85,10 +85,13 @@ class Outbox:
 
     def write(self, data: bytes) -> None:
         """Send bytes, after all that wait; none after `close` or the peer's end."""
-        if self.is_closing or not data:
-            return
-        if len(data) <= PIECE and not self.is_behind:
+        if self._is_full or self._queue or len(data) > PIECE:
+            self._append(data)
+        elif data and not self._transport.is_closing():
             self._give(data)
+
+    def _append(self, data: bytes) -> None:
+        if self.is_closing or not data:
             return
         self._queue.append(data)
         self._count(len(data), 1)
@@ -97,7 +100,10 @@ class Outbox:
 
     def _give(self, piece: bytes | memoryview) -> None:
         self._num_given += len(piece)
-        self._call(self._transport.write, piece)
+        try:
+            self._transport.write(piece)
+        except _GONE:
+            self.abort()
 
     def _count(self, num_bytes: int, sign: int) -> None:
         self.num_held += sign * num_bytes
