@@ -18,7 +18,7 @@ from typing import Protocol
 
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence, Usage
-from mlxlite.prefix_cache.operations import NO_HIT, CacheOp, Hit, Stored
+from mlxlite.prefix_cache.operations import CacheOp, Hit, Stored
 
 
 class Status(Enum):
@@ -105,7 +105,7 @@ class Admission:
 
     sequence: Sequence
     outputs: tuple[int, ...] = ()
-    hit: Hit = NO_HIT
+    hit: Hit = field(default_factory=Hit)
 
     @property
     def num_tokens(self) -> int:

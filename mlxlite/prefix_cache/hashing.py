@@ -8,6 +8,7 @@ collisions, which can be forged: nothing may depend on a key alone.
 FNV-1a: isthe.com/chongo/tech/comp/fnv.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -85,29 +86,19 @@ def num_common(a: Blocks, b: Blocks) -> int:
     """Tokens, in whole blocks, of the common prefix; by keys alone, so collisions are possible."""
     if a.scope != b.scope:
         return 0
-    low, high = 0, min(len(a.keys), len(b.keys))
-    while low < high:  # equal keys have equal prefixes, so binary search works
-        middle = (low + high + 1) // 2
-        if a.keys[middle - 1] == b.keys[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low * a.size
+    places = range(min(len(a.keys), len(b.keys)))
+    # Equal keys have equal prefixes, so binary search works.
+    return a.size * bisect_left(places, True, key=lambda i: a.keys[i] != b.keys[i])
 
 
 def num_equal(a: bytes, b: bytes, step: int) -> int:
     """Units of `step` bytes in the common prefix of two byte strings."""
-    low, high = 0, min(len(a), len(b)) // step
-    mine, theirs = memoryview(a), memoryview(b)
-    if mine[: high * step] == theirs[: high * step]:
-        return high
-    while low < high:  # by memcmp
-        middle = (low + high + 1) // 2
-        if mine[: middle * step] == theirs[: middle * step]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    num = min(len(a), len(b)) // step
+    # Slices of bytes compare by memcmp, which is worth their copies; memoryviews by elements.
+    if a[: num * step] == b[: num * step]:
+        return num
+    stops = range(step, num * step + 1, step)
+    return bisect_left(stops, True, key=lambda stop: a[:stop] != b[:stop])
 
 
 def checkpoint_positions(blocks: Blocks, num_tokens: int) -> set[int]:

@@ -25,9 +25,6 @@ class Hit:
     missing: tuple[int, ...] = ()
 
 
-NO_HIT = Hit()
-
-
 @dataclass(frozen=True, slots=True)
 class Save:
     """Copy from sequence `id`, which has computed `position` tokens.
