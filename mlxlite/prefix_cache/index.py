@@ -1,7 +1,7 @@
 """The prefix cache: which prompt prefixes have been computed before, and which of them are kept.
 
-It joins the tree (what a prompt matches) and the residency (what is in memory and on disk), and
-issues operations for the runner, whose order counts. It never sees an array, a clock or a file:
+It adds lookup and insertion by the tree (what a prompt matches) to the residency (what is in memory
+and on disk), which issues operations for the runner. It never sees an array, a clock or a file:
 
     hit = cache.enter(blocks, limit)        what a sequence need not compute
     cache.insert(id, blocks, num_tokens)    keep what it has computed
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from itertools import count, takewhile
 
 from mlxlite.prefix_cache.hashing import WORD_BYTES, Blocks
-from mlxlite.prefix_cache.operations import CacheOp, CacheStats, Hit, Save, Segment, Stored
+from mlxlite.prefix_cache.operations import Hit, Save, Segment, Stored
 from mlxlite.prefix_cache.radix_tree import (
     NODE_BYTES,
     Checkpoint,
@@ -31,7 +31,7 @@ from mlxlite.prefix_cache.radix_tree import (
 from mlxlite.prefix_cache.residency import Residency
 
 
-class PrefixCache:
+class PrefixCache(Residency):
     """Prefixes of at most `num_bytes` in memory and `disk_bytes` on disk; 0 bytes disable it.
 
     `token_bytes` is what a token takes in the layers that keep all tokens, `state_bytes` what
@@ -51,17 +51,8 @@ class PrefixCache:
         self.block_size, self.to_token = block_size, True
         self.has_checkpoints = state_bytes is not None
         self._sizes = Sizes(block_size, token_bytes, state_bytes)
-        self._tree = RadixTree(self._sizes)
-        self._residency = Residency(self._tree, num_bytes, disk_bytes)
+        super().__init__(RadixTree(self._sizes), num_bytes, disk_bytes)
         self._ids = count(1)
-
-    @property
-    def stats(self) -> CacheStats:
-        return self._residency.stats
-
-    def take_ops(self) -> tuple[CacheOp, ...]:
-        """The operations since the last call, for the runner to execute in this order."""
-        return self._residency.take_ops()
 
     # --- lookup -----------------------------------------------------------------------------
 
@@ -109,7 +100,7 @@ class PrefixCache:
             hit = self._without_missing(hit)
         hit = hit if hit.num_tokens >= least else Hit()
         ids = (*(segment.extent for segment in hit.segments), hit.checkpoint)
-        self._residency.touch(id for id in ids if id is not None)
+        self._touch(id for id in ids if id is not None)
         self.stats.num_asked += limit
         self.stats.num_hit += hit.num_tokens
         return hit
@@ -129,18 +120,18 @@ class PrefixCache:
         num_blocks = num_tokens // self.block_size
         match = self._tree.walk(blocks, num_tokens)
         if match.num_blocks < min(num_blocks, match.last.stop) and not match.last.is_held:
-            self._residency.remove(match.last)  # a file cannot be split: the new one replaces it
+            self._remove(match.last)  # a file cannot be split: the new one replaces it
             match = self._tree.walk(blocks, num_tokens)
         start = match.num_blocks
         tail = blocks.words[num_blocks * self.block_size * WORD_BYTES : num_tokens * WORD_BYTES]
         is_known = start == num_blocks and (num_tokens, tail) in match.last.checkpoints
         checkpoint = (num_tokens, tail) if self.has_checkpoints and not is_known else None
         if num_blocks > start or checkpoint is not None:
-            stop = self._make_room(match, num_blocks, checkpoint)
+            stop = self._room_for(match, num_blocks, checkpoint)
             if stop is not None:
                 self._grow(id, blocks, match, stop, checkpoint)
 
-    def _make_room(
+    def _room_for(
         self, match: Match, num_blocks: int, checkpoint: tuple[int, bytes] | None
     ) -> int | None:
         """Make room for blocks up to `num_blocks`; how many then fit, or None if too few."""
@@ -148,9 +139,9 @@ class PrefixCache:
         needed = self._sizes.extent(num_blocks - start) + NODE_BYTES  # of a split
         needed += self._sizes.checkpoint(*checkpoint) if checkpoint else 0
         # With checkpoints it is all or nothing: without room for all, nothing is evicted.
-        if self.has_checkpoints and not self._residency.can_fit(needed, match.path):
+        if self.has_checkpoints and not self._can_fit(needed, match.path):
             return None
-        room = self._residency.make_room(needed, match.path)
+        room = self._make_room(needed, match.path)
         if room >= needed:
             return num_blocks
         num_blocks = min(num_blocks, start + max(0, room - 2 * NODE_BYTES) // self._sizes.block)
@@ -163,7 +154,7 @@ class PrefixCache:
         extent: Extent | None = None
         if stop > start:
             if start < last.stop:
-                self._residency.split(last, start, next(self._ids))
+                self._split(last, start, next(self._ids))
             if blocks.keys[start] in last.children:  # a collision: the first one stays
                 return
             extent = self._tree.add_extent(next(self._ids), blocks, start, stop, last)
@@ -178,46 +169,11 @@ class PrefixCache:
             checkpoint.id if checkpoint else None,
             checkpoint.position if checkpoint else stop * self.block_size,
         )
-        self._residency.save(save)
-
-    # --- memory and disk --------------------------------------------------------------------
-
-    def shrink(self, num_bytes: int) -> None:
-        """Hold no more than `num_bytes` in memory until the next call: what live rows leave."""
-        self._residency.shrink(num_bytes)
-
-    def lose(self, ids: Iterable[int]) -> None:
-        """Remove payloads that the runner could not keep."""
-        self._residency.lose(ids)
-
-    def clear(self) -> None:
-        """Remove everything, from memory and disk."""
-        self._residency.lose(list(self._tree.payloads))
-
-    def forget_held(self) -> None:
-        """After a reset of the runner: drop what was in memory; files stay."""
-        self._residency.forget_held()
-
-    def fetch(self, ids: Iterable[int]) -> bool:
-        """Start reading payloads from disk, all or none; True if all are held or on their way."""
-        return self._residency.fetch(ids)
-
-    def fetched(self, id: int) -> None:
-        """A payload has been read from disk."""
-        self._residency.fetched(id)
-
-    def unstored(self, id: int) -> None:
-        """A payload could not be written to, or read from, disk."""
-        self._residency.unstored(id)
+        self._save(save)
 
     def restore(self, found: Iterable[tuple[int, Stored]]) -> None:
         """Rebuild the index from an earlier process's files, by id; unlink those without place."""
         items = sorted(found, key=lambda item: (item[1].position is not None, len(item[1].words)))
         self._ids = count(1 + max((id for id, _ in items), default=0))
         for id, stored in items:
-            self._residency.restore(id, self._tree.restore(id, stored), len(stored.words))
-
-    def check(self) -> None:
-        """Assert the module's invariants. Tests call it after every operation."""
-        self._tree.check()
-        self._residency.check()
+            self._add_file(id, self._tree.restore(id, stored), len(stored.words))

@@ -41,10 +41,11 @@ class Residency:
         self._clock = 0  # sequences entered
 
     def take_ops(self) -> tuple[CacheOp, ...]:
+        """The operations since the last call, for the runner to execute in this order."""
         ops, self._ops = tuple(self._ops), []
         return ops
 
-    def touch(self, ids: Iterable[int]) -> None:
+    def _touch(self, ids: Iterable[int]) -> None:
         """Payloads that a sequence uses now."""
         self._clock += 1
         for id in ids:
@@ -52,7 +53,7 @@ class Residency:
 
     # --- memory -----------------------------------------------------------------------------
 
-    def save(self, op: Save) -> None:
+    def _save(self, op: Save) -> None:
         """Hold the payloads that `op` copies from a sequence, and write them to disk."""
         ids = [id for id in (op.extent, op.checkpoint) if id is not None]
         payloads = [self._tree.payloads[id] for id in ids]
@@ -63,7 +64,7 @@ class Residency:
         for payload in payloads:
             self._write(payload)
 
-    def split(self, extent: Extent, at: int, id: int) -> None:
+    def _split(self, extent: Extent, at: int, id: int) -> None:
         """Split an extent in memory at block `at`; its file is replaced by two."""
         self._unlink(extent)
         num_bytes = extent.num_bytes
@@ -74,19 +75,23 @@ class Residency:
             self._write(part)
 
     def shrink(self, num_bytes: int) -> None:
+        """Hold no more than `num_bytes` in memory until the next call: what live rows leave."""
         self._limit = max(0, min(num_bytes, self.stats.max_bytes))
-        self.make_room(0, ())
+        self._make_room(0, ())
 
-    def can_fit(self, num_bytes: int, spared: Iterable[Payload]) -> bool:
+    def _can_fit(self, num_bytes: int, spared: Iterable[Payload]) -> bool:
         """Whether so many bytes fit if all payloads but the `spared` are evicted."""
         return num_bytes + sum(p.num_bytes for p in {*spared} if p.is_resident) <= self._limit
 
-    def make_room(self, num_bytes: int, spared: Iterable[Payload]) -> int:
+    def _make_room(self, num_bytes: int, spared: Iterable[Payload]) -> int:
         """Evict, oldest leaves first, until so many bytes fit; return how many then fit.
 
         Where that is not enough, nodes of payloads that are only on disk are removed too.
         """
-        for is_in, evict in ((lambda p: p.is_resident, self._evict), (lambda _: True, self.remove)):
+        for is_in, evict in (
+            (lambda p: p.is_resident, self._evict),
+            (lambda _: True, self._remove),
+        ):
             if self.stats.num_bytes + num_bytes > self._limit:
                 for payload in self._oldest(is_in, spared):
                     self.stats.num_evicted += 1
@@ -120,13 +125,13 @@ class Residency:
     def _evict(self, payload: Payload) -> None:
         """Drop a payload from memory, and from the tree unless it is on disk."""
         if not payload.is_stored:
-            self.remove(payload)
+            self._remove(payload)
             return
         payload.is_held = payload.is_fetching = False
         self.stats.num_bytes -= payload.num_bytes - NODE_BYTES
         self._ops.append(Drop(payload.id))
 
-    def remove(self, payload: Payload) -> None:
+    def _remove(self, payload: Payload) -> None:
         """Remove a payload, with everything below it, from memory, disk and tree."""
         for removed in self._tree.remove(payload):
             if removed.is_held:
@@ -135,11 +140,17 @@ class Residency:
             self._unlink(removed)
 
     def lose(self, ids: Iterable[int]) -> None:
+        """Remove payloads that the runner could not keep."""
         for id in ids:
             if id in self._tree.payloads:
-                self.remove(self._tree.payloads[id])
+                self._remove(self._tree.payloads[id])
+
+    def clear(self) -> None:
+        """Remove everything, from memory and disk."""
+        self.lose(list(self._tree.payloads))
 
     def forget_held(self) -> None:
+        """After a reset of the runner: drop what was in memory; files stay."""
         payloads = self._tree.payloads
         for id in sorted(payloads, reverse=True):
             if id in payloads and payloads[id].is_resident:
@@ -161,7 +172,7 @@ class Residency:
             for other in self._oldest(lambda other: other.is_stored, path):
                 self._unlink(other)
                 if not other.is_resident:
-                    self.remove(other)
+                    self._remove(other)
                 if self.stats.disk_bytes + size <= self.stats.max_disk_bytes:
                     break
             else:
@@ -177,13 +188,14 @@ class Residency:
             self._ops.append(Unlink(payload.id))
 
     def fetch(self, ids: Iterable[int]) -> bool:
+        """Start reading payloads from disk, all or none; True if all are held or on their way."""
         payloads = self._tree.payloads
         absent = [p for p in map(payloads.__getitem__, ids) if not p.is_resident]
         needed = sum(payload.num_bytes - NODE_BYTES for payload in absent)
         # Reads for other sequences are spared: two could otherwise evict each other for ever.
         spared = absent + [p for p in payloads.values() if p.is_fetching]
         spared += [extent for payload in absent for extent in path_of(payload)]
-        if not self.can_fit(needed, spared) or self.make_room(needed, spared) < needed:
+        if not self._can_fit(needed, spared) or self._make_room(needed, spared) < needed:
             return False
         for payload in absent:
             payload.is_fetching, payload.used = True, self._clock
@@ -192,6 +204,7 @@ class Residency:
         return True
 
     def fetched(self, id: int) -> None:
+        """A payload has been read from disk."""
         payload = self._tree.payloads.get(id)
         if payload is not None and payload.is_fetching:
             payload.is_fetching, payload.is_held = False, True
@@ -200,13 +213,14 @@ class Residency:
             self._ops.append(Drop(id))  # evicted during the read
 
     def unstored(self, id: int) -> None:
+        """A payload could not be written to, or read from, disk."""
         payload = self._tree.payloads.get(id)
         if payload is not None:
             self._unlink(payload)
             if not payload.is_held:
-                self.remove(payload)
+                self._remove(payload)
 
-    def restore(self, id: int, payload: Payload | None, num_word_bytes: int) -> None:
+    def _add_file(self, id: int, payload: Payload | None, num_word_bytes: int) -> None:
         """Count a file of an earlier process; unlink it if there is no room, or no `payload`."""
         if payload is not None:
             size = payload.num_bytes + _FILE_BYTES + num_word_bytes
@@ -220,7 +234,8 @@ class Residency:
         self._ops.append(Unlink(id))
 
     def check(self) -> None:
-        """Assert the module's invariants. Tests call it after every operation."""
+        """Assert the invariants of tree and residency. Tests call it after every operation."""
+        self._tree.check()
         payloads, stats = self._tree.payloads.values(), self.stats
         assert all(payload.is_resident or payload.is_stored for payload in payloads)
         num_bytes = sum(p.num_bytes if p.is_resident else NODE_BYTES for p in payloads)
