@@ -8,13 +8,10 @@ them. One request alone always fits: the server has refused those that do not.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.request_state import RequestState
-
-
-def _key(state: RequestState) -> tuple[int, int]:
-    return state.key
 
 
 def _yields(
@@ -51,9 +48,7 @@ class Capacity:
 
     def overflow(self, running: list[RequestState]) -> list[RequestState]:
         """The requests to preempt, last in order first, because decoding outgrew the budget."""
-        if self.fits(running):
-            return []
-        kept, victims = sorted(running, key=_key), []
+        kept, victims = sorted(running, key=attrgetter("key")), []
         while not self.fits(kept):
             victims.append(kept.pop())
         return victims

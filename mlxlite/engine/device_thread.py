@@ -42,15 +42,12 @@ class DeviceThread:
         future: asyncio.Future[T] = loop.create_future()
 
         def call() -> None:
-            deliver: Callable[[], None]
             try:
-                result = function(*args)
+                deliver = _Delivery(future, function(*args))
             except BaseException as error:  # of any kind: the awaiting task gets it
                 # Its frames hold arrays of the failed call, which must be dropped on this thread.
                 traceback.clear_frames(error.__traceback__)
-                deliver = _Failure(future, as_exception(error))
-            else:
-                deliver = _Success(future, result)
+                deliver = _Delivery(future, error=as_exception(error))
             with contextlib.suppress(RuntimeError):  # the loop is closed: no task awaits it
                 loop.call_soon_threadsafe(deliver)
 
@@ -66,20 +63,15 @@ class DeviceThread:
 
 
 @dataclass(slots=True)
-class _Success:
+class _Delivery:
     future: asyncio.Future[Any] = field(repr=False)  # its repr has the result
-    result: Any = field(repr=False)  # arrays, prompts: kept out of asyncio's debug log
+    result: Any = field(default=None, repr=False)  # arrays, prompts: not for asyncio's debug log
+    error: BaseException | None = None
 
     def __call__(self) -> None:
-        if not self.future.done():
+        if self.future.done():
+            return
+        if self.error is None:
             self.future.set_result(self.result)
-
-
-@dataclass(slots=True)
-class _Failure:
-    future: asyncio.Future[Any]
-    error: BaseException
-
-    def __call__(self) -> None:
-        if not self.future.done():
+        else:
             self.future.set_exception(self.error)

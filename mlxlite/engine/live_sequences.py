@@ -169,9 +169,8 @@ class LiveSequences:
         if live.last_at is None:
             live.first_at = now
             self._observer.first_token(now - live.added_at)
-            queue_s = (live.admitted_at or now) - live.added_at
-            num_prompt = len(live.sequence.prompt.tokens)
-            self._observer.prompt_done(num_prompt, queue_s, live.num_cached)
+            usage = live.usage(now)
+            self._observer.prompt_done(usage.num_prompt, usage.queue_s, usage.num_cached)
         else:
             self._observer.token_gap(now - live.last_at)
         live.last_at = now

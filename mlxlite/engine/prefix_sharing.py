@@ -30,7 +30,7 @@ class PrefixSharing:
     def store(self, state: RequestState) -> None:
         """Keep what a running request has computed, for later ones with the same prefix."""
         if state.is_running and self._can_store and (blocks := state.blocks()) is not None:
-            self._cache.insert(state.id, blocks, state.num_launched_tokens)
+            self._cache.insert(state.id, blocks, state.num_computed)
 
     def admission(self, state: RequestState) -> Admission:
         """Look up the cached prefix of an admitted request; call after preemption is final."""

@@ -22,7 +22,8 @@ class RequestState:
     """One live sequence: `num_launched` rows are in steps so far, of which `outputs` came back.
 
     `num_computed` tokens since the last admission are in the runner's cache or in a step: of the
-    prompt and, after a preemption, of the outputs; the first `start` of them were a prefix hit.
+    prompt, of the outputs after a preemption, and each row's input; the first `start` of them were
+    a prefix hit.
     Of its images `num_encoded` need no run of the vision tower any more.
     """
 
@@ -69,13 +70,6 @@ class RequestState:
     @property
     def num_tokens(self) -> int:
         return len(self.sequence.prompt.tokens) + len(self.outputs)
-
-    @property
-    def num_launched_tokens(self) -> int:
-        """Tokens in the cache once the steps made so far have run."""
-        if self.status is Status.DECODE:
-            return len(self.sequence.prompt.tokens) + self.num_launched - 1
-        return self.num_computed
 
     @property
     def num_to_prefill(self) -> int:

@@ -98,15 +98,17 @@ class RequestTable:
         for id in waiting:
             assert self.states[id].status is Status.WAITING
             assert self.states[id].num_computed == 0
+            assert self.states[id].num_launched == len(self.states[id].outputs)
         for state in self.prefilling.values():
             assert state.status is Status.PREFILL
             assert state.num_launched == len(state.outputs)
+            assert 0 <= state.num_computed < state.num_tokens
         for state in self.decoding.values():
             assert state.status is Status.DECODE
-            assert state.num_to_prefill == 0
+            assert state.num_computed == state.length - 1
         for state in self.leaving.values():
             assert state.status is Status.LEAVING
+            assert state.num_computed == 0
             assert len(state.outputs) < state.num_launched
         for state in self.states.values():
-            assert 0 <= state.num_computed < state.num_tokens
             assert len(state.outputs) <= state.num_launched <= state.sequence.max_tokens

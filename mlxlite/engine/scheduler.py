@@ -43,7 +43,6 @@ from mlxlite.engine.step import (
     Finished,
     Outcome,
     SetChunkBudget,
-    Status,
     Step,
     StepFailed,
     Token,
@@ -272,6 +271,7 @@ class Scheduler:
         states = [state for state in self._requests.decoding.values() if state.has_row]
         for state in states:
             state.num_launched += 1
+            state.num_computed += 1  # the row's input; its output is in no cache yet
             self._requests.queue.charge(state, 1)
         return tuple(state.id for state in states)
 
@@ -298,8 +298,6 @@ class Scheduler:
 
     def _take(self, state: RequestState, token: int, logprobs: Logprobs | None) -> list[Event]:
         state.outputs.append(token)
-        # Beside the row's own input: its output is in no cache yet.
-        state.num_computed += state.status is Status.DECODE
         sequence = state.sequence
         is_eos = token in sequence.eos_tokens
         events: list[Event] = [Token(sequence.id, token, is_eos, logprobs)]

@@ -69,7 +69,7 @@ def test_the_device_threads_results_are_not_logged(caplog: pytest.LogCaptureFixt
 
     with caplog.at_level(logging.WARNING, "asyncio"):
         play(scenario(), debug=True)
-    assert any("_Success" in message for message in caplog.messages)
+    assert any("_Delivery" in message for message in caplog.messages)
 
 
 def test_the_device_thread_runs_calls_in_order_one_at_a_time():
