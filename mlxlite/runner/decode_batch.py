@@ -18,7 +18,7 @@ from mlxlite.engine.sequence import Logprobs, Matcher
 from mlxlite.runner.prefill import Failure, Row
 from mlxlite.runner.row_batch import BatchCache
 from mlxlite.runner.sampler import LogprobArrays, Sampler
-from mlxlite.runner.snapshots import CacheSnapshot
+from mlxlite.runner.snapshots import HeldCache
 
 _ALL_ALLOWED = 0xFFFFFFFF
 
@@ -71,11 +71,9 @@ class DecodeBatch:
         self._tokens: mx.array | None = None  # [B]: each row's next input
         self._deltas: mx.array | None = None  # [B]: what rows add to their positions
 
-    def snapshot(self, id: int, start: int, stop: int, *, has_states: bool) -> CacheSnapshot | None:
-        """See `CacheSnapshot.of`; None for a sequence that has no row."""
-        if id not in self.ids:
-            return None
-        return self._cache.snapshot(self.ids.index(id), start, stop, has_states=has_states)
+    def held(self, id: int) -> HeldCache | None:
+        """Where a sequence's keys and values are; None if it has no row."""
+        return self._cache.held(self.ids.index(id)) if id in self.ids else None
 
     # --- rows join and leave ----------------------------------------------------------------
 
@@ -83,16 +81,15 @@ class DecodeBatch:
         """Make the rows those of `ids`: drop the others, and append `joining`."""
         wanted = set(ids)
         keep = [i for i, id in enumerate(self.ids) if id in wanted]
-        self._cache.keep(keep)
+        if len(keep) < len(self.ids):
+            self._cache.keep(keep)
         self._cache.join([row.cache for row in joining])
         self._sampler.regroup(keep, [row.sampler_row() for row in joining])
         for id in self.ids:
             if id not in wanted:
                 self.matchers.pop(id, None)
         for row in joining:
-            fault = _fault_of(None, partial(self._join_matcher, row))
-            if fault is not None:
-                failed.append(self._drop_matcher(row.id, fault))
+            self._attempt(row.id, partial(self._join_matcher, row), failed)
         self.ids = (*(self.ids[i] for i in keep), *(row.id for row in joining))
         assert self.ids == ids
         inputs = [mx.array(row.tokens[-1:]) for row in joining]
@@ -109,9 +106,16 @@ class DecodeBatch:
             matcher.accept(row.admission.outputs)
             self.matchers[row.id] = matcher
 
-    def _drop_matcher(self, id: int, fault: str) -> Failure:
-        self.matchers.pop(id, None)
-        return id, f"the grammar failed: {fault}"
+    def _attempt(self, id: int, call: Callable[[], str | None], failed: list[Failure]) -> bool:
+        """Call a grammar's code. Where it raises, or returns an error, its sequence fails."""
+        try:
+            fault = call()
+        except BaseException as error:  # a Rust panic is no Exception; signals go to other threads
+            fault = type(error).__name__  # its message may quote the answer
+        if fault is not None:
+            self.matchers.pop(id, None)
+            failed.append((id, f"the grammar failed: {fault}"))
+        return fault is None
 
     # --- a token a row ----------------------------------------------------------------------
 
@@ -142,11 +146,9 @@ class DecodeBatch:
             self.match(last, last.token_list(), failed)
         masks = np.full((len(self.ids), (self._num_vocab + 31) // 32), _ALL_ALLOWED, np.uint32)
         for row, id in enumerate(self.ids):
-            if (matcher := self.matchers.get(id)) is not None:
-                fault = _fault_of(matcher, partial(matcher.fill, masks[row]))
-                if fault is not None:
-                    masks[row] = _ALL_ALLOWED
-                    failed.append(self._drop_matcher(id, fault))
+            matcher = self.matchers.get(id)
+            if matcher and not self._attempt(id, partial(_fill, matcher, masks[row]), failed):
+                masks[row] = _ALL_ALLOWED
         return mx.array(masks)
 
     def match(self, drawn: Drawn, tokens: list[int], failed: list[Failure]) -> None:
@@ -156,9 +158,7 @@ class DecodeBatch:
         drawn.is_matched = True
         for id, token in zip(drawn.ids, tokens, strict=True):
             if (matcher := self.matchers.get(id)) is not None:
-                fault = _fault_of(None, partial(matcher.accept, (token,)))
-                if fault is not None:
-                    failed.append(self._drop_matcher(id, fault))
+                self._attempt(id, partial(matcher.accept, (token,)), failed)
 
 
 def _regrouped(held: mx.array | None, keep: list[int], new: list[mx.array]) -> mx.array | None:
@@ -167,10 +167,6 @@ def _regrouped(held: mx.array | None, keep: list[int], new: list[mx.array]) -> m
     return mx.concatenate(parts) if parts else None
 
 
-def _fault_of(matcher: Matcher | None, call: Callable[[], None]) -> str | None:
-    """Why a call into a grammar's code has failed, or has left `matcher` in error."""
-    try:
-        call()
-        return None if matcher is None else matcher.error
-    except BaseException as error:  # a Rust panic is no Exception; signals go to other threads
-        return type(error).__name__  # its message may quote the answer
+def _fill(matcher: Matcher, mask: Any) -> str | None:
+    matcher.fill(mask)
+    return matcher.error

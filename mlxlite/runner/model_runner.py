@@ -37,7 +37,7 @@ from mlxlite.runner.decode_batch import DecodeBatch, Drawn
 from mlxlite.runner.embedder import Embedder
 from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layers
 from mlxlite.runner.prefill import Failure, Prefills
-from mlxlite.runner.snapshots import CacheSnapshot, PendingWrite, Snapshots
+from mlxlite.runner.snapshots import CacheSnapshot, HeldCache, PendingWrite, Snapshots
 
 _MIN_TRIM_BYTES = 32 << 20  # of free buffers: trimming takes some milliseconds
 
@@ -95,7 +95,7 @@ class ModelRunner:
         model(mx.zeros((1, 2), mx.uint32), cache=cache)
         mx.eval([layer.state for layer in cache])
         self.memory = _memory_of(cache, memory_bytes)
-        self._snapshots = Snapshots(CacheSnapshot.of(cache, 0, 2, has_states=True), store)
+        self._snapshots = Snapshots(CacheSnapshot.of(cache, None, 0, 2, has_states=True), store)
         self._prefills = Prefills(model, self._new_cache, self._snapshots)
         self._batch = DecodeBatch(model, self.num_vocab)
         self._embedder = Embedder(model, self._new_cache)
@@ -180,14 +180,14 @@ class ModelRunner:
         began_at = perf_counter()
         prefills, batch = self._prefills, self._batch
         failed: list[Failure] = []
-        states: list[Any] = self._snapshots.execute(step.before, self._take_snapshot)
+        states: list[Any] = self._snapshots.execute(step.before, self._held)
         prefills.release(step.released)
         for admission in step.admitted:
             prefills.admit(admission, failed)
         for encode in step.images:
             states += prefills.encode(encode, failed)
         states += prefills.compute(step.chunks, failed)
-        states += self._snapshots.execute(step.after, self._take_snapshot)
+        states += self._snapshots.execute(step.after, self._held)
         rows = step.rows
         if prefills.failed:
             rows = tuple(id for id in rows if id not in prefills.failed)
@@ -203,11 +203,8 @@ class ModelRunner:
         times = began_at, built_at - began_at, dispatch_s
         return _InFlight(step, drawn, states, tuple(failed), lost, writes, *times)
 
-    def _take_snapshot(
-        self, id: int, start: int, stop: int, *, has_states: bool
-    ) -> CacheSnapshot | None:
-        found = self._prefills.snapshot(id, start, stop, has_states=has_states)
-        return found or self._batch.snapshot(id, start, stop, has_states=has_states)
+    def _held(self, id: int) -> HeldCache | None:
+        return self._prefills.held(id) or self._batch.held(id)
 
     def _wait(self, in_flight: _InFlight) -> Outcome:
         began_at = perf_counter()

@@ -21,7 +21,7 @@ from mlxlite.errors import FOREIGN, summary_of
 from mlxlite.runner.kv_cache import Cache, kind_of, layers_of
 from mlxlite.runner.row_batch import merge
 from mlxlite.runner.sampler import SamplerRow
-from mlxlite.runner.snapshots import CacheSnapshot, Snapshots
+from mlxlite.runner.snapshots import HeldCache, Snapshots
 
 MAX_PADDING = 0.25  # of the tokens of a packed prefill
 RECOMPUTED_TOKENS = 512  # in one pass, of a prefix that was cached and is lost
@@ -105,11 +105,9 @@ class Prefills:
         assert all(row.num_computed == len(row.tokens) - 1 for row in rows)
         return rows
 
-    def snapshot(self, id: int, start: int, stop: int, *, has_states: bool) -> CacheSnapshot | None:
-        """See `CacheSnapshot.of`; None for a sequence that is not here."""
-        if (row := self._rows.get(id)) is None:
-            return None
-        return CacheSnapshot.of(row.cache, start, stop, has_states=has_states)
+    def held(self, id: int) -> HeldCache | None:
+        """A sequence's own cache; None if it is not here."""
+        return (self._rows[id].cache, None) if id in self._rows else None
 
     def admit(self, admission: Admission, failed: list[Failure]) -> None:
         """Make a sequence's cache, with the prefix that is in the prefix cache."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlxlite.runner.kv_cache import Cache, kind_of, layers_of, map_layers
-from mlxlite.runner.snapshots import CacheSnapshot
+from mlxlite.runner.snapshots import HeldCache
 
 
 class BatchCache:
@@ -25,7 +25,6 @@ class BatchCache:
 
     def __init__(self) -> None:
         self._merged: Cache | None = None
-        self._num_merged = 0
         self._plain: list[Cache] = []
 
     def forward(
@@ -45,20 +44,14 @@ class BatchCache:
         logits = [run(slice(i, i + 1), cache) for i, cache in enumerate(self._plain)]
         return logits[0] if len(logits) == 1 else mx.concatenate(logits)
 
-    def snapshot(self, row: int, start: int, stop: int, *, has_states: bool) -> CacheSnapshot:
-        """A copy of what a row has computed; see `CacheSnapshot.of`."""
-        if self._merged is not None:
-            return CacheSnapshot.of(self._merged, start, stop, has_states=has_states, row=row)
-        return CacheSnapshot.of(self._plain[row], start, stop, has_states=has_states)
+    def held(self, row: int) -> HeldCache:
+        return (self._plain[row], None) if self._merged is None else (self._merged, row)
 
     def keep(self, indices: list[int]) -> None:
         """Drop every row but those at `indices`, which ascend."""
         if self._merged is None:
             self._plain = [self._plain[i] for i in indices]
             return
-        if len(indices) == self._num_merged:
-            return
-        self._num_merged = len(indices)
         if not indices:
             self._merged = None
         elif len(indices) == 1:
@@ -75,12 +68,10 @@ class BatchCache:
         if self._merged is not None:
             for layer, other in zip(self._merged, merge(caches), strict=True):
                 layer.extend(other)
-            self._num_merged += len(caches)
             return
         self._plain = [*self._plain, *caches]
         if len(self._plain) > 1 and _can_merge(self._plain[0]):
-            self._merged, self._num_merged = merge(self._plain), len(self._plain)
-            self._plain = []
+            self._merged, self._plain = merge(self._plain), []
 
 
 def merge(caches: SequenceOf[Cache]) -> Cache:

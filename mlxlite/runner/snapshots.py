@@ -6,10 +6,10 @@ of this model's layers. A snapshot that should exist and does not is reported as
 guessed. Every call is made on the device thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +54,7 @@ class CacheSnapshot:
 
     @classmethod
     def of(
-        cls, cache: Cache, start: int, stop: int, *, has_states: bool, row: int | None = None
+        cls, cache: Cache, row: int | None, start: int, stop: int, *, has_states: bool
     ) -> "CacheSnapshot":
         """Copy the tokens `[start, stop)` of a plain cache or a row, and perhaps its states."""
         tokens, states = [], []
@@ -67,26 +67,19 @@ class CacheSnapshot:
         return cls(start, tokens, states)
 
     def arrays(self) -> list[mx.array]:
-        leaves = _flat((self.tokens, self.states))
-        return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+        return [leaf for leaf in self.leaves().values() if isinstance(leaf, mx.array)]
 
     def leaves(self) -> dict[str, Any]:
         """Every array or other value, by a name that gives its place."""
-        return {
-            f"{part}.{name}": leaf
-            for part, tree in (("tokens", self.tokens), ("states", self.states))
-            for name, leaf in _flat(tree)
-        }
+        return dict(_flat({"tokens": self.tokens, "states": self.states}))
 
     @classmethod
     def of_leaves(cls, start: int, leaves: Mapping[str, Any]) -> "CacheSnapshot":
         """The inverse of `leaves`."""
-
-        def part(prefix: str) -> list[Any]:
-            own = [(k.removeprefix(prefix), v) for k, v in leaves.items() if k.startswith(prefix)]
-            return cast("list[Any]", tree_unflatten(own)) if own else []
-
-        return cls(start, part("tokens."), part("states."))
+        parts: Any = {"tokens": [], "states": []}
+        if leaves:  # an extent of a model whose layers all keep a state has none
+            parts |= tree_unflatten(list(leaves.items()))
+        return cls(start, parts["tokens"], parts["states"])
 
     def has_range(self, start: int, stop: int) -> bool:
         """Whether it has the tokens `[start, stop)` and no other."""
@@ -145,14 +138,8 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
 # --- the prefix cache's operations ------------------------------------------------------------
 
 PendingWrite = tuple[int, Stored, CacheSnapshot]
-
-
-class TakeSnapshot(Protocol):
-    """Copies what a sequence has computed of tokens `[start, stop)`; None when it has failed."""
-
-    def __call__(
-        self, id: int, start: int, stop: int, *, has_states: bool
-    ) -> CacheSnapshot | None: ...
+HeldCache = tuple[Cache, int | None]  # the row of a merged cache, or a plain cache and None
+FindCache = Callable[[int], HeldCache | None]  # of a sequence; None when it has failed
 
 
 class Snapshots:
@@ -204,13 +191,13 @@ class Snapshots:
                 self.by_id[id] = snapshot
         return self.by_id.get(id)
 
-    def execute(self, ops: tuple[CacheOp, ...], take: TakeSnapshot) -> list[mx.array]:
+    def execute(self, ops: tuple[CacheOp, ...], find: FindCache) -> list[mx.array]:
         """Execute the index's operations; the arrays that this makes."""
         made: list[mx.array] = []
         for op in ops:
             match op:
                 case Save():
-                    made += self._save(op, take)
+                    made += self._save(op, find(op.id))
                 case Split(extent, at, rest):
                     if (whole := self._load(extent)) is None:
                         self._lost += [extent, rest]
@@ -231,7 +218,7 @@ class Snapshots:
                     self._store.fetch(id, stored)
         return made
 
-    def _save(self, save: Save, take: TakeSnapshot) -> list[mx.array]:
+    def _save(self, save: Save, held: HeldCache | None) -> list[mx.array]:
         made: list[mx.array] = []
         for id, start, stop in (
             (save.extent, save.start, save.stop),
@@ -239,11 +226,11 @@ class Snapshots:
         ):
             if id is None:
                 continue
-            snapshot = take(save.id, start, stop, has_states=id == save.checkpoint)
-            if snapshot is None:
+            if held is None:
                 self._lost.append(id)
                 continue
-            self.by_id[id] = snapshot
+            has_states = id == save.checkpoint
+            self.by_id[id] = snapshot = CacheSnapshot.of(*held, start, stop, has_states=has_states)
             made += snapshot.arrays()
         return made
 
