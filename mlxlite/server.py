@@ -57,16 +57,20 @@ def load(config: Config) -> tuple[Model, Runner]:
         from mlxlite.models.load import memory_budget
     from mlxlite.runner import cpu
     from mlxlite.runner.kv_cache import KVBits
-    from mlxlite.runner.model_runner import ModelRunner
+    from mlxlite.runner.model_runner import ModelRunner, return_freed_memory
 
     kv_bits = KVBits(config.kv_bits, config.kv_group_size) if config.kv_bits else None
     try:
         cpu.disable_compile_without_compiler()
         network, model = load_model(config)
         store = _open_store(config, model.fingerprint)
-        budget = memory_budget(network, config.memory_limit_bytes())
+        if config.memory_limit is not None:
+            return_freed_memory()
+        budget, work = memory_budget(network, config.memory_limit_bytes())
         cpu.optimize_for_cpu(network)
-        runner = ModelRunner(network, kv_bits=kv_bits, memory_bytes=budget, store=store)
+        runner = ModelRunner(
+            network, kv_bits=kv_bits, memory_bytes=budget, work_bytes=work, store=store
+        )
         runner.warm_up()
     except FOREIGN as error:  # of a foreign network, on the first tokens that it gets
         log.debug("the model cannot run", exc_info=error)

@@ -1,4 +1,4 @@
-"""How many prompt tokens fit a step that also decodes, from measured prefill rates. Pure."""
+"""How many prompt tokens fit a step, from the measured times and memory of steps. Pure."""
 
 from mlxlite.engine.step import Step
 
@@ -61,3 +61,33 @@ class ChunkTuner:
     ) -> float:
         weight = more_weight if new > old else less_weight
         return new if old == 0.0 else old + weight * (new - old)
+
+
+class ChunkLimit:
+    """Sizes the prefill of any step by the memory of its intermediate results.
+
+    A token that took more than the average counts at once, because it takes more as the context
+    grows. `work_bytes` 0 is no limit.
+    """
+
+    FIRST = 256  # tokens, before anything is measured
+
+    _WEIGHT = 0.3  # of a measurement that is less
+    _MIN_CHUNK = 32  # never the limit: below it a pass takes what it takes
+
+    def __init__(self, work_bytes: int) -> None:
+        self._work_bytes = work_bytes
+        self._token_bytes = 0.0
+        self._num_reported = self.FIRST
+
+    def measure(self, token_bytes: float) -> int | None:
+        """Add one step's memory of a token; the new limit in tokens, or None for no change."""
+        if not self._work_bytes or token_bytes <= 0.0:
+            return None
+        more = token_bytes - self._token_bytes
+        self._token_bytes += more if more > 0.0 else self._WEIGHT * more
+        num_tokens = max(self._MIN_CHUNK, int(self._work_bytes / self._token_bytes))
+        if self._num_reported * 15 < num_tokens * 16 and num_tokens * 8 < self._num_reported * 9:
+            return None
+        self._num_reported = num_tokens
+        return num_tokens

@@ -17,7 +17,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from time import perf_counter
 
-from mlxlite.engine.chunk_budget import ChunkTuner
+from mlxlite.engine.chunk_budget import ChunkLimit, ChunkTuner
 from mlxlite.engine.device_thread import DeviceThread
 from mlxlite.engine.embeddings import Embedder
 from mlxlite.engine.fair_queue import displaced
@@ -35,6 +35,7 @@ from mlxlite.engine.step import (
     Outcome,
     Runner,
     SetChunkBudget,
+    SetChunkLimit,
     Sink,
     Step,
     StepFailed,
@@ -90,6 +91,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self.embedder = Embedder(device_thread, runner)
         self._tuner = ChunkTuner(self._options.prefill_budget_s)
+        self._chunk_limit = ChunkLimit(runner.memory.work_bytes)
         self._gather_since: float | None = None
         self._busy_since: float | None = None  # when the current step was submitted
         self.failure: str | None = None  # the reason of a permanent stop
@@ -268,6 +270,9 @@ class Engine:
         num_tokens = self._tuner.measure(step, outcome.device_s)
         if num_tokens is not None:
             self._command(SetChunkBudget(num_tokens))
+        num_tokens = self._chunk_limit.measure(outcome.token_bytes)
+        if num_tokens is not None:
+            self._command(SetChunkLimit(num_tokens))
         for chunk in step.chunks:
             self._live.prefilled(chunk, perf_counter())
         return self._scheduler.complete(step, outcome)

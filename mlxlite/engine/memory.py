@@ -12,12 +12,14 @@ class Memory:
     A row of n tokens holds `row_bytes` and, for each of `layers` (bytes per token, most tokens kept
     or None), the bytes of its tokens and, as mlx-lm's caches grow by blocks, of up to `block` more.
     `budget_bytes` is the limit for all sequences, without weights and reserve; None is no limit.
+    `work_bytes` is the reserve, for the intermediate results of a step; 0 is no limit.
     """
 
     budget_bytes: int | None = None
     row_bytes: int = 0
     layers: tuple[tuple[int, int | None], ...] = ()
     block: int = 256
+    work_bytes: int = 0
 
     @property
     def has_state(self) -> bool:

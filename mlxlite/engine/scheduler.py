@@ -23,6 +23,7 @@ tokens. Their invariants hold after every operation and are asserted by `check()
 from dataclasses import dataclass, field
 
 from mlxlite.engine.capacity import Capacity
+from mlxlite.engine.chunk_budget import ChunkLimit
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.prefill import prefill_order, share
 from mlxlite.engine.prefix_sharing import PrefixSharing
@@ -43,6 +44,7 @@ from mlxlite.engine.step import (
     Finished,
     Outcome,
     SetChunkBudget,
+    SetChunkLimit,
     Step,
     StepFailed,
     Token,
@@ -83,6 +85,9 @@ class Scheduler:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._chunk_budget = min(policy.first_chunk_budget, policy.chunk_size)
+        self._chunk_limit = policy.chunk_size
+        if policy.memory.work_bytes:
+            self._chunk_limit = min(ChunkLimit.FIRST, policy.chunk_size)
         self._requests = RequestTable()
         self._capacity = Capacity(policy.max_rows, policy.memory)
         self._num_arrivals = 0
@@ -153,6 +158,8 @@ class Scheduler:
                     return [self._finish(state, reason, error)]
             case SetChunkBudget(num_tokens):
                 self._chunk_budget = max(1, min(num_tokens, self._policy.chunk_size))
+            case SetChunkLimit(num_tokens):
+                self._chunk_limit = max(1, min(num_tokens, self._policy.chunk_size))
             case StepFailed(error):
                 return self._fail_running(error)
             case CloseBatch():
@@ -252,7 +259,7 @@ class Scheduler:
         measured budget. A prompt that is computed joins the rows of this same step.
         """
         has_rows = any(state.has_row for state in self._requests.decoding.values())
-        budget = self._chunk_budget if has_rows else self._policy.chunk_size
+        budget = min(self._chunk_budget, self._chunk_limit) if has_rows else self._chunk_limit
         states = prefill_order(self._requests.prefilling.values())
         images, chunks = share(states, budget, has_rows=has_rows)
         has_chunk = {chunk.id for chunk in chunks}

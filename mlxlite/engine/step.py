@@ -58,6 +58,13 @@ class SetChunkBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class SetChunkLimit:
+    """Limit the prompt tokens of any step, from the measured memory of steps."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepFailed:
     """The device step raised and the runner lost its caches: fail every running sequence."""
 
@@ -89,7 +96,15 @@ class ClearCache:
 
 
 Command = (
-    Add | Finish | StepFailed | SetChunkBudget | CloseBatch | Fetched | DiskFailed | ClearCache
+    Add
+    | Finish
+    | StepFailed
+    | SetChunkBudget
+    | SetChunkLimit
+    | CloseBatch
+    | Fetched
+    | DiskFailed
+    | ClearCache
 )
 
 
@@ -164,7 +179,7 @@ class Outcome:
     `logprobs` is by id, for the rows that request them. A failed sequence has no meaningful token.
     Times in seconds, 0 if not known: `device_s` is how long the device had this step to itself;
     the device thread spent `build_s` on the graph, `dispatch_s` on the dispatch and `wait_s`
-    waiting for the tokens.
+    waiting for the tokens. `token_bytes` is the memory of a prompt token's intermediate results.
     """
 
     tokens: tuple[int, ...] = ()
@@ -174,6 +189,7 @@ class Outcome:
     build_s: float = 0.0
     dispatch_s: float = 0.0
     wait_s: float = 0.0
+    token_bytes: float = 0.0
     lost: tuple[int, ...] = ()  # payloads of the prefix cache that turned out to be missing
 
 

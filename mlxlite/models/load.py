@@ -189,27 +189,34 @@ def _apply_adapter(network: nn.Module, path: Path) -> None:
     network.eval()  # adapters bring dropout
 
 
-def memory_budget(network: nn.Module, limit_bytes: int | None) -> int:
-    """Bytes that sequences may hold: the limit, less the weights and a reserve for activations.
+def memory_budget(network: nn.Module, limit_bytes: int | None) -> tuple[int, int]:
+    """Bytes that sequences may hold, and those for the intermediate results of a step.
 
-    The default limit is the device's recommendation, or 70 % of the RAM on a CPU. The reserve is a
-    tenth of the limit, at most 2 GiB: activations of a prefill chunk, and the copy of a layer's
-    cache when a row joins. A vision network's cache of features takes at most a twentieth of the
-    limit, which is set on the network here. Raises LoadError when nothing is left.
+    The limit pays for the weights, a tenth (at most 2 GiB) for intermediate results, a twentieth
+    for a vision network's cache of features, and what sequences hold with the copy of a layer's
+    cache when a row joins. The default limit is the device's recommendation, or 70 % of the RAM on
+    a CPU; one that is given pays for freed buffers too, another twentieth. Raises LoadError when
+    nothing is left.
     """
     limit = limit_bytes or _device_limit()
     mx.clear_cache()
+    buffers = 0
+    if limit_bytes is not None:
+        buffers = limit // 20
+        mx.set_cache_limit(buffers)
     weights = mx.get_active_memory()
     pictures = min(getattr(network, "max_bytes", 0), limit // 20)
     if pictures:
         network.max_bytes = pictures
-    budget = limit - weights - pictures - min(limit // 10, 2 << 30)
+    work = min(limit // 10, 2 << 30)
+    num_layers = len(getattr(network, "layers", ())) or 1
+    budget = (limit - weights - pictures - work - buffers) * num_layers // (num_layers + 1)
     if budget <= 0:
         raise LoadError(
             f"insufficient memory: the weights take {weights / 1e9:.2f} GB of a limit of "
             f"{limit / 1e9:.2f} GB; choose a smaller model or a larger --memory-limit"
         )
-    return budget
+    return budget, work
 
 
 def _device_limit() -> int:

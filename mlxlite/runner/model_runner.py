@@ -39,6 +39,8 @@ from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layer
 from mlxlite.runner.prefill import Failure, Prefills
 from mlxlite.runner.snapshots import CacheSnapshot, HeldCache, PendingWrite, Snapshots
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MIN_MEASURED = 32  # prompt tokens: the memory of fewer is mostly not theirs
 _MIN_TRIM_BYTES = 32 << 20  # of free buffers: trimming takes some milliseconds
 
 
@@ -74,8 +76,9 @@ class _InFlight:
 class ModelRunner:
     """Implements `engine.step.Runner` over an mlx-lm model.
 
-    `memory_bytes` is what sequences may hold beside the weights; None is no limit. `store` has the
-    prefix cache's files. Raises ValueError when the model cannot keep its cache in `kv_bits`.
+    `memory_bytes` is what sequences may hold beside the weights, None for no limit; `work_bytes`
+    what a step may take beside them, 0 for no limit. `store` has the prefix cache's files. Raises
+    ValueError when the model cannot keep its cache in `kv_bits`.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ModelRunner:
         *,
         kv_bits: KVBits | None = None,
         memory_bytes: int | None = None,
+        work_bytes: int = 0,
         store: Store | None = None,
     ) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -94,20 +98,20 @@ class ModelRunner:
         cache = self._new_cache()
         model(mx.zeros((1, 2), mx.uint32), cache=cache)
         mx.eval([layer.state for layer in cache])
-        self.memory = _memory_of(cache, memory_bytes)
+        self.memory = replace(_memory_of(cache, memory_bytes), work_bytes=work_bytes)
         self._snapshots = Snapshots(CacheSnapshot.of(cache, None, 0, 2, has_states=True), store)
         self._prefills = Prefills(model, self._new_cache, self._snapshots)
         self._batch = DecodeBatch(model, self.num_vocab)
         self._embedder = Embedder(model, self._new_cache)
         self._done_at = 0.0
+        self._most_work_bytes = mx.get_peak_memory()  # since memory was last given back
 
     def _return_memory(self) -> None:
         """Give free buffers back to the system. On a CPU they are malloc's, which keeps them."""
         mx.clear_cache()
-        num_freed = mx.get_peak_memory() - mx.get_active_memory()
-        if num_freed > _MIN_TRIM_BYTES and self._trim is not None:
-            mx.reset_peak_memory()
+        if self._most_work_bytes > _MIN_TRIM_BYTES and self._trim is not None:
             self._trim(0)
+        self._most_work_bytes = 0
 
     def _new_cache(self) -> Cache:
         cache: Cache = make_prompt_cache(self._model)
@@ -165,6 +169,9 @@ class ModelRunner:
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
         outcome = self._wait(in_flight) if in_flight else None
+        if in_flight and outcome:
+            token_bytes = self._token_bytes(in_flight.step, launched.step if launched else None)
+            outcome = replace(outcome, token_bytes=token_bytes)
         if in_flight and outcome and launched and outcome.wait_s < launched.launch_s:
             # A short queue blocks for most of a chunk: it is computed during its own launch, and
             # a step before it has ended during that launch, at a time that is not known.
@@ -175,6 +182,17 @@ class ModelRunner:
                 outcome = replace(outcome, device_s=0.0)
                 self._done_at = launched.launched_at
         return launched, outcome
+
+    def _token_bytes(self, *steps: Step | None) -> float:
+        """Memory of a prompt token's intermediate results, in the steps since the last call.
+
+        Where a launch blocks it is the next step's; the one with the most tokens stands for both.
+        """
+        work_bytes = mx.get_peak_memory() - mx.get_active_memory()
+        mx.reset_peak_memory()
+        self._most_work_bytes = max(self._most_work_bytes, work_bytes)
+        num_tokens = max(step.num_prefill_tokens if step else 0 for step in steps)
+        return work_bytes / num_tokens if num_tokens >= _MIN_MEASURED else 0.0
 
     def _launch(self, step: Step, in_flight: _InFlight | None) -> _InFlight:
         began_at = perf_counter()
@@ -242,3 +260,10 @@ def _memory_of(cache: Cache, budget_bytes: int | None) -> Memory:
     caps = dict.fromkeys(size.max_tokens for size in growing)
     layers = tuple((sum(s.token_bytes for s in growing if s.max_tokens == m), m) for m in caps)
     return Memory(budget_bytes, sum(size.constant_bytes for size in sizes), layers)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give freed buffers of 128 KiB back at once; by itself it raises that size."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mx.default_device().type == mx.cpu and mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 << 10)

@@ -1,9 +1,12 @@
-"""The chunk budget: the measured rate of prefill, fitted into the time that a step may take."""
+"""How many prompt tokens fit a step: by the time that it may take, and by its memory."""
 
 import pytest
+from fakes import FakeRunner, answer, drive, make_sequence
 
-from mlxlite.engine.chunk_budget import ChunkTuner
-from mlxlite.engine.step import Chunk, Step
+from mlxlite.engine.chunk_budget import ChunkLimit, ChunkTuner
+from mlxlite.engine.memory import Memory
+from mlxlite.engine.scheduler import Policy, Scheduler
+from mlxlite.engine.step import Add, Chunk, Command, SetChunkLimit, Step
 
 
 def step_of(num_prefill: int, num_rows: int) -> Step:
@@ -69,3 +72,41 @@ def test_the_tuner_reports_no_small_change_and_no_unknown_time():
 def test_the_tuner_never_reports_less_than_sixteen_tokens():
     tuner = ChunkTuner(0.1)
     assert tuner.measure(step_of(10, 0), 100.0) == 16
+
+
+# --- the limit by memory ----------------------------------------------------------------------
+
+
+def test_the_limit_fits_the_measured_memory_into_the_reserve() -> None:
+    limit = ChunkLimit(1_000_000)
+    assert limit.measure(2000.0) == 500
+    assert limit.measure(2000.0) is None
+
+
+def test_the_limit_takes_more_memory_at_once_and_averages_less() -> None:
+    limit = ChunkLimit(1_000_000)
+    assert limit.measure(1000.0) == 1000
+    assert limit.measure(4000.0) == 250
+    assert limit.measure(1000.0) == 322  # 4,000 - 0.3 * 3,000
+
+
+@pytest.mark.parametrize(("work_bytes", "token_bytes"), [(0, 1e9), (1000, 0.0), (1000, -5.0)])
+def test_without_a_reserve_or_a_measure_there_is_no_limit(
+    work_bytes: int, token_bytes: float
+) -> None:
+    assert ChunkLimit(work_bytes).measure(token_bytes) is None
+
+
+def test_the_limit_is_never_less_than_thirty_two_tokens() -> None:
+    assert ChunkLimit(1000).measure(1e9) == 32
+
+
+def test_chunks_keep_to_the_limit_with_and_without_rows() -> None:
+    memory = Memory(work_bytes=1)
+    prompts: list[Command] = [Add(make_sequence(1, 600, 40)), Add(make_sequence(2, 600, 9))]
+    commands = {0: prompts, 2: [SetChunkLimit(100)]}
+    run = drive(Scheduler(Policy(max_rows=2, memory=memory)), FakeRunner(), commands)
+    sizes = [step.num_prefill_tokens for step in run.steps]
+    assert max(sizes[:1]) == ChunkLimit.FIRST
+    assert 32 < max(sizes[3:]) <= 100
+    assert run.tokens(2) == answer(make_sequence(2, 600, 9))

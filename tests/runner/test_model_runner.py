@@ -922,3 +922,19 @@ def test_memory_of_a_large_step_goes_back_to_the_system_once_nothing_runs(
     assert trims == []
     one_by_one(runner, Step(2, released=(1,)))
     assert trims == [0] * num_trims
+
+
+def test_a_step_reports_the_memory_of_its_prompt_tokens():
+    runner = ModelRunner(build("qwen3"))
+    sequence = make_sequence(1, 2000)
+    start = Step(1, admitted=admit(sequence), chunks=(Chunk(1, 0, 512),))
+    chunks = [Chunk(1, 512, 1024), Chunk(1, 1024, 1040), Chunk(1, 1040, 1552)]
+    sizes = []
+    for step in (start, *(Step(2 + i, chunks=(chunk,)) for i, chunk in enumerate(chunks))):
+        launched, _ = runner.advance(step, None)
+        _, outcome = runner.advance(None, launched)
+        assert outcome is not None
+        sizes.append(outcome.token_bytes)
+    first, second, few, last = sizes
+    assert 0.0 < first < second < last, "a longer context takes more"
+    assert few == 0.0, "sixteen tokens are no measure"
