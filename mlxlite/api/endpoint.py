@@ -17,7 +17,7 @@ class Endpoint:
     """A method of a path; `{id}` in the path is the rest of it.
 
     `handle` answers a request whose body is complete, or raises APIError. `fields` are those of the
-    body, of which `required` must be given; `answer_schema` names the schema of a 200.
+    body; `answer_schema` names the schema of a 200.
     """
 
     method: str
@@ -25,7 +25,6 @@ class Endpoint:
     summary: str
     handle: Handler
     fields: Table | None = None
-    required: tuple[str, ...] = ()
     answer_schema: str = "Object"
     media_type: str = JSON
     is_open: bool = False  # needs no API key

@@ -7,9 +7,11 @@ the documentation read the same tables.
 
 Nothing is dropped in silence: fields that a table does not have are in `Given.ignored`, and those
 that it supports must be taken by the parser, or `Given.close` fails (tested for each field).
+A parser reads in a `with reading(…)`, which closes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -37,6 +39,7 @@ class Field:
     use: Use
     note: str
     alias_of: str | None = None
+    is_required: bool = False
 
 
 Table = Mapping[str, Field]
@@ -44,6 +47,10 @@ Table = Mapping[str, Field]
 
 def supported(read: Reader, note: str, alias_of: str | None = None) -> Field:
     return Field(read, Use.SUPPORTED, note, alias_of)
+
+
+def required(read: Reader, note: str) -> Field:
+    return Field(read, Use.SUPPORTED, note, is_required=True)
 
 
 def no_op(read: Reader, note: str = "not used") -> Field:
@@ -143,7 +150,15 @@ class Given:
         assert not self._values, f"fields were read and not used: {sorted(self._values)}"
 
 
-def read_fields(value: Mapping[str, Any], table: Table, *required: str) -> Given:
+@contextmanager
+def reading(value: Mapping[str, Any], table: Table) -> Iterator[Given]:
+    """The given fields of a table, all of which the block must take. Raises APIError 400."""
+    given = read_fields(value, table)
+    yield given
+    given.close()
+
+
+def read_fields(value: Mapping[str, Any], table: Table) -> Given:
     """The given fields of a table, checked. Raises APIError 400."""
     read: dict[str, Any] = {}
     names: dict[str, str] = {}  # under which each was given first
@@ -159,8 +174,8 @@ def read_fields(value: Mapping[str, Any], table: Table, *required: str) -> Given
             read[key] = new
         elif new is not None and new != old:
             raise bad_request(f"'{name}' and its other name '{other}' disagree.", name)
-    for name in required:
-        if name not in read:
+    for name, entry in table.items():
+        if entry.is_required and name not in read:
             raise bad_request(f"'{name}' is required.", name)
     return Given(read, tuple(sorted(name for name in value if name not in table)))
 

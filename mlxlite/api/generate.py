@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import time
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
@@ -26,23 +26,9 @@ from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, internal_error, retry_later
 from mlxlite.models.interface import Model
 from mlxlite.output.generation import Generation
-from mlxlite.output.grammar import Constraint
-from mlxlite.vision.images import Source
 
 T = TypeVar("T")
-
-
-class Renderable(Protocol):
-    """A request that may have images, and a constraint with its field."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]: ...
-
-    @property
-    def constraint(self) -> tuple[Constraint, str] | None: ...
-
-
-R = TypeVar("R", bound=Renderable)
+R = TypeVar("R", bound=Request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +119,7 @@ async def parse_and_render(
     return request, rendered
 
 
-def slow_work(model: Model, request: Renderable) -> Work | None:
+def slow_work(model: Model, request: Request) -> Work | None:
     """What a request needs that may take long; None if nothing."""
     if request.sources:
         return Work.IMAGES

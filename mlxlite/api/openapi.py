@@ -116,21 +116,23 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     if "{id}" in endpoint.path:
         shown["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": _STRING}]
     if endpoint.fields is not None:
-        body = {JSON: {"schema": _body(endpoint.fields, endpoint.required)}}
-        shown["requestBody"] = {"required": bool(endpoint.required), "content": body}
+        schema = _body(endpoint.fields)
+        is_required, content = bool(schema["required"]), {JSON: {"schema": schema}}
+        shown["requestBody"] = {"required": is_required, "content": content}
     return shown
 
 
-def _body(fields: Table, required: tuple[str, ...]) -> dict[str, Any]:
+def _body(fields: Table) -> dict[str, Any]:
     properties = {
         name: schema(entry.read) | {"description": entry.note}
         for name, entry in fields.items()
         if entry.use is not Use.UNSUPPORTED
     }
+    required = [name for name, entry in fields.items() if entry.is_required]
     for name in required:  # null is as good as absent
         if "type" in (rules := properties[name]):
             rules["type"] = [kind for kind in rules["type"] if kind != "null"]
-    return {"type": "object", "required": list(required), "properties": properties}
+    return {"type": "object", "required": required, "properties": properties}
 
 
 def _ref(name: str) -> dict[str, str]:

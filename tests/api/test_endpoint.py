@@ -16,13 +16,23 @@ from mlxlite.api.conversation import Message, Role
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.endpoints import ENDPOINTS, anthropic_messages, chat_completions, completions
 from mlxlite.api.endpoints import responses as responses_endpoint
-from mlxlite.api.fields import Field, Given, Use, markdown, read_fields, supported, table_of
+from mlxlite.api.fields import (
+    Field,
+    Given,
+    Use,
+    markdown,
+    read_fields,
+    reading,
+    required,
+    supported,
+    table_of,
+)
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openapi import document
 from mlxlite.api.readers import parse_object, text
 from mlxlite.api.request import ChatRequest, shared_options
 from mlxlite.api.service import Service
-from mlxlite.api.shared_fields import GENERATION_FIELDS, SAMPLING_FIELDS
+from mlxlite.api.shared_fields import COMPLETION_FIELDS, GENERATION_FIELDS, SAMPLING_FIELDS
 from mlxlite.api.writers import Collected
 from mlxlite.config.options import Config
 from mlxlite.engine.sampling_params import SamplingParams, param
@@ -32,15 +42,13 @@ from mlxlite.metrics import Metrics
 
 # --- a toy dialect ------------------------------------------------------------------------------
 
-TOY_FIELDS: Mapping[str, Field] = {**GENERATION_FIELDS, "ask": supported(text, "the question")}
+TOY_FIELDS: Mapping[str, Field] = {**GENERATION_FIELDS, "ask": required(text, "the question")}
 
 
 def parse_toy(body: bytes) -> ChatRequest:
-    given = read_fields(parse_object(body), TOY_FIELDS, "ask")
-    options = shared_options(given)
-    request = ChatRequest(**options, messages=(Message(Role.USER, given.take("ask")),))
-    given.close()
-    return request
+    with reading(parse_object(body), TOY_FIELDS) as given:
+        question = Message(Role.USER, given.take("ask"))
+        return ChatRequest(**shared_options(given), messages=(question,))
 
 
 class ToyWriter:
@@ -65,7 +73,6 @@ TOY = Endpoint(
     path="/v1/toy",
     summary="A question and its reply",
     fields=TOY_FIELDS,
-    required=("ask",),
     handle=Dialect(parse=parse_toy, writer=lambda *_: ToyWriter(), id_prefix="toy-").handle,
 )
 
@@ -166,7 +173,7 @@ def test_a_field_in_the_table_that_the_parser_does_not_read_fails_its_request(
 def test_only_supported_fields_are_given() -> None:
     uses = {entry.use for entry in chat_completions.FIELDS.values()}
     assert uses == set(Use)
-    given = read_fields({"user": "me", "zeta": 1, "n": 2}, chat_completions.FIELDS)
+    given = read_fields({"user": "me", "zeta": 1, "n": 2}, COMPLETION_FIELDS)
     assert isinstance(given, Given)
     assert given.ignored == ("zeta",)
     assert given.take("n") == 2

@@ -15,7 +15,7 @@ from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import json_schema
 from mlxlite.api.conversation import Message, Part, Role, ToolCall, message_list, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import supported, unsupported
+from mlxlite.api.fields import required, supported, unsupported
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
 from mlxlite.api.openai_content import image_errors, parts_of, role_of, text_of
 from mlxlite.api.readers import Members
@@ -165,11 +165,11 @@ def _edits(value: Any, param: str) -> None:
 FIELDS: Final[fields.Table] = {
     **shared_fields.GENERATION_FIELDS,
     **shared_fields.TEMPLATE_FIELDS,
-    "messages": supported(
+    "messages": required(
         message_list(_turn), "text, image, thinking, tool_use and tool_result blocks"
     ),
     "system": supported(text_of, "a string or text blocks"),
-    "max_tokens": supported(readers.integer(1, 2**31 - 1), "required, but not to count tokens"),
+    "max_tokens": required(readers.integer(1, 2**31 - 1), "required, but not to count tokens"),
     "temperature": supported(readers.number(0, 1), "0 is greedy; default: the model's, else 1"),
     "thinking": supported(
         _thinking,
@@ -210,37 +210,35 @@ COUNT_FIELDS: Final[fields.Table] = {
 
 def parse_messages(body: bytes) -> ChatRequest:
     """Validate a Messages body. Raises APIError 400 naming the field at fault."""
-    value = readers.parse_object(body)
-    return _request(fields.read_fields(value, FIELDS, "messages", "max_tokens"))
+    return _request(body, FIELDS)
 
 
 def parse_count_tokens(body: bytes) -> ChatRequest:
     """Validate a body that only makes a prompt. Raises APIError 400."""
-    return _request(fields.read_fields(readers.parse_object(body), COUNT_FIELDS, "messages"))
+    return _request(body, COUNT_FIELDS)
 
 
-def _request(given: fields.Given) -> ChatRequest:
-    options = shared_options(given)
-    thinking, max_tokens = given.take("thinking", {}), options["max_tokens"]
-    if max_tokens is not None and thinking.get("budget_tokens", 0) >= max_tokens:
-        message = "'thinking.budget_tokens' must be less than 'max_tokens'."
-        raise bad_request(message, "thinking.budget_tokens")
-    is_thinking = thinking["type"] != "disabled" if thinking else None
-    output, system = given.take("output_config", {}), given.take("system")
-    use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
-    schema = output.get("format", {}).get("schema")
-    formats = [] if schema is None else [(schema, "output_config.format")]
-    lead = (Message(Role.SYSTEM, system),) if system else ()
-    request = ChatRequest(
-        **options,
-        constraint=sole_constraint(options, formats + use.constraints()),
-        messages=lead + given.take("messages"),
-        template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
-        tools=use.callable,
-        max_calls=use.max_calls,
-    )
-    given.close()
-    return request
+def _request(body: bytes, table: fields.Table) -> ChatRequest:
+    with fields.reading(readers.parse_object(body), table) as given:
+        options = shared_options(given)
+        thinking, max_tokens = given.take("thinking", {}), options["max_tokens"]
+        if max_tokens is not None and thinking.get("budget_tokens", 0) >= max_tokens:
+            message = "'thinking.budget_tokens' must be less than 'max_tokens'."
+            raise bad_request(message, "thinking.budget_tokens")
+        is_thinking = thinking["type"] != "disabled" if thinking else None
+        output, system = given.take("output_config", {}), given.take("system")
+        use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
+        schema = output.get("format", {}).get("schema")
+        formats = [] if schema is None else [(schema, "output_config.format")]
+        lead = (Message(Role.SYSTEM, system),) if system else ()
+        return ChatRequest(
+            **options,
+            constraint=sole_constraint(options, formats + use.constraints()),
+            messages=lead + given.take("messages"),
+            template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
+            tools=use.callable,
+            max_calls=use.max_calls,
+        )
 
 
 _ERROR_TYPES: Final = {
@@ -411,8 +409,7 @@ ENDPOINTS: Final = (
             ),
             id_prefix="msg_",
         ).handle,
-        fields=FIELDS,
-        required=("messages", "max_tokens"),
+        FIELDS,
         answer_schema="Message",
         error_body=anthropic_error,
     ),
@@ -421,8 +418,7 @@ ENDPOINTS: Final = (
         "/v1/messages/count_tokens",
         "How many tokens a message would read",
         in_task(_count),
-        fields=COUNT_FIELDS,
-        required=("messages",),
+        COUNT_FIELDS,
         error_body=anthropic_error,
     ),
 )

@@ -7,7 +7,7 @@ from mlxlite.api import fields, shared_fields, writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import supported, unsupported
+from mlxlite.api.fields import required, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, one_of, parse_object
@@ -25,7 +25,7 @@ from mlxlite.models.interface import Model
 from mlxlite.output import events
 
 FIELDS: Final[fields.Table] = {
-    "messages": supported(
+    "messages": required(
         messages_of,
         "string, null or parts: text, and images of users and tools; every role; tool history",
     ),
@@ -60,22 +60,20 @@ FIELDS: Final[fields.Table] = {
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
-    given = fields.read_fields(parse_object(body), FIELDS, "messages")
-    options = shared_options(given)
-    is_wanted = given.take("logprobs", False)
-    options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed="'logprobs': true")
-    use = _tool_use(given)
-    request = ChatRequest(
-        **options,
-        constraint=sole_constraint(options, take_constraints(given) + use.constraints()),
-        messages=given.take("messages"),
-        template_kwargs=template_kwargs(given, given.take("reasoning_effort")),
-        continue_final=_continues(given),
-        tools=use.callable,
-        max_calls=use.max_calls,
-        splits_reasoning=given.take("reasoning_format") != "none",
-    )
-    given.close()
+    with fields.reading(parse_object(body), FIELDS) as given:
+        options, use = shared_options(given), _tool_use(given)
+        is_wanted, needed = given.take("logprobs", False), "'logprobs': true"
+        options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
+        request = ChatRequest(
+            **options,
+            constraint=sole_constraint(options, take_constraints(given) + use.constraints()),
+            messages=given.take("messages"),
+            template_kwargs=template_kwargs(given, given.take("reasoning_effort")),
+            continue_final=_continues(given),
+            tools=use.callable,
+            max_calls=use.max_calls,
+            splits_reasoning=given.take("reasoning_format") != "none",
+        )
     if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
         message = "'continue_final_message' needs an assistant's message at the end."
         raise bad_request(message, "continue_final_message")
@@ -169,8 +167,7 @@ ENDPOINTS: Final = (
         "/v1/chat/completions",
         "A chat completion",
         Dialect(parse=parse_chat, writer=_writer, id_prefix="chatcmpl-").handle,
-        fields=FIELDS,
-        required=("messages",),
+        FIELDS,
         answer_schema="ChatCompletion",
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 from mlxlite.api import writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Table, read_fields, supported, unsupported
+from mlxlite.api.fields import Table, reading, required, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.readers import Text, flag, integer, parse_object, texts
 from mlxlite.api.render import encode
@@ -25,7 +25,7 @@ from mlxlite.output.events import ParserEvent, TextDelta
 MAX_COMPLETION_LOGPROBS = 20  # OpenAI's bound is 5, vLLM's 20
 
 FIELDS: Final[Table] = {
-    "prompt": supported(texts, "a string, token ids, or up to 256 of either"),
+    "prompt": required(texts, "a string, token ids, or up to 256 of either"),
     **COMPLETION_FIELDS,
     **CONSTRAINT_FIELDS,
     "logprobs": supported(integer(0, MAX_COMPLETION_LOGPROBS), "how many rivals to report"),
@@ -51,23 +51,20 @@ class CompletionRequest(Request):
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Validate a completion's body. Raises APIError 400 naming the field at fault."""
-    given = read_fields(parse_object(body), FIELDS, "prompt")
-    options = shared_options(given)
-    is_echo, num_logprobs = given.take("echo", False), given.take("logprobs")
-    if is_echo and num_logprobs is not None:
-        raise bad_request(
-            "'echo' cannot have 'logprobs': those of a prompt are not computed.", "echo"
+    with reading(parse_object(body), FIELDS) as given:
+        options = shared_options(given)
+        is_echo, num_logprobs = given.take("echo", False), given.take("logprobs")
+        if is_echo and num_logprobs is not None:
+            message = "'echo' cannot have 'logprobs': those of a prompt are not computed."
+            raise bad_request(message, "echo")
+        if num_logprobs is not None:
+            options["sampling"]["top_logprobs"] = num_logprobs
+        return CompletionRequest(
+            **options,
+            constraint=sole_constraint(options, take_constraints(given)),
+            prompts=given.take("prompt"),
+            is_echo=is_echo,
         )
-    if num_logprobs is not None:
-        options["sampling"]["top_logprobs"] = num_logprobs
-    request = CompletionRequest(
-        **options,
-        constraint=sole_constraint(options, take_constraints(given)),
-        prompts=given.take("prompt"),
-        is_echo=is_echo,
-    )
-    given.close()
-    return request
 
 
 def _with_echoes(
@@ -155,8 +152,7 @@ ENDPOINTS: Final = (
             render=_render,
             resume=_with_echoes,
         ).handle,
-        fields=FIELDS,
-        required=("prompt",),
+        FIELDS,
         answer_schema="Completion",
     ),
 )

@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Table, no_op, read_fields, supported
+from mlxlite.api.fields import Table, no_op, reading, required, supported
 from mlxlite.api.generate import in_task
 from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
 from mlxlite.api.render import context_exceeded, encode
@@ -28,7 +28,7 @@ log = logging.getLogger("mlxlite.api")
 
 FIELDS: Final[Table] = {
     "model": MODEL,
-    "input": supported(texts, "a string, token ids, or up to 256 of either"),
+    "input": required(texts, "a string, token ids, or up to 256 of either"),
     "encoding_format": supported(one_of("float", "base64"), "`float` (default) or `base64`"),
     "dimensions": supported(integer(1, 2**20), "only the first ones, normalised again"),
     "pooling": supported(
@@ -52,17 +52,15 @@ class EmbeddingRequest:
 
 def parse_embedding(body: bytes) -> EmbeddingRequest:
     """Raises APIError 400 naming the field at fault."""
-    given = read_fields(parse_object(body), FIELDS, "input")
-    request = EmbeddingRequest(
-        model=given.take("model"),
-        inputs=given.take("input"),
-        is_base64=given.take("encoding_format") == "base64",
-        dimensions=given.take("dimensions"),
-        is_mean=given.take("pooling") == "mean",
-        ignored=given.ignored,
-    )
-    given.close()
-    return request
+    with reading(parse_object(body), FIELDS) as given:
+        return EmbeddingRequest(
+            model=given.take("model"),
+            inputs=given.take("input"),
+            is_base64=given.take("encoding_format") == "base64",
+            dimensions=given.take("dimensions"),
+            is_mean=given.take("pooling") == "mean",
+            ignored=given.ignored,
+        )
 
 
 def _prepare(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
@@ -125,8 +123,7 @@ ENDPOINTS: Final = (
         "/v1/embeddings",
         "Vectors of texts",
         in_task(_embed),
-        fields=FIELDS,
-        required=("input",),
+        FIELDS,
         answer_schema="Embeddings",
     ),
 )

@@ -15,7 +15,7 @@ from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import response_format
 from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, bounded, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import supported, unsupported
+from mlxlite.api.fields import required, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import input_image, parts_of, role_of, text_of
 from mlxlite.api.readers import Members
@@ -149,7 +149,7 @@ def _format(value: Any, param: str) -> dict[str, Any]:
 FIELDS: Final[fields.Table] = {
     **shared_fields.GENERATION_FIELDS,
     **shared_fields.TEMPLATE_FIELDS,
-    "input": supported(
+    "input": required(
         _input, "a string or items: messages, images in them, calls and their outputs, reasoning"
     ),
     "instructions": supported(readers.text, "a system message before all others"),
@@ -220,39 +220,40 @@ class ResponsesRequest(ChatRequest):
 def parse_responses(body: bytes) -> ResponsesRequest:
     """Validate a Responses body. Raises APIError 400 naming the field at fault."""
     value = readers.parse_object(body)
-    given = fields.read_fields(value, FIELDS, "input")
-    options = shared_options(given, "max_output_tokens")
-    is_wanted, needed = _LOGPROBS in given.take("include", ()), f"{_LOGPROBS!r} in 'include'"
-    options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
-    instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
-    wanted = given.take("text", {}).get("format", {"type": "text"})
-    schema = response_format({**wanted, "json_schema": wanted}, "text.format")
-    formats = [] if schema is None else [(schema, "text.format")]
-    choice, is_parallel = given.take("tool_choice", "auto"), given.take("parallel_tool_calls", True)
-    use = ToolUse(given.take("tools", ()), choice, is_parallel)
-    lead = (Message(Role.SYSTEM, instructions),) if instructions else ()
-    request = ResponsesRequest(
-        **options,
-        constraint=sole_constraint(options, formats + use.constraints()),
-        messages=lead + given.take("input"),
-        template_kwargs=template_kwargs(given, reasoning.get("effort")),
-        continue_final=False,  # a trailing assistant's message is history here
-        tools=use.callable,
-        max_calls=use.max_calls,
-        instructions=instructions,
-        previous_response_id=given.take("previous_response_id"),
-        is_stored=given.take("store", True),
-    )
-    own = {
-        "parallel_tool_calls": is_parallel,
-        "reasoning": {"effort": reasoning.get("effort"), "summary": None},
-        "text": {"format": wanted, "verbosity": "medium"},
-        "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
-        "tools": value.get("tools") or [],
-    }
-    request = replace(request, echo=_echo(request, given, own))
-    given.close()
-    return request
+    with fields.reading(value, FIELDS) as given:
+        options = shared_options(given, "max_output_tokens")
+        is_wanted, needed = _LOGPROBS in given.take("include", ()), f"{_LOGPROBS!r} in 'include'"
+        options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
+        instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
+        wanted = given.take("text", {}).get("format", {"type": "text"})
+        schema = response_format({**wanted, "json_schema": wanted}, "text.format")
+        formats = [] if schema is None else [(schema, "text.format")]
+        choice, is_parallel = (
+            given.take("tool_choice", "auto"),
+            given.take("parallel_tool_calls", True),
+        )
+        use = ToolUse(given.take("tools", ()), choice, is_parallel)
+        lead = (Message(Role.SYSTEM, instructions),) if instructions else ()
+        request = ResponsesRequest(
+            **options,
+            constraint=sole_constraint(options, formats + use.constraints()),
+            messages=lead + given.take("input"),
+            template_kwargs=template_kwargs(given, reasoning.get("effort")),
+            continue_final=False,  # a trailing assistant's message is history here
+            tools=use.callable,
+            max_calls=use.max_calls,
+            instructions=instructions,
+            previous_response_id=given.take("previous_response_id"),
+            is_stored=given.take("store", True),
+        )
+        own = {
+            "parallel_tool_calls": is_parallel,
+            "reasoning": {"effort": reasoning.get("effort"), "summary": None},
+            "text": {"format": wanted, "verbosity": "medium"},
+            "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
+            "tools": value.get("tools") or [],
+        }
+        return replace(request, echo=_echo(request, given, own))
 
 
 def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,8 +342,7 @@ ENDPOINTS: Final = (
             resume=_resume,
             ended=_store,
         ).handle,
-        fields=FIELDS,
-        required=("input",),
+        FIELDS,
         answer_schema="Response",
     ),
     Endpoint("GET", "/v1/responses/{id}", "A stored response", _get, answer_schema="Response"),

@@ -1,15 +1,14 @@
 """POST /tokenize and /detokenize: text or a chat to token ids, and token ids to text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.conversation import Message
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Table, read_fields, supported, unsupported
+from mlxlite.api.fields import Table, reading, required, supported, unsupported
 from mlxlite.api.generate import in_task, parse_and_render
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
@@ -23,7 +22,6 @@ from mlxlite.config.options import Config
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model, PromptError
-from mlxlite.vision.images import Source
 
 TOKENIZE_FIELDS: Final[Table] = {
     "model": MODEL,
@@ -40,58 +38,41 @@ TOKENIZE_FIELDS: Final[Table] = {
 }
 DETOKENIZE_FIELDS: Final[Table] = {
     "model": MODEL,
-    "tokens": supported(token_ids, "token ids"),
+    "tokens": required(token_ids, "token ids"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizeRequest:
-    """A text, or a chat, to turn into tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeRequest(ChatRequest):
+    """A text to turn into tokens, or else a chat."""
 
-    model: str | None
     content: str | None
-    messages: tuple[Message, ...]
-    template_kwargs: Mapping[str, Any]
-    is_open: bool  # a chat does not end with the generation prompt
     add_special: bool
     with_pieces: bool
     with_strings: bool
-    ignored: tuple[str, ...]
-    constraint: None = None
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return tuple(source for message in self.messages for source in message.sources)
 
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     """Raises APIError 400 naming the field at fault."""
-    given = read_fields(parse_object(body), TOKENIZE_FIELDS)
-    if ("content" in given) == ("messages" in given):
-        raise bad_request("one of 'content', 'prompt' and 'messages' is required.", "content")
-    request = TokenizeRequest(
-        model=given.take("model"),
-        content=given.take("content"),
-        messages=given.take("messages", ()),
-        template_kwargs=given.take("chat_template_kwargs", {}),
-        is_open=given.take("add_generation_prompt") is False,
-        add_special=given.take("add_special", False),
-        with_pieces=given.take("with_pieces", False),
-        with_strings=given.take("return_token_strs", False),
-        ignored=given.ignored,
-    )
-    given.close()
-    return request
+    with reading(parse_object(body), TOKENIZE_FIELDS) as given:
+        if ("content" in given) == ("messages" in given):
+            raise bad_request("one of 'content', 'prompt' and 'messages' is required.", "content")
+        return TokenizeRequest(
+            model=given.take("model"),
+            content=given.take("content"),
+            messages=given.take("messages", ()),
+            template_kwargs=given.take("chat_template_kwargs", {}),
+            continue_final=True if given.take("add_generation_prompt") is False else None,
+            add_special=given.take("add_special", False),
+            with_pieces=given.take("with_pieces", False),
+            with_strings=given.take("return_token_strs", False),
+            ignored=given.ignored,
+        )
 
 
 def _tokens(model: Model, config: Config, request: TokenizeRequest) -> tuple[int, ...]:
     if request.content is None:
-        chat = ChatRequest(
-            messages=request.messages,
-            template_kwargs=request.template_kwargs,
-            continue_final=True if request.is_open else None,
-        )
-        return render_chat(model, chat, config)[0].tokens
+        return render_chat(model, request, config)[0].tokens
     try:
         return model.encode(request.content, add_special=request.add_special)
     except PromptError as error:
@@ -130,10 +111,8 @@ class DetokenizeRequest:
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises APIError 400 naming the field at fault."""
-    given = read_fields(parse_object(body), DETOKENIZE_FIELDS, "tokens")
-    request = DetokenizeRequest(given.take("model"), given.take("tokens"), given.ignored)
-    given.close()
-    return request
+    with reading(parse_object(body), DETOKENIZE_FIELDS) as given:
+        return DetokenizeRequest(given.take("model"), given.take("tokens"), given.ignored)
 
 
 def detokenized(text: str) -> bytes:
@@ -165,15 +144,6 @@ async def _answer_text(service: Service, exchange: Exchange, body: bytes) -> Non
 
 
 ENDPOINTS: Final = (
-    Endpoint(
-        "POST", "/tokenize", "A text's tokens", in_task(_answer_tokens), fields=TOKENIZE_FIELDS
-    ),
-    Endpoint(
-        "POST",
-        "/detokenize",
-        "Tokens' text",
-        in_task(_answer_text),
-        fields=DETOKENIZE_FIELDS,
-        required=("tokens",),
-    ),
+    Endpoint("POST", "/tokenize", "A text's tokens", in_task(_answer_tokens), TOKENIZE_FIELDS),
+    Endpoint("POST", "/detokenize", "Tokens' text", in_task(_answer_text), DETOKENIZE_FIELDS),
 )

@@ -29,9 +29,10 @@ def test_a_chat_may_be_counted_as_well() -> None:
     request = parse_tokenize(body(messages=messages, chat_template_kwargs={"a": 1}))
     assert request.messages == (Message(Role.USER, "hello"),)
     assert request.template_kwargs == {"a": 1}
-    assert not request.is_open
-    assert not parse_tokenize(body(messages=messages, add_generation_prompt=True)).is_open
-    assert parse_tokenize(body(messages=messages, add_generation_prompt=False)).is_open
+    assert request.continue_final is None
+    prompted = body(messages=messages, add_generation_prompt=True)
+    assert parse_tokenize(prompted).continue_final is None
+    assert parse_tokenize(body(messages=messages, add_generation_prompt=False)).continue_final
 
 
 @pytest.mark.parametrize(
