@@ -6,6 +6,7 @@ Pure: outputs in, JSON out.
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from mlxlite.api.writers import (
     timings_json,
     usage_json,
 )
+from mlxlite.config.options import Config
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.engine.step import Load
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, retry_later, truncate
@@ -676,7 +678,7 @@ def test_an_error_repeats_at_most_200_characters() -> None:
 
 def test_a_model_is_what_openais_own_type_takes() -> None:
     card = ModelCard("org/model", 1_700_000_000, 4096)
-    told = json.loads(model_list([card]))
+    told = model_list(card)
     assert told == {
         "object": "list",
         "data": [
@@ -695,9 +697,9 @@ def test_a_model_is_what_openais_own_type_takes() -> None:
 def test_status_is_queue_rows_memory_cache_and_versions() -> None:
     card = ModelCard("org/model", 1_700_000_000, 4096)
     load = Load(num_waiting=2, num_running=3, num_bytes=500, max_bytes=None, num_steps=7)
-    said = json.loads(
-        admin.status(card, load, CacheStats(), max_rows=8, max_queue=256, fingerprint="fp_1")
-    )
+    engine = SimpleNamespace(load=load, cache_stats=CacheStats())
+    ready: Any = SimpleNamespace(model=SimpleNamespace(fingerprint="1"), engine=engine, card=card)
+    said = admin.status(ready, Config(max_batch_size=8, max_queue=256))
     assert said == {
         "object": "status",
         "model": card.as_json() | {"fingerprint": "fp_1"},

@@ -1,17 +1,17 @@
 """Models, health, metrics, status, cache, cancel, version: answers about the server itself."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Final
 
 import orjson
 
 from mlxlite import __version__
-from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import Table, read_fields, supported
+from mlxlite.api.endpoint import Endpoint, Handler
+from mlxlite.api.fields import Table, reading, supported
 from mlxlite.api.readers import parse_object, text
-from mlxlite.api.service import ModelCard, Phase, Service
-from mlxlite.engine.step import Load
+from mlxlite.api.service import ModelCard, Phase, Ready, Service
+from mlxlite.config.options import Config
 from mlxlite.http.connection import JSON, Exchange
 from mlxlite.http.errors import APIError, ErrorKind, truncate
 from mlxlite.prefix_cache.operations import CacheStats
@@ -20,12 +20,17 @@ _PROMETHEUS: Final = (("content-type", "text/plain; version=0.0.4; charset=utf-8
 CANCEL_FIELDS: Final[Table] = {"id": supported(text, "which; default: all")}
 
 
-def model_list(cards: list[ModelCard]) -> bytes:
-    return orjson.dumps({"object": "list", "data": [card.as_json() for card in cards]})
+def _json(answer: Callable[[Service], dict[str, Any]]) -> Handler:
+    """A handler of what needs neither the request's path nor its body."""
+
+    def handle(service: Service, exchange: Exchange, _body: bytes) -> None:
+        exchange.respond(200, orjson.dumps(answer(service)))
+
+    return handle
 
 
-def _models(service: Service, exchange: Exchange, _body: bytes) -> None:
-    exchange.respond(200, model_list([service.need_model().card]))
+def model_list(card: ModelCard) -> dict[str, Any]:
+    return {"object": "list", "data": [card.as_json()]}
 
 
 def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
@@ -67,43 +72,17 @@ def _metrics(service: Service, exchange: Exchange, _body: bytes) -> None:
         exchange.respond(200, metrics.render_prometheus(), _PROMETHEUS)
 
 
-def status(
-    card: ModelCard,
-    load: Load,
-    cache: CacheStats,
-    *,
-    max_rows: int,
-    max_queue: int,
-    fingerprint: str,
-) -> bytes:
-    return orjson.dumps(
-        {
-            "object": "status",
-            "model": card.as_json() | {"fingerprint": fingerprint},
-            "queue": {"waiting": load.num_waiting, "max": max_queue},
-            "rows": {"running": load.num_running, "max": max_rows, "steps": load.num_steps},
-            "memory": {"bytes": load.num_bytes, "max_bytes": load.max_bytes},
-            "prefix_cache": cache_stats(cache),
-            "versions": {"mlxlite": __version__},
-        }
-    )
-
-
-def _status(service: Service, exchange: Exchange, _body: bytes) -> None:
-    ready, config = service.need_model(), service.config
-    body = status(
-        ready.card,
-        ready.engine.load,
-        ready.engine.cache_stats,
-        max_rows=max(1, config.max_batch_size),
-        max_queue=config.max_queue,
-        fingerprint=f"fp_{ready.model.fingerprint}",
-    )
-    exchange.respond(200, body)
-
-
-def _version(_service: Service, exchange: Exchange, _body: bytes) -> None:
-    exchange.respond(200, orjson.dumps({"version": __version__}))
+def status(ready: Ready, config: Config) -> dict[str, Any]:
+    load, max_rows = ready.engine.load, max(1, config.max_batch_size)
+    return {
+        "object": "status",
+        "model": ready.card.as_json() | {"fingerprint": f"fp_{ready.model.fingerprint}"},
+        "queue": {"waiting": load.num_waiting, "max": config.max_queue},
+        "rows": {"running": load.num_running, "max": max_rows, "steps": load.num_steps},
+        "memory": {"bytes": load.num_bytes, "max_bytes": load.max_bytes},
+        "prefix_cache": cache_stats(ready.engine.cache_stats),
+        "versions": {"mlxlite": __version__},
+    }
 
 
 def cache_stats(stats: CacheStats) -> dict[str, Any]:
@@ -122,32 +101,27 @@ def cache_stats(stats: CacheStats) -> dict[str, Any]:
     }
 
 
-def _cache(service: Service, exchange: Exchange, _body: bytes) -> None:
-    exchange.respond(200, orjson.dumps(cache_stats(service.need_model().engine.cache_stats)))
+def _cache(service: Service) -> dict[str, Any]:
+    return cache_stats(service.need_model().engine.cache_stats)
 
 
-def _clear_cache(service: Service, exchange: Exchange, _body: bytes) -> None:
+def _clear_cache(service: Service) -> dict[str, Any]:
     """Clears memory at the next step, and files soon after; the answer is the state before."""
-    engine = service.need_model().engine
-    body = cache_stats(engine.cache_stats) | {"status": "cleared"}
-    engine.clear_cache()
-    exchange.respond(200, orjson.dumps(body))
+    before = _cache(service)
+    service.need_model().engine.clear_cache()
+    return before | {"status": "cleared"}
 
 
-@dataclass(frozen=True, slots=True)
-class CancelRequest:
-    id: str | None
-
-
-def parse_cancel(body: bytes) -> CancelRequest:
-    """Of `{}` or `{"id": "chatcmpl-…"}`; an empty body is `{}`. Raises APIError 400."""
-    given = read_fields(parse_object(body) if body.strip() else {}, CANCEL_FIELDS)
-    return CancelRequest(given.take("id"))
+def parse_cancel(body: bytes) -> str | None:
+    """The id in `{"id": "chatcmpl-…"}`, if any; an empty body is `{}`. Raises APIError 400."""
+    with reading(parse_object(body) if body.strip() else {}, CANCEL_FIELDS) as given:
+        wanted: str | None = given.take("id")
+        return wanted
 
 
 def _cancel(service: Service, exchange: Exchange, body: bytes) -> None:
     service.need_model()
-    wanted = parse_cancel(body).id
+    wanted = parse_cancel(body)
     found = [running for running in service.running.values() if wanted in (None, running.id)]
     for running in found:
         service.cancel(running)
@@ -156,13 +130,29 @@ def _cancel(service: Service, exchange: Exchange, body: bytes) -> None:
 
 
 ENDPOINTS: Final = (
-    Endpoint("GET", "/v1/models", "The served model, as a list", _models),
+    Endpoint(
+        "GET",
+        "/v1/models",
+        "The served model, as a list",
+        _json(lambda service: model_list(service.need_model().card)),
+    ),
     Endpoint("GET", "/v1/models/{id}", "The served model", _model),
-    Endpoint("GET", "/v1/cache", "The prefix cache in numbers", _cache),
-    Endpoint("DELETE", "/v1/cache", "Forget all prefixes", _clear_cache),
-    Endpoint("POST", "/v1/cancel", "End answers", _cancel, fields=CANCEL_FIELDS),
-    Endpoint("GET", "/v1/status", "Queue, rows, memory, cache", _status),
-    Endpoint("GET", "/version", "The server's version", _version, is_open=True),
+    Endpoint("GET", "/v1/cache", "The prefix cache in numbers", _json(_cache)),
+    Endpoint("DELETE", "/v1/cache", "Forget all prefixes", _json(_clear_cache)),
+    Endpoint("POST", "/v1/cancel", "End answers", _cancel, CANCEL_FIELDS),
+    Endpoint(
+        "GET",
+        "/v1/status",
+        "Queue, rows, memory, cache",
+        _json(lambda service: status(service.need_model(), service.config)),
+    ),
+    Endpoint(
+        "GET",
+        "/version",
+        "The server's version",
+        _json(lambda _: {"version": __version__}),
+        is_open=True,
+    ),
     Endpoint("GET", "/health", "Whether it can answer", _health, is_open=True),
     Endpoint(
         "GET",
