@@ -9,7 +9,7 @@ import json
 from contextlib import suppress
 
 import pytest
-from helpers import DONE, chat_body, in_a_loop, request, serving
+from helpers import DONE, ENDLESS, chat_body, in_a_loop, request, serving, until
 from server_cases import ALLOWED, CHAT, FOREIGN
 
 from mlxlite.api.service import Phase
@@ -185,3 +185,24 @@ async def test_a_stream_has_the_cors_header_of_its_origin() -> None:
         await wire.send(request("POST", CHAT, body, origin="tauri://localhost"))
         assert (await wire.head())["access-control-allow-origin"] == "tauri://localhost"
         assert (await wire.rest())[-1] == DONE
+
+
+@in_a_loop
+async def test_a_key_cancels_only_its_own_answers() -> None:
+    async with serving(api_key=("one", "two")) as served:
+        first, second, admin = [await served.wire() for _ in range(3)]
+        body = json.dumps(chat_body("a" + ENDLESS, stream=True)).encode()
+        ids = []
+        for wire, key in ((first, "one"), (second, "two")):
+            await wire.send(request("POST", CHAT, body, x_api_key=key))
+            await wire.head()
+            ids.append((await wire.frame()).json["id"])
+        for fields in ({"id": ids[1]}, {"id": "chatcmpl-none"}):
+            answer = await admin.post("/v1/cancel", fields, x_api_key="one")
+            assert answer.json == {"status": "no_active_generation", "cancelled_count": 0}
+        answer = await admin.post("/v1/cancel", {}, x_api_key="one")
+        assert answer.json["cancelled_count"] == 1
+        assert (await first.rest())[-1] == DONE
+        await until(lambda: served.num_live == 1)
+        for wire in (first, second, admin):
+            await wire.close()

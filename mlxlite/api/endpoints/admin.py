@@ -112,17 +112,25 @@ def _clear_cache(service: Service) -> dict[str, Any]:
     return before | {"status": "cleared"}
 
 
-def parse_cancel(body: bytes) -> str | None:
-    """The id in `{"id": "chatcmpl-…"}`, if any; an empty body is `{}`. Raises APIError 400."""
+def parse_cancel(body: bytes) -> tuple[str | None, tuple[str, ...]]:
+    """The id in `{"id": "chatcmpl-…"}`, if any, and the unknown fields; an empty body is `{}`.
+
+    Raises APIError 400.
+    """
     with reading(parse_object(body) if body.strip() else {}, CANCEL_FIELDS) as given:
-        wanted: str | None = given.take("id")
-        return wanted
+        return given.take("id"), given.ignored
 
 
 def _cancel(service: Service, exchange: Exchange, body: bytes) -> None:
+    """A key may cancel its own answers only; those of others are as unknown to it."""
     service.need_model()
-    wanted = parse_cancel(body)
-    found = [running for running in service.running.values() if wanted in (None, running.id)]
+    wanted, ignored = parse_cancel(body)
+    service.note_ignored(exchange, ignored)
+    found = [
+        running
+        for other, running in service.running.items()
+        if other.key == exchange.key and wanted in (None, running.id)
+    ]
     for running in found:
         service.cancel(running)
     state = "cancelled" if found else "no_active_generation"

@@ -14,11 +14,14 @@ from mlxlite.http.errors import APIError
         (b"{}", None),
         (b'{"id": null}', None),
         (b'{"id": "chatcmpl-1"}', "chatcmpl-1"),
-        (b'{"other": 1}', None),
     ],
 )
 def test_a_cancel_names_one_answer_or_means_all(body: bytes, id: str | None) -> None:
-    assert parse_cancel(body) == id
+    assert parse_cancel(body) == (id, ())
+
+
+def test_the_unknown_fields_of_a_cancel_are_named() -> None:
+    assert parse_cancel(b'{"id": "a", "other": 1}') == ("a", ("other",))
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"{", b'"x"', b'{"id": 5}', b'{"id": []}'])
