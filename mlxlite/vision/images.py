@@ -134,6 +134,10 @@ def _check(index: int, source: Source, limits: Limits) -> None:
         raise source.error("needs a package that is not here: pip install 'mlxlite[vision]'")
 
 
+_SCAN: Final = b"\xff\xda"  # JPEG's marker, which no compressed data contains
+_MAX_SCANS: Final = 1000
+_MAX_SCANNED_PIXELS: Final = 1 << 30  # about 0.6 s: 16 scans of the largest image, where 10 are usual
+
 # What Pillow's decoders raise for broken bytes; Warning if warnings are errors.
 _BROKEN: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
@@ -172,6 +176,8 @@ def _with_image(data: bytes, source: Source, limits: Limits, work: "Callable[[Im
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             complaint = _complaint(*image.size, limits)
+            if complaint is None and image.format == "JPEG":
+                complaint = _scans_complaint(*image.size, data.count(_SCAN))
             if complaint is None:
                 return work(image)
     except UnidentifiedImageError:
@@ -194,6 +200,13 @@ def _complaint(width: int, height: int, limits: Limits) -> str | None:
         return "has no pixels"
     if max(width, height) > limits.max_aspect * min(width, height):
         return f"is more than {limits.max_aspect} times as long as wide, or as wide as long"
+    return None
+
+
+def _scans_complaint(width: int, height: int, num_scans: int) -> str | None:
+    """A decoder runs over all pixels of a progressive JPEG for each scan, which may be 12 bytes."""
+    if num_scans > _MAX_SCANS or num_scans * width * height > _MAX_SCANNED_PIXELS:
+        return f"has {num_scans} scans of its pixels, more than any picture needs"
     return None
 
 

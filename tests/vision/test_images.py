@@ -290,6 +290,31 @@ def test_a_whole_bomb_of_400_megapixels_is_small_and_refused() -> None:
     assert refusal(data) == "has more than 64000000 pixels"
 
 
+def progressive(size: tuple[int, int], num_more: int) -> bytes:
+    """A progressive JPEG of ten scans, the last of which is repeated."""
+    file = BytesIO()
+    Image.new("RGB", size, "teal").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * num_more + data[-2:]
+
+
+@pytest.mark.parametrize(
+    ("size", "num_more"), [((1, 1), 100_000), ((300, 300), 20_000), ((4000, 4000), 100)]
+)
+def test_a_jpeg_whose_scans_repeat_is_refused_before_it_is_decoded(
+    size: tuple[int, int], num_more: int
+) -> None:
+    complaint = f"has {num_more + 10} scans of its pixels, more than any picture needs"
+    assert refusal(progressive(size, num_more)) == complaint
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 300), (4000, 4000)])
+def test_a_progressive_jpeg_is_decoded(size: tuple[int, int]) -> None:
+    (image,) = load([source(progressive(size, 0))], Limits())
+    assert image.pixels.getpixel((0, 0))[1] == pytest.approx(128, abs=2)
+
+
 def test_an_image_of_exactly_the_pixel_limit_is_decoded() -> None:
     limits = replace(LIMITS, max_source_pixels=64 * 100, max_pixels=64)
     assert loaded(bomb(64, 100), limits=limits).pixels.size == (6, 10)
