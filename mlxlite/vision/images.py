@@ -136,7 +136,7 @@ def _check(index: int, source: Source, limits: Limits) -> None:
 
 _SCAN: Final = b"\xff\xda"  # JPEG's marker, which no compressed data contains
 _MAX_SCANS: Final = 1000
-_MAX_SCANNED_PIXELS: Final = 1 << 30  # about 0.6 s: 16 scans of the largest image, where 10 are usual
+_MAX_SCANNED_PIXELS: Final = 1 << 30  # about 0.6 s; of the largest image 16 scans: 10 are usual
 
 # What Pillow's decoders raise for broken bytes; Warning if warnings are errors.
 _BROKEN: Final = (
