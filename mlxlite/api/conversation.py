@@ -1,22 +1,22 @@
 """Messages of a chat: records of turns, and their form for chat templates. Pure.
 
 Decides what a message may hold: a role, text, pictures, reasoning, calls and their results, and the
-roles of messages with pictures (`IMAGE_ROLES`). Nothing unknown is dropped in silence: a part or a
-role that cannot be read is a 400 that names its place. All dialects read `Message`s.
+roles of messages with pictures (`IMAGE_ROLES`). All dialects read `Message`s; what a part becomes
+is in `content_parts`.
 
 A message without pictures is its text, and has no `parts`. Tested.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from mlxlite.api.readers import Reader, array
 from mlxlite.http.errors import bad_request
-from mlxlite.vision.images import MAX_IMAGES, Source
+from mlxlite.vision.images import Source
 
 Part: TypeAlias = str | Source
 # Claude Code's first line, different in each request: no prefix would ever be found again.
@@ -32,6 +32,10 @@ class Role(Enum):
     ASSISTANT = "assistant"
     TOOL = "tool"
     FUNCTION = "function"
+
+    @property
+    def is_instruction(self) -> bool:
+        return self in (Role.SYSTEM, Role.DEVELOPER)
 
 
 _TEMPLATE_ROLES: Final = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
@@ -70,6 +74,13 @@ class Message:
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(part for part in self.parts if isinstance(part, Source))
+
+    def without(self, stand_ins: Mapping[int, str]) -> "Message":
+        """The same message with sentences in place of pictures, by the `id` of their sources."""
+        if not self.parts:
+            return self
+        parts = turn(self.role, (stand_ins.get(id(part), part) for part in self.parts))
+        return replace(self, content=parts.content, parts=parts.parts)
 
     @property
     def num_bytes(self) -> int:
@@ -113,8 +124,8 @@ class Message:
 
 
 def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
-    """A message of parts; adjacent texts are joined by newlines. Raises APIError 400."""
-    given = list(_counted(parts))
+    """A message of parts; adjacent texts are joined by newlines."""
+    given = list(parts)
     content = "\n".join(part for part in given if isinstance(part, str))
     joined: list[Part] = []
     for kind, run in groupby(given, type):
@@ -124,29 +135,27 @@ def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
     return Message(role, content, **rest, parts=tuple(joined) if has_pictures else ())
 
 
-def _counted(parts: Iterable[Part], num_before: int = 0) -> Iterator[Part]:
-    for part in parts:
-        num_before += isinstance(part, Source)
-        if isinstance(part, Source) and num_before > MAX_IMAGES:
-            raise bad_request(f"a request may hold at most {MAX_IMAGES} pictures.", part.param)
-        yield part
+class ReadMessages(Protocol):
+    """Reads one item; `is_last`: it comes after the last turn of the assistant."""
+
+    def __call__(self, value: Any, param: str, *, is_last: bool) -> Iterable[Message]: ...
 
 
-def message_list(read: Callable[[Any, str], Iterable[Message]]) -> Reader:
+def message_list(read: ReadMessages) -> Reader:
     """The reader of an array whose items have one message or more each."""
 
     def read_all(value: Any, param: str) -> tuple[Message, ...]:
         if not array(value, param):
             raise bad_request(f"'{param}' must hold at least one message.", param)
+        answered = last_index(value, lambda item: item.get("role") == "assistant")
         items = enumerate(value)
-        return tuple(bounded(one for i, item in items for one in read(item, f"{param}[{i}]")))
+        read_one = ((read(item, f"{param}[{i}]", is_last=i > answered)) for i, item in items)
+        return tuple(one for messages in read_one for one in messages)
 
     return read_all
 
 
-def bounded(messages: Iterable[Message]) -> Iterator[Message]:
-    """The same messages; raises APIError 400 for more pictures than a request may have."""
-    num_seen = 0
-    for message in messages:
-        num_seen += sum(1 for _ in _counted(message.sources, num_seen))
-        yield message
+def last_index(items: Sequence[Any], is_meant: Callable[[Mapping[str, Any]], bool]) -> int:
+    """The index of the last object that is meant, -1 without one."""
+    indices = range(len(items) - 1, -1, -1)
+    return next((i for i in indices if isinstance(items[i], dict) and is_meant(items[i])), -1)

@@ -1,22 +1,25 @@
 """Tables of request fields, and the reading of a body by them. Pure.
 
-A dialect's request is a table: for each field, its reader and its use. A field is supported,
-changes nothing by its nature, or is not supported: then a value that asks for something is a 400
-that names it, while null and the value that means «off» pass. The parser, the OpenAPI document and
-the documentation read the same tables.
+A dialect's request is a table: for each field, its reader and its use, and the same for the types
+of its tools, content parts and history items (`Kinds`). What is not supported has one of three
+classes, by what the client would lose. A *demand* that cannot be met is a 400 that names it. A
+*hint* or offer is left out and named. *History* is never an error: what can be read is read, the
+rest is left out and named. Null, and the value that means «off», ask for nothing. The parser, the
+OpenAPI document and the documentation read the same tables.
 
-Nothing is dropped in silence: fields that a table does not have are in `Given.ignored`, and those
-that it supports must be taken by the parser, or `Given.close` fails (tested for each field).
-A parser reads in a `with reading(…)`, which closes.
+Nothing is dropped in silence: what is left out, and fields that a table does not have, are in
+`Given.ignored`; fields that it supports must be taken by the parser, or `Given.close` fails
+(tested for each field). A parser reads in a `with reading(…)`, which closes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
-from mlxlite.api.readers import Reader, integer, json_object, number, only
+from mlxlite.api.left_out import collecting
+from mlxlite.api.readers import Reader, hinted, integer, json_object, number, only
 from mlxlite.engine.sampling_params import Param
 from mlxlite.http.errors import bad_request, truncate
 
@@ -24,11 +27,13 @@ MAX_TOKEN_MAP = 1024  # tokens in logit_bias (vLLM has no bound, OpenAI's is abo
 
 
 class Use(Enum):
-    """How the server treats a field."""
+    """How the server treats a field, or a type of tool, part or item."""
 
     SUPPORTED = "works"
     NO_OP = "accepted"  # it changes nothing by its nature
-    UNSUPPORTED = "400"  # for a value that asks for something
+    UNSUPPORTED = "400"  # a demand: for a value that asks for something
+    HINT = "left out"  # served without it, which the answer's header names
+    HISTORY = "left out of a history"  # a demand in the user's last message, 400 there
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,20 @@ class Field:
     is_required: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One type of tool, content part or history item, and its note in the documentation.
+
+    `read` is None where nothing of it is read.
+    """
+
+    use: Use
+    note: str
+    read: Callable[..., Any] | None = None
+
+
 Table = Mapping[str, Field]
+Kinds = Mapping[str, Kind]
 
 
 def supported(read: Reader, note: str, alias_of: str | None = None) -> Field:
@@ -59,6 +77,15 @@ def no_op(read: Reader, note: str = "not used") -> Field:
 
 def unsupported(*values: Any, note: str = "") -> Field:
     return Field(only(*values), Use.UNSUPPORTED, note)
+
+
+def hint(*values: Any, note: str = "", read: Reader | None = None) -> Field:
+    """A field that is served without, unless it has one of these values."""
+    return Field(read or hinted(*values), Use.HINT, note)
+
+
+def hint_each(names: str, *values: Any) -> dict[str, Field]:
+    return dict.fromkeys(names.split(), hint(*values))
 
 
 def unsupported_each(names: str, *values: Any) -> dict[str, Field]:
@@ -129,9 +156,17 @@ def _token_map(read_number: Reader) -> Reader:
 class Given:
     """The supported fields that a body has, checked, under their first names."""
 
-    def __init__(self, values: dict[str, Any], ignored: tuple[str, ...]) -> None:
+    def __init__(
+        self, values: dict[str, Any], unknown: tuple[str, ...], left_out: Mapping[str, None]
+    ) -> None:
         self._values = values
-        self.ignored = ignored  # names that the table does not have
+        self._unknown = unknown
+        self._left_out = left_out
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names that the table does not have, and what has been left out so far."""
+        return tuple(dict.fromkeys((*self._unknown, *self._left_out)))
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -153,12 +188,15 @@ class Given:
 @contextmanager
 def reading(value: Mapping[str, Any], table: Table) -> Iterator[Given]:
     """The given fields of a table, all of which the block must take. Raises APIError 400."""
-    given = read_fields(value, table)
-    yield given
-    given.close()
+    with collecting() as left_out:
+        given = read_fields(value, table, left_out)
+        yield given
+        given.close()
 
 
-def read_fields(value: Mapping[str, Any], table: Table) -> Given:
+def read_fields(
+    value: Mapping[str, Any], table: Table, left_out: Mapping[str, None] | None = None
+) -> Given:
     """The given fields of a table, checked. Raises APIError 400."""
     read: dict[str, Any] = {}
     names: dict[str, str] = {}  # under which each was given first
@@ -177,7 +215,8 @@ def read_fields(value: Mapping[str, Any], table: Table) -> Given:
     for name, entry in table.items():
         if entry.is_required and name not in read:
             raise bad_request(f"'{name}' is required.", name)
-    return Given(read, tuple(sorted(name for name in value if name not in table)))
+    unknown = tuple(sorted(name for name in value if name not in table))
+    return Given(read, unknown, {} if left_out is None else left_out)
 
 
 def markdown(table: Table) -> str:
@@ -186,3 +225,10 @@ def markdown(table: Table) -> str:
     for name, entry in table.items():
         lines.append(f"| `{name}` | {entry.use.value} | {entry.note} |")
     return "\n".join(lines)
+
+
+def kinds_markdown(kinds: Kinds) -> str:
+    """The rows of types in the documentation; `*` is any other."""
+    names = {name: "any other" if name == "*" else f"`{name}`" for name in kinds}
+    rows = (f"| {names[name]} | {kind.use.value} | {kind.note} |" for name, kind in kinds.items())
+    return "\n".join(("| type | | |", "| --- | --- | --- |", *rows))

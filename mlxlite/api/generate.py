@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
+from mlxlite.api.left_out import collecting
 from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
@@ -89,7 +90,7 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
         return
     service.need_model()  # the phase may have changed while the prompt was rendered
     is_limited = request.priority < service.priority_limit(exchange)
-    service.note_ignored(exchange, request.ignored + ("priority",) * is_limited)
+    service.note_ignored(exchange, request.ignored, is_limited=is_limited)
     service.check_model(request.model)
     _start(dialect, service, exchange, ready, request, prompts)
 
@@ -108,15 +109,20 @@ async def parse_and_render(
     """
     model = service.need_model().model
 
+    def render_all(request: R) -> tuple[R, T]:
+        with collecting() as left_out:
+            rendered = render(request)
+        return replace(request, ignored=(*request.ignored, *left_out)), rendered
+
     def work() -> tuple[R, T | None]:
         request = parse(body)
-        return request, None if slow_work(model, request) else render(request)
+        return (request, None) if slow_work(model, request) else render_all(request)
 
     request, rendered = await service.in_thread(exchange, Work.of(len(body)), work)
-    if rendered is None:
-        kind = slow_work(model, request) or Work.GRAMMAR  # compiled in the meantime
-        rendered = await service.in_thread(exchange, kind, render, request)
-    return request, rendered
+    if rendered is not None:
+        return request, rendered
+    kind = slow_work(model, request) or Work.GRAMMAR  # compiled in the meantime
+    return await service.in_thread(exchange, kind, render_all, request)
 
 
 def slow_work(model: Model, request: Request) -> Work | None:

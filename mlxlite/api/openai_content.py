@@ -1,24 +1,16 @@
-"""Messages and content parts in OpenAI's forms: JSON to `Message`. Pure."""
+"""Messages in OpenAI's chat form: JSON to `Message`. Pure."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
 from mlxlite.api import readers
-from mlxlite.api.conversation import IMAGE_ROLES, Message, Part, Role, ToolCall, message_list, turn
+from mlxlite.api.content_parts import content_of, parts_in
+from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, message_list, turn
+from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import Members
-from mlxlite.http.errors import bad_request, not_supported, truncate
-from mlxlite.vision.images import DETAILS, ImageError, Source, source_of
-
-
-@contextmanager
-def image_errors() -> Iterator[None]:
-    """An image that cannot be used is the client's mistake: APIError 400."""
-    try:
-        yield
-    except ImageError as error:
-        raise bad_request(str(error), error.param) from error
+from mlxlite.http.errors import APIError, bad_request
 
 
 def role_of(value: Any, param: str, *roles: Role) -> Role:
@@ -26,128 +18,93 @@ def role_of(value: Any, param: str, *roles: Role) -> Role:
     return Role(readers.one_of(*(role.value for role in roles))(value, param))
 
 
-def _messages(value: Any, param: str) -> Iterator[Message]:
+def _messages(value: Any, param: str, *, is_last: bool) -> Iterator[Message]:
     fields = {k: item for k, item in readers.json_object(value, param).items() if item is not None}
     given = Members(fields, param)
     role, content = role_of(given.get("role"), f"{param}.role", *Role), given.get("content")
-    message = turn(role, _parts(content, f"{param}.content", has_pictures=role in IMAGE_ROLES))
-    calls = readers.array(fields.get("tool_calls", []), f"{param}.tool_calls")
-    tool_calls = [_tool_call(item, f"{param}.tool_calls[{i}]") for i, item in enumerate(calls)]
-    if "function_call" in fields:  # OpenAI's older form of tool_calls
-        old_call = {"function": fields["function_call"]}
-        tool_calls.append(_tool_call(old_call, f"{param}.function_call"))
-    if role is not Role.ASSISTANT:
-        if tool_calls:
-            raise bad_request(f"only an assistant's message has '{param}.tool_calls'.", param)
-        if content is None:
-            raise bad_request(f"'{param}.content' is required.", f"{param}.content")
-
-    def optional(name: str) -> str | None:
-        return given.text(name) if name in fields else None
-
+    is_asked = role.is_instruction or (role is Role.USER and is_last)
+    if content is None and is_asked:
+        raise bad_request(f"'{param}.content' is required.", f"{param}.content")
+    thoughts: list[str] = []
+    parts = parts_in(
+        content_of(
+            content, f"{param}.content", is_asked=is_asked, has_pictures=role in IMAGE_ROLES
+        ),
+        thoughts,
+    )
+    message, calls = turn(role, parts), _tool_calls(given)
+    if role is not Role.ASSISTANT and calls:
+        leave_out(f"{param}.tool_calls")
+        calls = ()
+    has_content = content is not None or role is not Role.ASSISTANT
     yield replace(
         message,
-        content=None if content is None else message.content,
-        name=optional("name"),
-        reasoning=optional("reasoning_content") or optional("reasoning"),
-        tool_calls=tuple(tool_calls),
-        tool_call_id=optional("tool_call_id"),
+        content=message.content if has_content else None,
+        name=_optional(given, "name"),
+        reasoning=_reasoning(given) or "\n".join(thoughts) or None,
+        tool_calls=calls,
+        tool_call_id=_optional(given, "tool_call_id"),
     )
 
 
 messages_of: Final = message_list(_messages)
 
 
-def _parts(value: Any, param: str, *, has_pictures: bool) -> Iterator[Part]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield _part(readers.members(item, f"{param}[{i}]"), has_pictures=has_pictures)
-    elif value is not None:
-        raise readers.wrong(param, "a string or an array of parts", value)
+def _optional(given: Members, name: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not isinstance(value, str):
+        leave_out(given.path_of(name))
+        return None
+    return value
 
 
-def _part(part: Members, *, has_pictures: bool) -> Part:
-    param = part.path_of("type")
-    match part.get("type"):
-        case "image_url" | "input_image" if not has_pictures:
-            raise not_supported("only messages of users and tools may hold pictures.", param)
-        case "image_url":
-            return _image_url(part.get("image_url"), part.path_of("image_url"))
-        case "input_image":
-            return input_image(part)
-        case "text" | "input_text" | "output_text":
-            return part.text("text")
-        case "refusal":
-            return part.text("refusal")
-        case str(kind):
-            raise bad_request(f"content parts of type {truncate(kind)!r} are not supported.", param)
-    raise bad_request(f"'{param}' must be a string.", param)
+def _reasoning(given: Members) -> str | None:
+    """In the words of vLLM, llama-server and OpenRouter."""
+    if text := _optional(given, "reasoning_content") or _optional(given, "reasoning"):
+        return text
+    if given.get("reasoning_details") is None:
+        return None
+    path = given.path_of("reasoning_details")
+    details = content_of(given.get("reasoning_details"), path, is_asked=False)
+    return "\n".join(part for part in details if isinstance(part, str)) or None
 
 
-def _image_url(value: Any, param: str) -> Source:
-    if isinstance(value, str):
-        with image_errors():
-            return source_of(value, param)
-    if not isinstance(value, dict):
-        raise readers.wrong(param, "a string or an object", value)
-    return _source(Members(value, param), "url", param)
-
-
-def input_image(part: Members) -> Source:
-    """The form of Responses, which chats take too. Raises APIError 400."""
-    if part.get("file_id") is not None:
-        param = part.path_of("file_id")
-        raise not_supported(f"'{param}' is not supported: no files are kept here.", param)
-    return _source(part, "image_url", part.path_of("image_url"))
-
-
-def _source(image: Members, name: str, param: str) -> Source:
-    detail = image.get("detail")
-    if detail is not None:
-        image.read("detail", readers.one_of(*DETAILS))
-    url = image.text(name)
-    with image_errors():
-        return source_of(url, param, detail or "auto")
+def _tool_calls(given: Members) -> tuple[ToolCall, ...]:
+    """The calls of a history; one that cannot be read is left out."""
+    values, path = given.get("tool_calls"), given.path_of("tool_calls")
+    if values is not None and not isinstance(values, list):
+        leave_out(path)
+        values = None
+    items = [(value, f"{path}[{i}]") for i, value in enumerate(values or ())]
+    if given.get("function_call") is not None:  # OpenAI's older form of tool_calls
+        items.append(({"function": given.get("function_call")}, given.path_of("function_call")))
+    calls: list[ToolCall] = []
+    for value, param in items:
+        try:
+            calls.append(_tool_call(value, param))
+        except APIError:
+            leave_out(param)
+    return tuple(calls)
 
 
 def _tool_call(value: Any, param: str) -> ToolCall:
     call = readers.members(value, param)
+    if call.get("custom") is not None:  # a call with free text
+        custom: Members = call.read("custom", readers.members)
+        arguments: Any = {FREE_TEXT: custom.text("input", "")}
+        return ToolCall(call.text("id", ""), custom.text("name"), arguments)
     function: Members = call.read("function", readers.members)
-    arguments = function.get("arguments") or {}
-    if not isinstance(arguments, str | dict):
-        raise readers.wrong(function.path_of("arguments"), "a string or an object", arguments)
-    if isinstance(arguments, str):
-        with suppress(ValueError):  # a call that the model has broken stays text
-            value = readers.parse(arguments.encode())
-            arguments = value if isinstance(value, dict) else arguments
-    name = function.text("name")
-    return ToolCall(call.text("id", ""), name, arguments)
+    arguments = arguments_of(function.get("arguments"))
+    return ToolCall(call.text("id", ""), function.text("name"), arguments)
 
 
-_TEXT_PARTS: Final = {  # type → the member that holds its text
-    **dict.fromkeys(("text", "input_text", "output_text"), "text"),
-    **dict.fromkeys(("summary_text", "reasoning_text"), "text"),
-    "refusal": "refusal",
-}
-PartReaders = Mapping[str, Callable[[Members], Source]]
+FREE_TEXT: Final = "input"  # the argument of a function that stands for a tool of free text
 
 
-def parts_of(value: Any, param: str, pictures: PartReaders | None = None) -> Iterator[Part]:
-    """A string, or parts of text, and of the pictures that there may be: type → its reader."""
+def arguments_of(value: Any) -> Any:
+    """A call's arguments, parsed; text that is no object, a call that a model has broken, stays."""
     if isinstance(value, str):
-        yield value
-        return
-    for kind, part in readers.parts(value, param):
-        if (read := (pictures or {}).get(kind)) is not None:
-            yield read(part)
-        elif (key := _TEXT_PARTS.get(kind)) is not None:
-            yield part.text(key)
-        else:
-            raise readers.unsupported_type(kind, part.path)
-
-
-def text_of(value: Any, param: str) -> str:
-    """A string, or text parts, joined by newlines as a chat's are."""
-    return "\n".join(map(str, parts_of(value, param)))
+        with suppress(ValueError):
+            parsed = readers.parse(value.encode())
+            value = parsed if isinstance(parsed, dict) else value
+    return value or {}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from mlxlite.api.left_out import leave_out
 from mlxlite.http.errors import APIError, bad_request, not_supported, truncate
 
 # A context of a million token ids, or any text that fits one. Reading JSON holds the interpreter:
@@ -159,16 +160,28 @@ def number(low: float, high: float, *, is_low_open: bool = False) -> Reader:
 
 
 def only(*values: Any) -> Reader:
-    """The reader of an unsupported field: only these values pass, which ask for nothing."""
+    """The reader of a demand: only these values pass, which ask for nothing."""
 
     def read(value: Any, param: str) -> None:
-        # Types too: False == 0 must not let a wrong one through.
-        if not any(
-            value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in values
-        ):
+        if not _is_one_of(value, values):
             raise not_supported(f"'{param}' is not supported by this server.", param)
 
     return read
+
+
+def hinted(*values: Any) -> Reader:
+    """The reader of a hint, which is left out unless it has one of these values."""
+
+    def read(value: Any, param: str) -> None:
+        if not _is_one_of(value, values):
+            leave_out(param)
+
+    return read
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Types count too: False == 0 must not let a wrong one through."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
 
 
 def one_of(*words: str) -> Reader:

@@ -11,7 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mlxlite.api.openai_content import image_errors
+from mlxlite.api.content_parts import BAD_IMAGE, TEXT_ONLY, TOO_MANY, image_errors
+from mlxlite.api.conversation import Message
+from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import MAX_VALUES, Text
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
@@ -22,39 +24,56 @@ from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits
-from mlxlite.vision.images import ImageError, LoadedImage, Source, load
+from mlxlite.vision.images import ImageError, LoadedImage, load
 
 
 def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prompt]:
     """A chat's one prompt; loads its images, which may take long. Raises APIError."""
+    turns, pictures = _pictures(model, request, config)
     messages: list[Mapping[str, Any]] = [
-        model.output_format.prepare(message.as_template()) for message in request.messages
+        model.output_format.prepare(message.as_template()) for message in turns
     ]
     arguments = _with_tools(model, request)
-    pictures = _pictures(model, request.sources, config)
     more = {"pictures": pictures} if pictures else {}
     is_continuation = request.is_continuation
     try:
         return [model.render(messages, arguments, is_continuation=is_continuation, **more)]
     except PromptError as error:
-        raise prompt_error(model, error, "messages") from error
+        raise prompt_error(model, error, request.prompt_field) from error
     except ImageError as error:  # also of one that is decoded only now
-        raise bad_request(str(error), error.param or "messages") from error
+        raise bad_request(f"{BAD_IMAGE}: {error}", error.param or request.prompt_field) from error
 
 
-def _pictures(model: Model, sources: tuple[Source, ...], config: Config) -> tuple[LoadedImage, ...]:
-    if not sources:
-        return ()
-    if model.vision_unavailable_reason is not None:
-        raise not_supported(model.vision_unavailable_reason, sources[0].param)
+def _pictures(
+    model: Model, request: ChatRequest, config: Config
+) -> tuple[tuple[Message, ...], tuple[LoadedImage, ...]]:
+    """The messages with what stands for the pictures that cannot be seen, and the others, loaded.
+
+    Only a picture that the user asks about is a demand.
+    """
+    if not (sources := request.sources):
+        return request.messages, ()
+    asked = {id(source) for source in request.asked_sources}
+    history = [source for source in sources if id(source) not in asked]
+    if (reason := model.vision_unavailable_reason) is not None:
+        if asked:
+            raise not_supported(f"{BAD_IMAGE}: {reason}", request.asked_sources[0].param)
+        left_out, stand_in = history, TEXT_ONLY
+    else:
+        left_out, stand_in = history[: max(0, len(sources) - config.max_images)], TOO_MANY
+    stand_ins = {id(source): stand_in for source in left_out}
+    for source in left_out:
+        leave_out(source.param)
     limits = Limits(
         max_images=config.max_images,
         max_pixels=config.max_image_pixels,
         max_bytes=config.max_image_mb << 20,
         allow_remote=config.allow_remote_images,
     )
+    seen = [source for source in sources if id(source) not in stand_ins]
     with image_errors():
-        return load(sources, limits, is_known=model.is_image_cached)
+        pictures = load(seen, limits, is_known=model.is_image_cached)
+    return tuple(message.without(stand_ins) for message in request.messages), pictures
 
 
 def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from mlxlite.api.conversation import Message, Role
 from mlxlite.api.fields import Given
+from mlxlite.api.left_out import leave_out
 from mlxlite.api.shared_fields import SAMPLING_FIELDS
 from mlxlite.api.tools import Tool
 from mlxlite.api.writers import StreamOptions
@@ -75,6 +76,14 @@ class ChatRequest(Request):
         return tuple(source for message in self.messages for source in message.sources)
 
     @property
+    def asked_sources(self) -> tuple[Source, ...]:
+        """The pictures that the user asks about: of the messages after the assistant's last."""
+        roles = [message.role for message in self.messages]
+        num_old = len(roles) - roles[::-1].index(Role.ASSISTANT) if Role.ASSISTANT in roles else 0
+        asked = (m for m in self.messages[num_old:] if m.role is Role.USER)
+        return tuple(source for message in asked for source in message.sources)
+
+    @property
     def is_continuation(self) -> bool:
         """True if the last message is to be continued: an assistant's is, unless forbidden."""
         last = self.messages[-1]
@@ -83,11 +92,14 @@ class ChatRequest(Request):
 
 
 def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[str, Any]:
-    """The arguments of `Request` that all dialects read alike. Raises APIError 400."""
+    """The arguments of `Request` that all dialects read alike, but `ignored`.
+
+    Raises APIError 400.
+    """
     is_stream = given.take("stream", False)
     stream_options = given.take("stream_options")
     if stream_options is not None and not is_stream:
-        raise bad_request("'stream_options' needs 'stream': true.", "stream_options")
+        leave_out("stream_options")
     max_tokens, sampling = given.take("max_tokens"), given.take_each(SAMPLING_FIELDS)
     if max_tokens is not None and sampling.get("min_tokens", 0) > max_tokens:
         raise bad_request(f"'min_tokens' must not be more than '{max_tokens_name}'.", "min_tokens")
@@ -104,7 +116,6 @@ def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[st
             stream_options or StreamOptions(),
             timings_per_token=given.take("timings_per_token", False),
         ),
-        "ignored": given.ignored,
     }
 
 

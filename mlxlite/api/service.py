@@ -6,6 +6,7 @@ but `in_thread` belongs to the event loop.
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum
@@ -18,7 +19,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
 from mlxlite.errors import trace_of
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, ErrorKind, retry_later, truncate
+from mlxlite.http.errors import APIError, ErrorKind, not_supported, retry_later, truncate
 from mlxlite.metrics import Metrics
 from mlxlite.models.interface import Model
 
@@ -27,6 +28,7 @@ log = logging.getLogger("mlxlite.api")
 _MAX_IGNORED_NAMES = 256  # logged once each; bounds the table
 _MAX_SHOWN_NAMES = 32  # in one answer, each of at most so many characters
 _MAX_IGNORED_NAME = 64
+_INDEX = re.compile(r"\[[0-9]+\]")  # of an item in a path: one line of the log for all of them
 T = TypeVar("T")
 
 
@@ -148,15 +150,26 @@ class Service:
             for id in running.sequence_ids:
                 self.ready.engine.cancel(id)
 
-    def note_ignored(self, exchange: Exchange, names: tuple[str, ...]) -> None:
-        """Fields without effect: named in a header of each answer, logged once each."""
+    def note_ignored(
+        self, exchange: Exchange, names: tuple[str, ...], *, is_limited: bool = False
+    ) -> None:
+        """Name what the answer is served without in a header, and once each in the log.
+
+        `is_limited`: the priority is above the key's. Raises APIError 400 where nothing may be left
+        out.
+        """
+        if names and self.config.strict_fields:
+            name = truncate(names[0])
+            message = f"'{name}' would be left out, which this server's --strict-fields refuses."
+            raise not_supported(message, name)
+        names += ("priority",) * is_limited
         if not names:
             return
         self.metrics.ignored_fields(len(names))
         # Quoted, then cut: clients bound a response's head (Node: 16 KiB).
-        shown = [quote(name)[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
+        shown = [quote(name, safe="[]/")[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
         exchange.extra_headers.append(("x-mlxlite-ignored", ",".join(shown)))
-        for name in shown:
+        for name in dict.fromkeys(_INDEX.sub("[]", name) for name in shown):
             if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:
                 self._ignored_names.add(name)
-                log.warning("request field ignored: %s (logged once)", name)
+                log.warning("left out of a request: %s (logged once)", name)

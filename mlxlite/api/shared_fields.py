@@ -8,6 +8,7 @@ from typing import Any, Final
 from mlxlite.api.fields import (
     Table,
     aliases,
+    hint_each,
     no_op,
     no_op_each,
     supported,
@@ -144,15 +145,17 @@ COMPLETION_FIELDS: Final[Table] = {
     "store": no_op(flag, "nothing is stored"),
     "id_slot": no_op(integer(-1, _MAX_INT)),
 }
-# Fields of other servers that are refused where they ask for something, in chat and completions.
+# Fields of other servers that are refused or left out where they ask for something.
 UNSUPPORTED_FIELDS: Final[Table] = {
-    **unsupported_each("typical_p length_penalty", 1),
+    **unsupported_each("typical_p", 1),
+    **hint_each("length_penalty", 1),  # of beam search alone
+    **hint_each("prediction web_search_options moderation"),
     **unsupported_each("mirostat dry_multiplier dynatemp_range n_probs n_keep", 0),
     **unsupported_each("use_beam_search include_stop_str_in_output post_sampling_probs", False),
     **unsupported_each("return_token_ids return_tokens_as_token_ids return_tokens", False),
     **unsupported_each("skip_special_tokens spaces_between_special_tokens", True),
     **unsupported_each("include_reasoning", True),
-    **unsupported_each("audio prediction web_search_options moderation logits_processors"),
+    **unsupported_each("audio logits_processors"),
     **unsupported_each("bad_words allowed_token_ids prompt_logprobs truncate_prompt_tokens"),
     **unsupported_each("top_n_sigma t_max_predict_ms", -1),
 }

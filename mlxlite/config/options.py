@@ -46,6 +46,9 @@ class Config:
         None, "NAME", "the model's name in the API", default_text="derived from --model"
     )
     strict_model_id: bool = switch(False, "404 for generation requests that name another model")
+    strict_fields: bool = switch(
+        False, "400 for what a request asks for and would be served without"
+    )
     embedding: bool = switch(
         False, "no effect, for launchers that pass it: /v1/embeddings is always served"
     )

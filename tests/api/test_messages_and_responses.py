@@ -90,14 +90,17 @@ class Works:
     def __init__(
         self, attribute: str, right: Sequence[tuple[Any, Any]], wrong: Sequence[Any], **also: Any
     ) -> None:
-        self.attribute, self.right, self.wrong, self.also = attribute, right, wrong, also
+        self.attribute, self.right, self.wrong = attribute, right, wrong
+        self.hints, self.also = also.pop("hints", ()), also
 
 
 class Accepted:
     """A field that changes nothing by its nature."""
 
-    def __init__(self, right: Sequence[Any], wrong: Sequence[Any]) -> None:
-        self.right, self.wrong = right, wrong
+    def __init__(
+        self, right: Sequence[Any], wrong: Sequence[Any], hints: Sequence[Any] = ()
+    ) -> None:
+        self.right, self.wrong, self.hints = right, wrong, hints
 
 
 class Refused:
@@ -105,6 +108,15 @@ class Refused:
 
     def __init__(self, neutral: Sequence[Any], asking: Sequence[Any]) -> None:
         self.neutral, self.asking = neutral, asking
+
+
+class LeftOut(Refused):
+    """A hint: values that ask for nothing, and some that ask and are left out by name."""
+
+
+def _hints(case: Any) -> Sequence[Any]:
+    """Values of a field that are left out."""
+    return case.asking if isinstance(case, LeftOut) else getattr(case, "hints", ())
 
 
 def _share(name: str) -> Works:
@@ -183,8 +195,8 @@ MESSAGES: dict[str, Works | Accepted | Refused] = {
             {"type": "enabled", "budget_tokens": 1023},
             {"type": "enabled", "budget_tokens": 2048},  # not less than max_tokens
             {"type": "enabled", "budget_tokens": "1024"},
-            {"type": "adaptive", "display": "omitted"},
         ],
+        hints=[{"type": "adaptive", "display": "omitted"}],
     ),
     "output_config": Works(
         "template_kwargs",
@@ -210,12 +222,13 @@ MESSAGES: dict[str, Works | Accepted | Refused] = {
             {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
             {"edits": [{"type": "clear_thinking_20251015", "keep": {"type": "all"}}]},
         ],
+        [5, {"edits": 5}],
         [
-            *(5, {"edits": 5}, {"edits": [{"type": "clear_tool_uses_20250919"}]}),
+            {"edits": [{"type": "clear_tool_uses_20250919"}]},
             {"edits": [{"type": "clear_thinking_20251015"}]},
         ],
     ),
-    "speed": Refused(["standard"], ["fast", 5]),
+    "speed": LeftOut(["standard"], ["fast", 5]),
     "tool_choice": Works(
         "constraint",
         [
@@ -247,8 +260,8 @@ MESSAGES: dict[str, Works | Accepted | Refused] = {
             [{"name": f"f{n}"} for n in range(MAX_TOOLS + 1)],
         ],
     ),
-    "mcp_servers": Refused([[]], [[{"url": "x"}]]),
-    "container": Refused([], ["id", {}]),
+    "mcp_servers": LeftOut([[]], [[{"url": "x"}]]),
+    "container": LeftOut([], ["id", {}]),
     "output_format": Refused([], [{"type": "json_schema"}]),
 }
 
@@ -283,7 +296,8 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
     "include": Works(
         "top_logprobs",
         [([LOGPROBS], 0), ([], None), (["reasoning.encrypted_content"], None)],
-        [5, "x", [5], ["file_search_call.results"], ["message.input_image.image_url"]],
+        [5, "x", [5]],
+        hints=[["file_search_call.results"], ["message.input_image.image_url"]],
     ),
     "top_logprobs": Works("top_logprobs", [(3, 3), (0, 0)], [21, "3", True], include=[LOGPROBS]),
     "reasoning": Works(
@@ -293,8 +307,9 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
             ({"effort": "none"}, {"enable_thinking": False, "reasoning_effort": "none"}),
             ({"effort": None}, {}),
         ],
-        [
-            *(5, {"effort": "huge"}, {"summary": "detailed"}, {"generate_summary": "concise"}),
+        [5, {"effort": "huge"}],
+        hints=[
+            *({"summary": "detailed"}, {"generate_summary": "concise"}),
             *({"context": "all_turns"}, {"mode": "pro"}),
         ],
     ),
@@ -311,19 +326,20 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
             ),
         ],
         [
-            *(5, {"verbosity": "low"}, {"format": 5}, {"format": {}}, {"format": {"type": "xml"}}),
+            *(5, {"format": 5}, {"format": {}}, {"format": {"type": "xml"}}),
             {"format": {"type": "json_schema", "schema": SCHEMA}},
             {"format": {"type": "json_schema", "name": "x"}},
             {"format": {"type": "json_schema", "name": "x", "schema": "{}"}},
             {"format": {"type": "json_schema", "name": "x", "schema": {}, "strict": 1}},
         ],
+        hints=[{"verbosity": "low"}],
     ),
     "metadata": Works(
         "echo.metadata",
         [({"a": "b"}, {"a": "b"}), ({}, {})],
         [5, {"a": 5}, {str(n): "" for n in range(17)}],
     ),
-    "truncation": Refused(["disabled"], ["auto", 5]),
+    "truncation": LeftOut(["disabled"], ["auto", 5]),
     "background": Refused([False], [True, 0]),
     "tool_choice": Works(
         "constraint",
@@ -349,10 +365,10 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
             [{"type": "function", "name": f"f{n}"} for n in range(MAX_TOOLS + 1)],
         ],
     ),
-    "context_management": Refused([[]], [[{"type": "compaction"}]]),
+    "context_management": LeftOut([[]], [[{"type": "compaction"}]]),
     "conversation": Refused([], ["conv_1", {"id": "conv_1"}]),
     "prompt": Refused([], [{"id": "pmpt_1"}]),
-    "moderation": Refused([], [{"model": "m"}]),
+    "moderation": LeftOut([], [{"model": "m"}]),
     "parallel_tool_calls": Works("max_calls", [(True, None), (False, 1)], _FLAG_WRONG),
     "max_tool_calls": Works("echo.max_tool_calls", [(1, 1)], [0, "1", True]),
     "prompt_cache_options": Accepted([{"mode": "implicit"}], [5]),
@@ -392,7 +408,12 @@ def test_each_field_of_a_table_has_a_case_of_its_use(
     dialect: str, parse: Parse, table: Mapping[str, Field], cases: Mapping[str, Any]
 ) -> None:
     assert cases.keys() == table.keys()
-    uses = {Works: Use.SUPPORTED, Accepted: Use.NO_OP, Refused: Use.UNSUPPORTED}
+    uses: dict[type, Use] = {
+        Works: Use.SUPPORTED,
+        Accepted: Use.NO_OP,
+        Refused: Use.UNSUPPORTED,
+        LeftOut: Use.HINT,
+    }
     assert {name: uses[type(case)] for name, case in cases.items()} == {
         name: entry.use for name, entry in table.items()
     }
@@ -420,6 +441,7 @@ def test_a_wrong_value_is_refused_by_name(
     parse: Parse, name: str, case: Works | Accepted | Refused
 ) -> None:
     wrong = case.asking if isinstance(case, Refused) else case.wrong
+    wrong = () if isinstance(case, LeftOut) else wrong
     also = case.also if isinstance(case, Works) else {}
     for value in wrong:
         if parse is count and value == {"type": "enabled", "budget_tokens": 2048}:
@@ -429,6 +451,16 @@ def test_a_wrong_value_is_refused_by_name(
         assert error.param.split("[")[0].split(".")[0] == name, value
         if isinstance(case, Refused) and value != 5:
             assert error.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(("parse", "name", "case"), EACH)
+def test_a_hint_is_left_out_by_name(
+    parse: Parse, name: str, case: Works | Accepted | Refused
+) -> None:
+    also = case.also if isinstance(case, Works) else {}
+    for value in _hints(case):
+        (left_out,) = parse(**{name: value}, **also).ignored
+        assert left_out.split("[")[0].split(".")[0].split(":")[0] == name
 
 
 @pytest.mark.parametrize(("dialect", "parse", "table", "cases"), TABLES)
@@ -465,10 +497,10 @@ def test_min_tokens_must_fit_in_the_most(parse: Parse) -> None:
     assert error.param == "min_tokens"
 
 
-def test_stream_options_need_a_stream() -> None:
+def test_stream_options_without_a_stream_are_left_out() -> None:
     asked = {"stream_options": {"include_obfuscation": False}}
-    assert response(stream=True, **asked).is_stream
-    assert refusal(response, **asked).param == "stream_options"
+    assert response(stream=True, **asked).ignored == ()
+    assert response(**asked).ignored == ("stream_options",)
 
 
 def test_top_logprobs_need_logprobs_in_include() -> None:

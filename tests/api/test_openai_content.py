@@ -9,6 +9,7 @@ from api_requests import BEGUN, HELLO, message, parse, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxlite.api.content_parts import IMAGE_OMITTED
 from mlxlite.api.conversation import Message, Role, ToolCall
 from mlxlite.http.errors import APIError
 from mlxlite.vision.images import Source
@@ -102,8 +103,6 @@ def test_content_is_a_string_or_its_parts_joined(content: Any, expected: str) ->
     [
         (5, "content"),
         (True, "content"),
-        ({"type": "text", "text": "x"}, "content"),
-        (["x"], "content[0]"),
         ([{"type": "text", "text": "x"}, None], "content[1]"),
         ([{"type": "text"}], "content[0].text"),
         ([{"type": "text", "text": 5}], "content[0].text"),
@@ -116,16 +115,13 @@ def test_content_is_a_string_or_its_parts_joined(content: Any, expected: str) ->
         ([{"type": "image_url", "image_url": {"url": 5}}], "content[0].image_url.url"),
         ([{"type": "image_url", "image_url": {"url": "data:"}}], "content[0].image_url"),
         ([{"type": "image_url", "image_url": "file:///etc/passwd"}], "content[0].image_url"),
-        (
-            [{"type": "image_url", "image_url": {"url": CAT, "detail": "most"}}],
-            "content[0].image_url.detail",
-        ),
         ([{"type": "input_image"}], "content[0].image_url"),
-        ([{"type": "input_image", "image_url": {"url": CAT}}], "content[0].image_url"),
-        ([{"type": "input_image", "image_url": CAT, "detail": 5}], "content[0].detail"),
         ([{"type": "input_image", "file_id": "file-1"}], "content[0].file_id"),
         ([{"type": "input_audio", "input_audio": {"data": "AAAA"}}], "content[0].type"),
         ([{"type": "file", "file": {"file_id": "x"}}], "content[0].type"),
+        ([{"type": "document", "source": {"type": "url", "url": "x"}}], "content[0].type"),
+        ([{"type": "video_url", "video_url": {"url": "x"}}], "content[0].type"),
+        ([{"type": "novelty"}], "content[0].type"),
         ([{"type": "text", "text": "x"}, {"type": "input_audio"}], "content[1].type"),
     ],
 )
@@ -169,11 +165,21 @@ def test_text_and_pictures_keep_their_order() -> None:
         ({"type": "image_url", "image_url": {"url": CAT, "detail": "high"}}, "high"),
         ({"type": "input_image", "image_url": CAT, "file_id": None}, "auto"),
         ({"type": "input_image", "image_url": CAT, "detail": "low"}, "low"),
+        ({"type": "input_image", "image_url": {"url": CAT}, "detail": "high"}, "high"),
+        ({"type": "image_url", "image_url": {"url": CAT, "detail": "most"}}, "auto"),
+        ({"type": "input_image", "image_url": CAT, "detail": 5}, "auto"),
+        ({"type": "image", "image": CAT}, "auto"),
+        ({"type": "image", "url": CAT}, "auto"),
+        ({"type": "image", "data": "Y2F0", "mimeType": "image/png"}, "auto"),
+        ({"type": "image", "source": {"type": "base64", "data": "Y2F0"}}, "auto"),
+        ({"type": "image", "source": {"type": "url", "url": CAT}}, "auto"),
+        ({"type": "resource", "resource": {"mimeType": "image/png", "blob": "Y2F0"}}, "auto"),
     ],
 )
 def test_a_picture_has_several_forms(part: Any, detail: str) -> None:
     (source,) = message(role="user", content=[part]).sources
-    assert source == Source(b"cat", None, "messages[0].content[0].image_url", detail)
+    assert (source.data, source.detail) == (b"cat", detail)
+    assert source.param.startswith("messages[0].content[0].")
 
 
 def test_a_message_without_pictures_is_its_text() -> None:
@@ -188,18 +194,111 @@ def test_a_picture_alone_is_a_message() -> None:
     assert found.as_template()["content"] == [{"type": "image"}]
 
 
-@pytest.mark.parametrize("role", [role.value for role in Role])
 @pytest.mark.parametrize("part", [IMAGE, {"type": "input_image", "image_url": CAT}])
+@pytest.mark.parametrize("role", [role.value for role in Role])
 def test_only_users_and_tools_show_pictures(role: str, part: Any) -> None:
     body = [*HELLO, {"role": role, "content": [text_part("a"), part]}]
     if role in ("user", "tool", "function"):
         assert len(parse(messages=body).messages[1].sources) == 1
+    elif role == "assistant":
+        request = parse(messages=body)
+        assert request.messages[1].content == f"a\n{IMAGE_OMITTED}"
+        assert request.ignored == ("messages[1].content[1]",)
     else:
         error = refusal(messages=body)
         assert (error.param, error.code) == (
             "messages[1].content[1].type",
             "unsupported_parameter",
         )
+
+
+# Part, what the model reads of it in a history, and whether that is named.
+LEFT_BEHIND = [
+    ({"type": "input_audio", "input_audio": {"data": "AAAA"}}, "[audio omitted", True),
+    ({"type": "file", "file": {"file_id": "x"}}, "[file omitted", True),
+    ({"type": "document", "source": {"type": "base64", "data": "JVBERi0="}}, "[file omitted", True),
+    ({"type": "image_url", "image_url": "file:///etc/passwd"}, IMAGE_OMITTED, True),
+    ({"type": "image", "source": {"type": "file", "file_id": "x"}}, IMAGE_OMITTED, True),
+    ({"type": "input_image", "file_id": "file-1"}, IMAGE_OMITTED, True),
+    ({"type": "novelty", "value": 1}, "", True),
+    ({"type": "novelty", "text": "read"}, "read", False),
+    ({"type": "tool_reference", "tool_name": "f"}, "", True),
+    ({"type": "server_tool_use", "id": "x", "input": {}}, "", True),
+    ({"type": "redacted_thinking", "data": "x"}, "", False),
+    ({"type": "text"}, "", True),
+    ({"type": "text", "text": 5}, "", True),
+    ({"text": "x"}, '{"text":"x"}', False),
+    (5, "5", False),
+    ("plain", "plain", False),
+    ({"type": "resource", "resource": {"uri": "f", "text": "inside"}}, "inside", False),
+    ({"type": "resource_link", "uri": "file:///a", "name": "A"}, "A file:///a", False),
+    (
+        {"type": "search_result", "title": "T", "source": "S", "content": [text_part("found")]},
+        "T\nS\nfound",
+        False,
+    ),
+    ({"type": "document", "source": {"type": "text", "data": "plain"}}, "plain", False),
+    (
+        {"type": "document", "title": "T", "source": {"type": "content", "content": "in"}},
+        "T\nin",
+        False,
+    ),
+    (
+        {"type": "file", "file": {"file_data": "data:text/plain;base64,aGk="}},
+        "hi",
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("part", "shown", "is_named"), LEFT_BEHIND)
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "function"])
+def test_what_a_history_holds_is_read_or_left_out_by_name(
+    role: str, part: Any, shown: str, is_named: bool
+) -> None:
+    old = {"role": role, "content": [text_part("a"), part]}
+    request = parse(messages=[old, *BEGUN, *HELLO])
+    text = request.messages[0].content
+    assert text is not None
+    assert text.removeprefix("a").removeprefix("\n").startswith(shown)
+    assert request.ignored == ("messages[0].content[1]",) * is_named
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (None, ""),
+        ({"a": [1]}, '{"a":[1]}'),
+        (5, "5"),
+        ([{"a": 1}, {"b": 2}], '{"a":1}\n{"b":2}'),
+        (text_part("alone"), "alone"),
+    ],
+)
+def test_a_tools_result_is_its_json_where_it_is_no_text(content: Any, shown: str) -> None:
+    result = {"role": "tool", "tool_call_id": "1", "content": content}
+    request = parse(messages=[*BEGUN, result])
+    assert (request.messages[-1].content, request.ignored) == (shown, ())
+
+
+def test_a_result_too_deep_to_be_written_is_left_out() -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = [deep]
+    request = parse(messages=[*BEGUN, {"role": "tool", "content": {"deep": deep}}])
+    assert request.ignored == ("messages[2].content",)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "because", "signature": ""},
+        {"type": "reasoning", "text": "because"},
+        {"type": "thinking", "thinking": [text_part("because")]},
+    ],
+)
+def test_thoughts_among_the_parts_are_reasoning(part: Any) -> None:
+    found = message(role="assistant", content=[part, text_part("x")])
+    assert found == Message(Role.ASSISTANT, "x", reasoning="because")
 
 
 def test_pictures_are_listed_in_the_order_of_their_messages() -> None:
@@ -212,20 +311,6 @@ def test_pictures_are_listed_in_the_order_of_their_messages() -> None:
         "messages[3].content[1].image_url",
     ]
     assert parse().sources == ()
-
-
-@pytest.mark.parametrize("num_messages", [1, 2, 65])
-def test_a_request_has_at_most_64_pictures(num_messages: int) -> None:
-    def show(num_images: int) -> list[dict[str, Any]]:
-        turns: list[dict[str, Any]] = [
-            {"role": "user", "content": [text_part("x")]} for _ in range(num_messages)
-        ]
-        for i in range(num_images):
-            turns[i % num_messages]["content"].append(IMAGE)
-        return turns
-
-    assert len(parse(messages=show(64)).sources) == 64
-    assert "at most 64" in refusal(messages=show(65)).message
 
 
 def test_the_size_of_a_message_includes_its_pictures() -> None:
@@ -249,12 +334,19 @@ def test_junk_in_a_part_is_read_or_refused(one: Any, other: Any, kind: str) -> N
             assert len(request.sources) <= 1
 
 
-@pytest.mark.parametrize("role", [role.value for role in Role if role is not Role.ASSISTANT])
-def test_only_an_assistant_message_may_have_no_content(role: str) -> None:
+@pytest.mark.parametrize("role", ["user", "system", "developer"])
+def test_what_is_asked_has_content(role: str) -> None:
     assert refusal(messages=[{"role": role}]).param == "messages[0].content"
     assert refusal(messages=[{"role": role, "content": None}]).param == "messages[0].content"
+
+
+def test_a_history_may_be_without_content() -> None:
     assert message(role="assistant").content is None
     assert message(role="assistant", content=None).as_template()["content"] == ""
+    assert message(role="tool", content=None).content == ""
+    assert message(role="function").content == ""
+    request = parse(messages=[{"role": "user", "content": None}, *BEGUN, *HELLO])
+    assert request.messages[0].content == ""
 
 
 @pytest.mark.parametrize("item", ["x", 5, [], True, None])
@@ -271,10 +363,16 @@ def test_a_message_keeps_its_name_and_its_reasoning() -> None:
 
 
 @pytest.mark.parametrize("name", ["name", "reasoning_content", "reasoning", "tool_call_id"])
-def test_a_messages_texts_are_strings_or_null(name: str) -> None:
-    error = refusal(messages=[{"role": "assistant", "content": "x", name: 5}])
-    assert error.param == f"messages[0].{name}"
+def test_a_messages_texts_that_are_none_are_left_out(name: str) -> None:
+    request = parse(messages=[{"role": "assistant", "content": "x", name: 5}])
+    assert (request.messages[0].content, request.ignored) == ("x", (f"messages[0].{name}",))
     assert message(role="assistant", content="x", **{name: None}) == Message(Role.ASSISTANT, "x")
+
+
+def test_openrouters_reasoning_is_read() -> None:
+    details = [{"type": "reasoning.text", "text": "because"}, {"type": "reasoning.encrypted"}]
+    found = message(role="assistant", content="x", reasoning_details=details)
+    assert found.reasoning == "because"
 
 
 def _call(arguments: Any = "{}", **fields: Any) -> dict[str, Any]:
@@ -326,22 +424,27 @@ def test_arguments_that_are_json_but_no_object_stay_text(arguments: str) -> None
         ({}, ""),
         ([5], "[0]"),
         ([_call(), []], "[1]"),
-        ([{"id": "a"}], "[0].function"),
-        ([_call(function="f")], "[0].function"),
-        ([_call(function={})], "[0].function.name"),
-        ([_call(function={"name": 5})], "[0].function.name"),
-        ([_call(id=5)], "[0].id"),
+        ([{"id": "a"}], "[0]"),
+        ([_call(function="f")], "[0]"),
+        ([_call(function={})], "[0]"),
+        ([_call(function={"name": 5})], "[0]"),
+        ([_call(id=5)], "[0]"),
     ],
 )
-def test_a_broken_tool_call_is_refused_by_its_path(calls: Any, path: str) -> None:
-    error = refusal(messages=[{"role": "assistant", "tool_calls": calls}])
-    assert error.param == f"messages[0].tool_calls{path}"
+def test_a_broken_tool_call_is_left_out_by_its_path(calls: Any, path: str) -> None:
+    request = parse(messages=[{"role": "assistant", "tool_calls": calls}])
+    assert request.ignored == (f"messages[0].tool_calls{path}",)
 
 
 def test_only_an_assistant_calls_tools() -> None:
-    error = refusal(messages=[{"role": "user", "content": "x", "tool_calls": [_call()]}])
-    assert error.param is not None
-    assert error.param.startswith("messages[0]")
+    request = parse(messages=[{"role": "user", "content": "x", "tool_calls": [_call()]}])
+    assert (request.messages[0].tool_calls, request.ignored) == ((), ("messages[0].tool_calls",))
+
+
+def test_a_call_with_free_text_is_one_of_a_single_argument() -> None:
+    call = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "free"}}
+    found = message(role="assistant", tool_calls=[call])
+    assert found.tool_calls == (ToolCall("c", "f", {"input": "free"}),)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +465,6 @@ def test_a_trailing_assistant_message_is_continued(last: Any, is_continuation: b
     [
         {"messages": [None]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": None}]}]},
         {"stop": [None]},
     ],
 )

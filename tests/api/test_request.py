@@ -20,7 +20,7 @@ from api_requests import (
 from tables import with_value
 
 from mlxlite.api.constraints import CONSTRAINT_FIELDS
-from mlxlite.api.conversation import Role
+from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
 from mlxlite.engine.sampling_params import SamplingParams
@@ -284,11 +284,10 @@ def test_an_old_function_call_in_the_history_is_a_tool_call() -> None:
 
 
 @pytest.mark.parametrize("arguments", [5, True, [1]])
-def test_tool_arguments_are_a_string_or_an_object(arguments: Any) -> None:
+def test_tool_arguments_of_other_kinds_are_kept_for_the_template(arguments: Any) -> None:
     call = {"id": None, "function": {"name": "add", "arguments": arguments}}
-    message = {"role": "assistant", "content": None, "tool_calls": [call]}
-    param = refusal(messages=[message]).param
-    assert param == "messages[0].tool_calls[0].function.arguments"
+    request = parse(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert request.messages[0].tool_calls == (ToolCall("", "add", arguments),)
 
 
 # --- options inside fields ----------------------------------------------------------------------
@@ -326,10 +325,11 @@ def test_min_tokens_are_at_most_max_tokens() -> None:
     assert parse(min_tokens=6).sampling["min_tokens"] == 6
 
 
-def test_stream_options_need_a_stream() -> None:
+def test_stream_options_without_a_stream_are_left_out() -> None:
     for stream in ({}, {"stream": False}, {"stream": None}):
-        assert refusal(**stream, stream_options={"include_usage": True}).param == "stream_options"
-        assert refusal(**stream, stream_options={}).param == "stream_options"
+        for options in ({"include_usage": True}, {}):
+            assert parse(**stream, stream_options=options).ignored == ("stream_options",)
+    assert parse(stream=True, stream_options={}).ignored == ()
 
 
 @pytest.mark.parametrize("value", ["true", 1, 0, [], {}])

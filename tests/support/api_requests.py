@@ -84,6 +84,11 @@ class Refused:
     asking: list[Any]
 
 
+@dataclass(frozen=True)
+class LeftOut(Refused):
+    """A hint: a value that asks for something is left out by name."""
+
+
 def _tokens() -> Works:
     return Works("max_tokens", _TOKENS_RIGHT, _TOKENS_WRONG)
 
@@ -439,9 +444,11 @@ CASES: dict[str, Works | Accepted | Refused] = {
         ["", "None", "raw", 5, True, ["none"], {}],
     ),
     "modalities": Refused([["text"]], [["text", "audio"], ["audio"], [], "text"]),
-    "verbosity": Refused(["medium"], ["low", "high", "", 1]),
+    "verbosity": LeftOut(["medium"], ["low", "high", "", 1]),
     "chat_template": _off_at_all(),
-    **dict.fromkeys(("typical_p", "length_penalty"), _off_number(1, 0.9, 0)),
+    "typical_p": _off_number(1, 0.9, 0),
+    "length_penalty": LeftOut([1, 1.0], [0.9, 0]),
+    **dict.fromkeys(("prediction", "web_search_options", "moderation"), LeftOut([], [{}, "x"])),
     **dict.fromkeys(
         ("mirostat", "dry_multiplier", "dynatemp_range", "n_probs", "n_keep"),
         _off_number(0, 0.5, False),
@@ -459,7 +466,7 @@ CASES: dict[str, Works | Accepted | Refused] = {
     ),
     **dict.fromkeys(
         (
-            *("audio", "prediction", "web_search_options", "moderation", "logits_processors"),
+            *("audio", "logits_processors"),
             *("bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens"),
         ),
         _off_at_all(),

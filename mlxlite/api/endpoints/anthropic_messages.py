@@ -6,18 +6,20 @@ the answer ends.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Final
 
 import orjson
 
 from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import json_schema
-from mlxlite.api.conversation import Message, Part, Role, ToolCall, message_list, turn
+from mlxlite.api.content_parts import Content, content_of, part_of, parts_in, text_of
+from mlxlite.api.conversation import Message, Role, ToolCall, message_list, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import required, supported, unsupported
+from mlxlite.api.fields import required, supported
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
-from mlxlite.api.openai_content import image_errors, parts_of, role_of, text_of
+from mlxlite.api.left_out import leave_out
+from mlxlite.api.openai_content import arguments_of, role_of
 from mlxlite.api.readers import Members
 from mlxlite.api.render import render_chat
 from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
@@ -29,93 +31,82 @@ from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, bad_request
 from mlxlite.http.sse import sse_event
 from mlxlite.output import events
-from mlxlite.vision.images import Source, source_of, source_of_base64
 
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
 
 
-def _turn(value: Any, param: str) -> list[Message]:
+def _turn(value: Any, param: str, *, is_last: bool) -> list[Message]:
     """The messages of one of Anthropic's; results of tools are messages of their own."""
     given = readers.members(value, param)
     role = role_of(given.get("role"), f"{param}.role", Role.USER, Role.ASSISTANT, Role.SYSTEM)
     content, name = given.get("content"), f"{param}.content"
+    if content is None and not (role is Role.USER and is_last):
+        leave_out(name)
+        return []
     if isinstance(content, str) or role is Role.SYSTEM:
         return [Message(role, text_of(content, name))]
-    if role is Role.ASSISTANT:
-        return [_assistant(content, name)]
-    return _user(content, name)
+    blocks = [(block, f"{name}[{i}]") for i, block in enumerate(readers.array(content, name))]
+    return [_assistant(blocks)] if role is Role.ASSISTANT else _user(blocks, is_last=is_last)
 
 
-def _user(content: Any, param: str) -> list[Message]:
+Blocks = Sequence[tuple[Any, str]]  # each with its path
+
+
+def _user(blocks: Blocks, *, is_last: bool) -> list[Message]:
     """Each result is a turn, and each run of other blocks."""
     turns: list[Message] = []
-    parts = readers.parts(content, param)
-    for is_result, run in groupby(parts, lambda part: part[0] == "tool_result"):
+    for is_result, run in groupby(blocks, lambda block: _type_of(block[0]) == "tool_result"):
         if is_result:
-            turns += [_tool_result(block) for _, block in run]
+            turns += [_tool_result(Members(*block)) for block in run]
         else:
-            turns.append(turn(Role.USER, (_user_part(*part) for part in run)))
+            content = chain.from_iterable(
+                part_of(block, path, is_asked=is_last) for block, path in run
+            )
+            turns.append(turn(Role.USER, parts_in(content)))
     return turns or [Message(Role.USER, "")]
 
 
-def _user_part(kind: str, block: Members) -> Part:
-    match kind:
-        case "text":
-            return block.text("text")
-        case "image":
-            return _image(block)
-    raise readers.unsupported_type(kind, block.path)
-
-
-def _image(block: Members) -> Source:
-    """`media_type` is not used: the bytes show the format."""
-    source: Members = block.read("source", readers.members)
-    with image_errors():
-        match source.text("type"):
-            case "base64":
-                source.text("media_type", "")
-                return source_of_base64(source.text("data"), source.path)
-            case "url":
-                return source_of(source.text("url"), source.path)
-            case kind:
-                raise readers.unsupported_type(kind, source.path)
+def _type_of(block: Any) -> Any:
+    return block.get("type") if isinstance(block, dict) else None
 
 
 def _tool_result(block: Members) -> Message:
     """A failure becomes text: templates have no field for it."""
-    content = "" if block.get("content") is None else block.get("content")
-    parts = list(parts_of(content, block.path_of("content"), {"image": _image}))
-    if block.get("is_error") is not None and block.read("is_error", readers.flag):
+    content = content_of(block.get("content"), block.path_of("content"), is_asked=False)
+    parts = list(parts_in(content))
+    if block.get("is_error") is True:
         first = parts.pop(0) if parts and isinstance(parts[0], str) else ""
         parts.insert(0, f"Error: {first}")
     return turn(Role.TOOL, parts, tool_call_id=block.text("tool_use_id"))
 
 
-def _assistant(content: Any, param: str) -> Message:
-    texts, thoughts, calls = [], [], []
-    for kind, block in readers.parts(content, param):
-        match kind:
-            case "text":
-                texts.append(block.text("text"))
-            case "thinking":
-                thoughts.append(block.text("thinking"))
-            case "tool_use":
-                id, arguments = block.text("id"), block.read("input", readers.json_object)
-                calls.append(ToolCall(id, block.text("name"), arguments))
-            case "redacted_thinking":
-                block.text("data")  # readable for Anthropic alone
-            case _:
-                raise readers.unsupported_type(kind, block.path)
+def _assistant(blocks: Blocks) -> Message:
+    content: list[Content] = []
+    calls: list[ToolCall] = []
+    for block, path in blocks:
+        if _type_of(block) == "tool_use":
+            try:
+                calls.append(_call(Members(block, path)))
+            except APIError:
+                leave_out(path)
+        else:
+            content += part_of(block, path, is_asked=False, has_pictures=False)
+    thoughts: list[str] = []
+    texts = [str(part) for part in parts_in(content, thoughts)]
     text = "\n".join(texts) if texts or not calls else None
-    reasoning = "\n".join(filter(None, thoughts)) or None
+    reasoning = "\n".join(thoughts) or None
     return Message(Role.ASSISTANT, text, reasoning=reasoning, tool_calls=tuple(calls))
+
+
+def _call(block: Members) -> ToolCall:
+    return ToolCall(block.text("id"), block.text("name"), arguments_of(block.get("input")))
 
 
 _read_thinking: Final = readers.nested(
     "type",
     type=readers.one_of("disabled", "enabled", "adaptive"),
     budget_tokens=readers.integer(MIN_THINKING, 2**31 - 1),
-    display=readers.only("summarized"),
+    display=readers.hinted("summarized"),
 )
 
 
@@ -159,7 +150,7 @@ def _edits(value: Any, param: str) -> None:
     """Claude Code asks for all reasoning to be kept, as it is."""
     for kind, edit in readers.parts(value, param):
         if not kind.startswith("clear_thinking") or edit.get("keep") not in _ALL:
-            raise readers.unsupported_type(kind, edit.path)
+            leave_out(edit.path)
 
 
 FIELDS: Final[fields.Table] = {
@@ -186,13 +177,14 @@ FIELDS: Final[fields.Table] = {
     "context_management": fields.no_op(
         readers.nested(edits=_edits), "only `clear_thinking` that keeps `all`"
     ),
-    "speed": unsupported("standard"),
+    "speed": fields.hint("standard"),
     "tools": supported(array_of(_tool), "functions; Anthropic's own tools are refused"),
     "tool_choice": supported(
         _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
     ),
-    "mcp_servers": unsupported([]),
-    **fields.unsupported_each("container output_format"),
+    "mcp_servers": fields.hint([]),
+    **fields.hint_each("container"),
+    **fields.unsupported_each("output_format"),
     "n": shared_fields.ONE_CHOICE,
 }
 COUNT_FIELDS: Final[fields.Table] = {
@@ -238,6 +230,7 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
             template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
             tools=use.callable,
             max_calls=use.max_calls,
+            ignored=given.ignored,
         )
 
 

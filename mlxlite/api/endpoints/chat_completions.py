@@ -7,7 +7,7 @@ from mlxlite.api import fields, shared_fields, writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import required, supported, unsupported
+from mlxlite.api.fields import hint, required, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, one_of, parse_object
@@ -52,7 +52,7 @@ FIELDS: Final[fields.Table] = {
     "function_call": supported(tool_choice, "the older form of `tool_choice`"),
     "parallel_tool_calls": supported(flag, "false: the answer ends after its first call"),
     "modalities": unsupported(["text"]),
-    "verbosity": unsupported("medium"),
+    "verbosity": hint("medium"),
     **fields.unsupported_each("echo", False),
     **shared_fields.UNSUPPORTED_FIELDS,
 }
@@ -73,6 +73,7 @@ def parse_chat(body: bytes) -> ChatRequest:
             tools=use.callable,
             max_calls=use.max_calls,
             splits_reasoning=given.take("reasoning_format") != "none",
+            ignored=given.ignored,
         )
     if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
         message = "'continue_final_message' needs an assistant's message at the end."

@@ -64,6 +64,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
             constraint=sole_constraint(options, take_constraints(given)),
             prompts=given.take("prompt"),
             is_echo=is_echo,
+            ignored=given.ignored,
         )
 
 

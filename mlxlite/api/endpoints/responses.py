@@ -4,8 +4,7 @@ A request may continue a stored response by `previous_response_id`. The writer i
 like that of Anthropic's Messages: items instead of blocks, of which at most one is open.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -13,11 +12,13 @@ import orjson
 
 from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import response_format
-from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, bounded, turn
+from mlxlite.api.content_parts import content_of, parts_in
+from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, last_index, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import required, supported, unsupported
+from mlxlite.api.fields import Kind, Use, required, supported, unsupported
 from mlxlite.api.generate import Dialect
-from mlxlite.api.openai_content import input_image, parts_of, role_of, text_of
+from mlxlite.api.left_out import leave_out
+from mlxlite.api.openai_content import arguments_of, role_of
 from mlxlite.api.readers import Members
 from mlxlite.api.request import (
     ChatRequest,
@@ -30,7 +31,7 @@ from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.service import Service
 from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported, truncate
+from mlxlite.http.errors import APIError, ErrorKind, bad_request, truncate
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
@@ -38,16 +39,23 @@ MAX_METADATA = 16  # pairs, OpenAI's bound
 def _input(value: Any, param: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message(Role.USER, value),)
-    if isinstance(value, list):  # the easy form of a message has no type
-        value = [{"type": "message"} | item if isinstance(item, dict) else item for item in value]
-    turns: list[Message] = []
-    for kind, item in readers.parts(value, param):
-        if (read := _ITEMS.get(kind)) is None:
-            raise readers.unsupported_type(kind, item.path)
-        _add(turns, read(item))
+    if not readers.array(value, param):
+        raise bad_request(f"'{param}' must hold at least one message.", param)
+    answered, turns = last_index(value, _is_answer), list[Message]()
+    for i, one in enumerate(value):
+        item = readers.members(one, f"{param}[{i}]")
+        kind = _ITEMS.get(item.text("type", "message"), _ITEMS["*"])
+        if kind.read is None:
+            leave_out(item.path)
+        else:
+            _add(turns, kind.read(item, is_last=i > answered))
     if not turns:
         raise bad_request(f"'{param}' must hold at least one message.", param)
-    return tuple(bounded(turns))
+    return tuple(turns)
+
+
+def _is_answer(item: Mapping[str, Any]) -> bool:
+    return item.get("role") == "assistant" or item.get("type") in ("function_call", "reasoning")
 
 
 def _add(turns: list[Message], new: Message | None) -> None:
@@ -64,51 +72,56 @@ def _add(turns: list[Message], new: Message | None) -> None:
     turns[-1] = replace(last, content=content, tool_calls=last.tool_calls + new.tool_calls)
 
 
-def _message(item: Members) -> Message:
+def _message(item: Members, *, is_last: bool) -> Message:
     roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
     role = role_of(item.get("role"), item.path_of("role"), *roles)
-    pictures = _PICTURES if role in IMAGE_ROLES else None
-    return turn(role, parts_of(item.get("content"), item.path_of("content"), pictures))
+    is_asked, thoughts = role.is_instruction or (role is Role.USER and is_last), list[str]()
+    if is_asked and item.get("content") is None:
+        raise bad_request(f"'{item.path}.content' is required.", item.path_of("content"))
+    content = content_of(
+        item.get("content"),
+        item.path_of("content"),
+        is_asked=is_asked,
+        has_pictures=role in IMAGE_ROLES,
+    )
+    return replace(turn(role, parts_in(content, thoughts)), reasoning="\n".join(thoughts) or None)
 
 
-def _call(item: Members) -> Message:
-    id, name, arguments = item.text("call_id"), item.text("name"), item.get("arguments")
-    with suppress(ValueError):  # a call that the model has broken stays text
-        value = readers.parse((item.text("arguments") or "{}").encode())
-        arguments = value if isinstance(value, dict) else arguments
-    return Message(Role.ASSISTANT, None, tool_calls=(ToolCall(id, name, arguments),))
+def _call(item: Members, *, is_last: bool) -> Message:
+    call = ToolCall(item.text("call_id"), item.text("name"), arguments_of(item.get("arguments")))
+    return Message(Role.ASSISTANT, None, tool_calls=(call,))
 
 
-def _call_output(item: Members) -> Message:
-    output = parts_of(item.get("output"), item.path_of("output"), _PICTURES)
-    return turn(Role.TOOL, output, tool_call_id=item.text("call_id"))
+def _call_output(item: Members, *, is_last: bool) -> Message:
+    output = content_of(item.get("output"), item.path_of("output"), is_asked=False)
+    return turn(Role.TOOL, parts_in(output), tool_call_id=item.text("call_id"))
 
 
-def _reasoning(item: Members) -> Message | None:
+def _reasoning(item: Members, *, is_last: bool) -> Message | None:
     """The reasoning, else its summary; the encrypted form is readable for OpenAI alone."""
     for name in ("content", "summary"):
-        if item.get(name) is not None and (text := item.read(name, text_of)):
+        parts = content_of(item.get(name), item.path_of(name), is_asked=False)
+        if text := "\n".join(part for part in parts if isinstance(part, str)):
             return Message(Role.ASSISTANT, None, reasoning=text)
     return None
 
 
-_PICTURES: Final = {"input_image": input_image}
-_ITEMS: Final[Mapping[str, Callable[[Members], Message | None]]] = {
-    "message": _message,
-    "function_call": _call,
-    "function_call_output": _call_output,
-    "reasoning": _reasoning,
+_ITEMS: Final[fields.Kinds] = {
+    "message": Kind(Use.SUPPORTED, "of every role; its `type` may be absent", _message),
+    "function_call": Kind(Use.SUPPORTED, "a call of the assistant", _call),
+    "function_call_output": Kind(Use.SUPPORTED, "text, pictures, or any JSON", _call_output),
+    "reasoning": Kind(Use.SUPPORTED, "its text or its summary", _reasoning),
+    "*": Kind(Use.HISTORY, "left out and named"),
 }
 _LOGPROBS: Final = "message.output_text.logprobs"
 
 
 def _include(value: Any, param: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise readers.wrong(param, "an array of strings", value)
-    for i, name in enumerate(value):
+    names = readers.array(value, param, " of strings")
+    for i, name in enumerate(names):
         if readers.text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
-            raise not_supported(f"{truncate(name)!r} is not supported in '{param}'.", param)
-    return tuple(value)
+            leave_out(f"{param}: {truncate(name)}")
+    return tuple(names)
 
 
 def _metadata(value: Any, param: str) -> dict[str, str]:
@@ -165,17 +178,17 @@ FIELDS: Final[fields.Table] = {
     "reasoning": supported(
         readers.nested(
             effort=shared_fields.effort,
-            mode=readers.only("standard"),
-            **dict.fromkeys(("summary", "generate_summary", "context"), readers.only("auto")),
+            mode=readers.hinted("standard"),
+            **dict.fromkeys(("summary", "generate_summary", "context"), readers.hinted("auto")),
         ),
         "`effort` is an argument of the chat template",
     ),
     "text": supported(
-        readers.nested(format=_format, verbosity=readers.only("medium")),
+        readers.nested(format=_format, verbosity=readers.hinted("medium")),
         "`format`: text, json_object, json_schema; needs the extra `grammar`; no `verbosity`",
     ),
     "metadata": supported(_metadata, "repeated in the answer"),
-    "truncation": unsupported("disabled", note="a prompt that is too long is refused"),
+    "truncation": fields.hint("disabled", note="a prompt that is too long is refused"),
     "background": unsupported(False),
     "tools": supported(array_of(_tool), "functions; OpenAI's own tools are refused"),
     "tool_choice": supported(
@@ -185,8 +198,9 @@ FIELDS: Final[fields.Table] = {
     "max_tool_calls": supported(
         readers.integer(1, 2**31 - 1), "it bounds calls of OpenAI's own tools"
     ),
-    "context_management": unsupported([]),
-    **fields.unsupported_each("conversation prompt moderation"),
+    "context_management": fields.hint([]),
+    **fields.hint_each("moderation"),
+    **fields.unsupported_each("conversation prompt"),
     "n": shared_fields.ONE_CHOICE,
     "prompt_cache_options": fields.no_op(readers.json_object),
     **dict.fromkeys(
@@ -253,7 +267,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
             "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
             "tools": value.get("tools") or [],
         }
-        return replace(request, echo=_echo(request, given, own))
+        return replace(request, echo=_echo(request, given, own), ignored=given.ignored)
 
 
 def _echo(request: ResponsesRequest, given: fields.Given, own: Mapping[str, Any]) -> dict[str, Any]:

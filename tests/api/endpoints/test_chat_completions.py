@@ -4,7 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from api_requests import CASES, SILENT, Accepted, Refused, Works, function_tool, parse, refusal
+from api_requests import (
+    CASES,
+    SILENT,
+    Accepted,
+    LeftOut,
+    Refused,
+    Works,
+    function_tool,
+    parse,
+    refusal,
+)
 from tables import arrived, with_value
 
 from mlxlite.api.endpoints.chat_completions import FIELDS
@@ -35,18 +45,33 @@ PASSING = [
 ]
 
 ASKING = [
-    (name, value)
-    for name, case in CASES.items()
-    if isinstance(case, Refused)
-    for value in case.asking
+    (name, value) for name, case in CASES.items() if type(case) is Refused for value in case.asking
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name, case in CASES.items()
+        if type(case) is LeftOut
+        for value in case.asking
+    ],
+)
+def test_a_hint_is_left_out_by_name(name: str, value: Any) -> None:
+    assert parse(**{name: value}) == replace(SILENT, ignored=(name,))
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_the_table_has_a_case_of_its_use(name: str) -> None:
-    kinds = {Use.SUPPORTED: Works, Use.NO_OP: Accepted, Use.UNSUPPORTED: Refused}
+    kinds = {
+        Use.SUPPORTED: Works,
+        Use.NO_OP: Accepted,
+        Use.UNSUPPORTED: Refused,
+        Use.HINT: LeftOut,
+    }
     assert name in CASES, f"a new field: give {name} its values in `CASES`"
-    assert isinstance(CASES[name], kinds[FIELDS[name].use])
+    assert type(CASES[name]) is kinds[FIELDS[name].use]
 
 
 def test_there_is_no_case_without_a_field() -> None:
