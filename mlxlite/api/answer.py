@@ -41,6 +41,7 @@ class Answer:
     def start(self) -> None:
         """Write a stream's head at once: it shows the client that the request is queued."""
         if self._is_stream:
+            self._exchange.heartbeat = self._writer.beat
             self._exchange.start_stream()
             self._exchange.write(self._writer.begin())
 

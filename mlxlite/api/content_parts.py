@@ -94,7 +94,7 @@ def part_of(item: Any, param: str, *, is_asked: bool, has_pictures: bool = True)
     except APIError:
         if is_asked:
             raise
-        leave_out(param)
+        leave_out(param, truncate(item["type"]))
         return [stand_in] if (stand_in := _STAND_INS.get(item["type"])) else []
     return content
 

@@ -26,8 +26,8 @@ def collecting() -> Iterator[dict[str, None]]:
             outer.update(names)
 
 
-def leave_out(name: str) -> None:
-    """Name a field, or the path of a part, that the answer is served without."""
+def leave_out(path: str, kind: str = "") -> None:
+    """Name a field, or a part and its type, that the answer is served without."""
     names = _current.get()
     if names is not None and len(names) < MAX_NAMES:
-        names[name] = None
+        names[f"{path}:{kind}" if kind else path] = None

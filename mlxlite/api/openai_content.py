@@ -10,6 +10,7 @@ from mlxlite.api.content_parts import content_of, parts_in
 from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, message_list, turn
 from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import Members
+from mlxlite.api.tools import FREE_TEXT
 from mlxlite.http.errors import APIError, bad_request
 
 
@@ -96,9 +97,6 @@ def _tool_call(value: Any, param: str) -> ToolCall:
     function: Members = call.read("function", readers.members)
     arguments = arguments_of(function.get("arguments"))
     return ToolCall(call.text("id", ""), function.text("name"), arguments)
-
-
-FREE_TEXT: Final = "input"  # the argument of a function that stands for a tool of free text
 
 
 def arguments_of(value: Any) -> Any:

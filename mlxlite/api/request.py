@@ -69,6 +69,7 @@ class ChatRequest(Request):
     continue_final: bool | None = None
     tools: tuple[Tool, ...] = ()
     max_calls: int | None = None
+    has_functions: bool = False  # tools in OpenAI's older form, which calls are answered in
     splits_reasoning: bool = True
 
     @property

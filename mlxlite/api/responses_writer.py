@@ -11,6 +11,7 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api.conversation import Message, Role, ToolCall
+from mlxlite.api.tools import Tool, free_text
 from mlxlite.api.writers import Collected, Envelope, TokenBytes, logprobs_json
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
@@ -26,6 +27,7 @@ _TEXT_EVENTS: Final = {  # of an item's text, by the item's type
     "message": "response.output_text",
     "reasoning": "response.reasoning_text",
     "function_call": "response.function_call_arguments",
+    "custom_tool_call": "response.custom_tool_call_input",
 }
 
 
@@ -36,6 +38,7 @@ class _Item:
     kind: str
     id: str
     call: ToolCall | None = None
+    tool: Tool | None = None  # of the call, if the request has it
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     status: str = "in_progress"
@@ -43,10 +46,19 @@ class _Item:
 
     def content(self) -> dict[str, Any]:
         text = "".join(self.texts)
+        if self.kind == "custom_tool_call":
+            return {"input": text}
         if self.call is not None:
-            return {"name": self.call.name, "arguments": text}
+            return {"name": self._names()["name"], "arguments": text}
         logprobs = {"logprobs": self.logprobs} if self.kind == "message" else {}
         return {"text": text, **logprobs}
+
+    def _names(self) -> dict[str, str]:
+        assert self.call is not None
+        if self.tool is None:
+            return {"name": self.call.name}
+        space = {"namespace": self.tool.namespace} if self.tool.namespace else {}
+        return {"name": self.tool.own_name, **space}
 
     def part(self) -> dict[str, Any]:
         if self.kind == "reasoning":
@@ -56,7 +68,7 @@ class _Item:
     def as_json(self) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": self.status}
         if self.call is not None:
-            return {**item, "call_id": self.call.id, **self.content()}
+            return {**item, "call_id": self.call.id, **self._names(), **self.content()}
         item["content"] = [] if self.status == "in_progress" else [self.part()]
         if self.kind == "reasoning":
             return {**item, "summary": []}
@@ -71,8 +83,13 @@ class ResponsesWriter:
     """
 
     def __init__(
-        self, envelope: Envelope, token_bytes: TokenBytes, echo: Mapping[str, Any]
+        self,
+        envelope: Envelope,
+        token_bytes: TokenBytes,
+        echo: Mapping[str, Any],
+        tools: Sequence[Tool] = (),
     ) -> None:
+        self._tools = {tool.name: tool for tool in tools}
         self.body: bytes | None = None
         self.answer: Message | None = None
         self._envelope = envelope
@@ -112,11 +129,19 @@ class ResponsesWriter:
         place = {} if item.call is not None else {"content_index": 0}
         return self._event(kind, item_id=item.id, output_index=index, **place, **rest)
 
-    def _add(self, kind: str, id: str, call: ToolCall | None = None) -> bytes:
+    def _add(
+        self, kind: str, id: str, call: ToolCall | None = None, tool: Tool | None = None
+    ) -> bytes:
         head = self._close("completed")
-        self._items.append(_Item(kind, id, call))
+        self._items.append(_Item(kind, id, call, tool))
         self._open_kind = kind
         return head + self._item_event("added")
+
+    def _start_call(self, call: ToolCall) -> bytes:
+        tool, number = self._tools.get(call.name), call.id.removeprefix("call_")
+        if tool is not None and tool.is_free_text:
+            return self._add("custom_tool_call", "ctc_" + number, call, tool)
+        return self._add("function_call", "fc_" + number, call, tool)
 
     def _open(self, kind: str, prefix: str) -> bytes:
         """An item with a part for text, unless it is open."""
@@ -167,15 +192,17 @@ class ResponsesWriter:
             case events.ReasoningDelta(text) if text:
                 return self._open("reasoning", "rs_") + self._text_delta(text)
             case events.ToolCallStart(id, name):
-                head, item_id = self._pending_logprobs(), "fc_" + id.removeprefix("call_")
-                return head + self._add("function_call", item_id, ToolCall(id, name, ""))
+                return self._pending_logprobs() + self._start_call(ToolCall(id, name, ""))
             case events.ToolCallArguments(text):
-                return self._text_delta(text)
+                is_free = self._open_kind == "custom_tool_call"  # its text follows in one delta
+                return b"" if is_free else self._text_delta(text)
             case events.ToolCallEnd(arguments):
                 item = self._items[-1]
                 assert item.call is not None
                 item.call = replace(item.call, arguments=orjson.loads(arguments))
-                return self._close("completed")
+                is_free = self._open_kind == "custom_tool_call"
+                last = self._text_delta(free_text(arguments)) if is_free else b""
+                return last + self._close("completed")
             case events.ToolCallInvalid(text):
                 self._items[-1].invalid_text = text
                 return self._close("incomplete")
@@ -199,6 +226,24 @@ class ResponsesWriter:
         reasoning = texts["reasoning"] or None
         self.answer = Message(Role.ASSISTANT, content, reasoning=reasoning, tool_calls=tuple(calls))
         return response
+
+    def pieces(self) -> dict[str, Message]:
+        """The items of the answer as parts of its message, by their ids."""
+        found: dict[str, Message] = {}
+        for item in self._items:
+            text = "".join(item.texts)
+            match item.kind:
+                case "message":
+                    found[item.id] = Message(Role.ASSISTANT, text)
+                case "reasoning":
+                    found[item.id] = Message(Role.ASSISTANT, None, reasoning=text)
+                case _ if item.call is not None and not item.invalid_text:
+                    found[item.id] = Message(Role.ASSISTANT, None, tool_calls=(item.call,))
+        return found
+
+    def beat(self) -> bytes:
+        """Sign of life in the dialect's own words: clients count events, not comments."""
+        return self._event("response.in_progress", response=self._response("in_progress"))
 
     def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
         """The last frames: an empty answer has a message too, a cancelled one ends incomplete."""

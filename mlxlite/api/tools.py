@@ -1,17 +1,31 @@
 """Tools of a request: their definitions, and which of them may and must be called. Pure."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import orjson
 
-from mlxlite.api.readers import MAX_DEPTH, Reader, array, flag, json_object, members, shallow
-from mlxlite.http.errors import bad_request, not_supported, truncate
+from mlxlite.api.fields import Kind, Kinds, Use
+from mlxlite.api.left_out import leave_out
+from mlxlite.api.readers import (
+    MAX_DEPTH,
+    Members,
+    Reader,
+    array,
+    flag,
+    members,
+    one_of,
+    shallow,
+    text,
+)
+from mlxlite.http.errors import bad_request, truncate
 from mlxlite.output.grammar import CallConstraint, Constraint, ToolSchema
 
-MAX_TOOLS = 128  # OpenAI's
+MAX_TOOLS = 1024  # OpenAI's bound is 128, vLLM has none: agents with MCP servers bring hundreds
+FREE_TEXT: Final = "input"  # the argument of a function that stands for a tool of free text
 _MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SCHEMA_ORDER = ("type", "title", "description", "enum", "properties", "required", "items")
@@ -19,12 +33,23 @@ _SCHEMA_ORDER = ("type", "title", "description", "enum", "properties", "required
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. `parameters` is a JSON Schema, in a stable order."""
+    """A function that the model may call. `parameters` is a JSON Schema, in a stable order.
+
+    A tool of a namespace has the name `<namespace>__<name>` for the model. One of free text is a
+    function of the string `FREE_TEXT`.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
     is_strict: bool = False  # its arguments must match, whenever it is called
+    namespace: str = ""
+    is_free_text: bool = False
+
+    @property
+    def own_name(self) -> str:
+        """The name inside its namespace."""
+        return self.name.removeprefix(f"{self.namespace}__") if self.namespace else self.name
 
     def as_template(self) -> dict[str, Any]:
         function = {"name": self.name, "description": self.description}
@@ -35,34 +60,95 @@ class Tool:
         parameters = self.parameters if is_strict else {"type": "object"}
         return ToolSchema(self.name, orjson.dumps(parameters).decode())
 
+    def in_namespace(self, namespace: str, description: str) -> "Tool":
+        text = "\n".join(filter(None, (description, self.description)))
+        name = name_in(namespace, self.name)
+        return replace(self, name=name, description=text, namespace=namespace)
+
+
+def name_in(namespace: str, name: str) -> str:
+    """A tool's name as the model sees it."""
+    return f"{namespace}__{name}" if namespace else name
+
 
 def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool:
     """A function's definition. Raises APIError 400."""
     function = members(value, param)
-    name = function.text("name")
-    if not _TOOL_NAME.fullmatch(name):
-        message = f"'{param}.name' must be 1 to 128 letters, digits, and any of _-.:"
-        raise bad_request(message, f"{param}.name")
     is_strict = flag(function.get("strict") or False, f"{param}.strict")
     schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
     parameters = {"type": "object", "properties": {}} | stable(schema)
-    return Tool(name, function.text("description", ""), parameters, is_strict)
+    return Tool(_name_of(function), function.text("description", ""), parameters, is_strict)
 
 
-def array_of(read: Reader, word: str = "tools") -> Reader:
-    """The reader of an array of tools, each of a name of its own."""
+def free_text_of(tool: Members) -> Tool:
+    """A tool that takes free text; the grammar that the text should match is a hint."""
+    description, format_ = tool.text("description", ""), tool.get("format")
+    if isinstance(format_, dict) and format_.get("type", "text") != "text":
+        leave_out(tool.path_of("format"))
+        grammar = format_.get("grammar", format_)
+        if isinstance(grammar, dict) and isinstance(grammar.get("definition"), str):
+            description += f"\n\nThe input matches this grammar:\n{grammar['definition']}"
+    parameters = {
+        "type": "object",
+        "properties": {FREE_TEXT: {"type": "string"}},
+        "required": [FREE_TEXT],
+    }
+    return Tool(_name_of(tool), description, parameters, is_free_text=True)
+
+
+def _name_of(tool: Members) -> str:
+    if not _TOOL_NAME.fullmatch(name := tool.text("name")):
+        message = f"'{tool.path}.name' must be 1 to 128 letters, digits, and any of _-.:"
+        raise bad_request(message, tool.path_of("name"))
+    return name
+
+
+def free_text(arguments: str) -> str:
+    """The text in the arguments of a call with free text."""
+    with suppress(ValueError):
+        value = orjson.loads(arguments)
+        if isinstance(value, dict) and isinstance(text := value.get(FREE_TEXT), str):
+            return text
+    return arguments
+
+
+ReadTools = Callable[[Members], Iterable[Tool]]
+
+
+def array_of(kinds: Kinds, default: str | None = "function", word: str = "tools") -> Reader:
+    """The reader of an array of tools, each of a name of its own; `default` is the usual type."""
 
     def read_all(value: Any, param: str) -> tuple[Tool, ...]:
-        if len(array(value, param)) > MAX_TOOLS:
+        items = array(value, param)
+        tools = [tool for i, item in enumerate(items) for tool in read(item, f"{param}[{i}]")]
+        if max(len(items), len(tools)) > MAX_TOOLS:
             raise bad_request(f"'{param}' may hold at most {MAX_TOOLS} {word}.", param)
-        tools = tuple(read(item, f"{param}[{i}]") for i, item in enumerate(value))
-        for i, item in enumerate(value):  # unknown members too: Responses repeat all of it
-            shallow(item, f"{param}[{i}]", _MAX_TOOL_DEPTH)
         if len({tool.name for tool in tools}) < len(tools):
             raise bad_request(f"'{param}' holds two tools of one name.", param)
+        return tuple(tools)
+
+    def read(item: Any, param: str) -> Iterable[Tool]:
+        tools = read_tool(kinds, members(item, param), default)
+        shallow(item, param, _MAX_TOOL_DEPTH)  # unknown members too: Responses repeat all of it
         return tools
 
     return read_all
+
+
+def read_tool(kinds: Kinds, tool: Members, default: str | None = "function") -> Iterable[Tool]:
+    """The functions of one tool; a tool that its vendor alone can run is left out by name."""
+    type_ = tool.get("type")
+    name = text(default if type_ is None else type_, tool.path_of("type"))
+    kind = kinds.get(name, kinds["*"])
+    if kind.read is not None:
+        return list(kind.read(tool))
+    leave_out(tool.path, truncate(name))
+    return ()
+
+
+def merged(tools: Iterable[Tool]) -> tuple[Tool, ...]:
+    """Tools that are added later, in place of earlier ones of the same name."""
+    return tuple({tool.name: tool for tool in tools}.values())
 
 
 def stable(value: Any) -> Any:
@@ -80,8 +166,8 @@ def stable(value: Any) -> Any:
 class ToolUse:
     """The tools of a request, and which of them may and must be called.
 
-    `choice` is "auto", "none", "required" or {"name": …}, from the field `param`. Raises APIError
-    400 where it fits no tool.
+    `choice` is "auto", "none", "required", {"name": …} or {"allowed": names, "mode": "auto" or
+    "required"}, from the field `param`. Raises APIError 400 where it fits no tool.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -93,19 +179,21 @@ class ToolUse:
         if self.is_forced and not self.tools:
             raise bad_request(f"'{self.param}' needs 'tools'.", self.param)
         if self.is_forced and not self.callable:
-            name = truncate(self.choice["name"])
+            name = truncate(self.choice.get("name") or ", ".join(self.choice["allowed"]))
             raise bad_request(f"there is no tool {name!r} in 'tools'.", self.param)
 
     @property
     def is_forced(self) -> bool:
-        return self.choice not in ("auto", "none")
+        mode = self.choice.get("mode") if isinstance(self.choice, dict) else self.choice
+        return mode not in ("auto", "none")
 
     @property
     def callable(self) -> tuple[Tool, ...]:
         if self.choice == "none":
             return ()
         if isinstance(self.choice, dict):
-            return tuple(tool for tool in self.tools if tool.name == self.choice["name"])
+            names = self.choice.get("allowed") or (self.choice.get("name"),)
+            return tuple(tool for tool in self.tools if tool.name in names)
         return self.tools
 
     @property
@@ -118,27 +206,60 @@ class ToolUse:
         if not self.is_forced and not any(tool.is_strict for tool in tools):
             return []
         schemas = tuple(tool.schema(is_strict=self.is_forced or tool.is_strict) for tool in tools)
-        is_single = not self.is_parallel or isinstance(self.choice, dict)
+        is_single = not self.is_parallel or (
+            isinstance(self.choice, dict) and "name" in self.choice
+        )
         constraint = CallConstraint(schemas, is_single, self.is_forced)
         return [(constraint, self.param if self.is_forced else "tools")]
 
 
-def _tool(value: Any, param: str) -> Tool:
-    tool = json_object(value, param)
-    if (kind := tool.get("type", "function")) != "function":
-        shown = (
-            truncate(kind) if isinstance(kind, str) else "no string"
-        )  # which may be of any depth
-        raise not_supported(f"tools of type {shown!r} are not supported.", param)
-    return function_of(tool.get("function"), f"{param}.function")
+def _function(tool: Members) -> Iterable[Tool]:
+    """In the form of chats, or of Responses, which has no member `function`."""
+    if tool.get("function") is None and tool.get("name") is not None:
+        return (function_of(tool.values, tool.path),)
+    return (function_of(tool.get("function"), tool.path_of("function")),)
 
 
-tool_list = array_of(_tool)
-function_list = array_of(function_of, "functions")
+def _custom(tool: Members) -> Iterable[Tool]:
+    return (free_text_of(tool if tool.get("custom") is None else tool.read("custom", members)),)
+
+
+READ_FUNCTION: Final = Kind(Use.SUPPORTED, "a function", _function)
+READ_FREE_TEXT: Final = Kind(Use.SUPPORTED, "free text; its `format` is a hint", _custom)
+
+
+VENDORS_ONLY: Final = Kind(Use.HINT, "what its vendor alone runs")
+CHAT_TOOLS: Final[Kinds] = {
+    "function": READ_FUNCTION,
+    "custom": READ_FREE_TEXT,
+    "*": VENDORS_ONLY,
+}
+_FUNCTIONS: Final[Kinds] = {
+    "*": Kind(Use.SUPPORTED, "", lambda tool: (function_of(tool.values, tool.path),))
+}
+tool_list = array_of(CHAT_TOOLS)
+function_list = array_of(_FUNCTIONS, word="functions")
 
 
 def tool_choice(value: Any, param: str) -> Any:
+    """Of chats; a name is in the member that the choice's type names."""
     if value in ("none", "auto", "required"):
         return value
-    choice = json_object(value, param)
-    return {"name": members(choice.get("function", choice), param).text("name")}
+    choice = members(value, param)
+    if choice.get("type") == "allowed_tools":
+        return allowed_tools(choice.read("allowed_tools", members), _chosen_name)
+    return {"name": _chosen_name(choice)}
+
+
+def _chosen_name(choice: Members) -> str:
+    inner = choice.get("function") or choice.get("custom") or choice.values
+    return members(inner, choice.path).text("name")
+
+
+def allowed_tools(choice: Members, name_of: Callable[[Members], str]) -> dict[str, Any]:
+    """OpenAI's choice among some of the tools."""
+    mode = choice.read("mode", one_of("auto", "required"))
+    path = choice.path_of("tools")
+    tools = enumerate(array(choice.get("tools"), path))
+    names = tuple(name_of(members(tool, f"{path}[{i}]")) for i, tool in tools)
+    return {"allowed": names, "mode": mode}

@@ -15,7 +15,7 @@ import orjson
 from mlxlite.api.conversation import ToolCall
 from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
 from mlxlite.http.errors import APIError
-from mlxlite.http.sse import SSE_DONE, sse_data, sse_field
+from mlxlite.http.sse import SSE_DONE, sse_comment, sse_data, sse_field
 from mlxlite.output import events
 
 MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
@@ -144,6 +144,10 @@ class Writer(Protocol):
         """The frames that leave before the first token."""
         ...
 
+    def beat(self) -> bytes:
+        """A frame that shows a client that a silent stream lives: its dialect's own, if any."""
+        ...
+
     def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
         """The frames of one event of the choice `index`; may be empty."""
         ...
@@ -215,6 +219,9 @@ class OpenAIWriter(ABC):
 
     @abstractmethod
     def begin(self) -> bytes: ...
+
+    def beat(self) -> bytes:
+        return sse_comment()
 
     def _choice(
         self, index: int, content: Mapping[str, Any], done: events.Done | None, logprobs: Any = None

@@ -447,6 +447,7 @@ class Exchange:
         self.is_answered = False  # the response has started
         self.is_ended = False  # the application is done with it
         self.on_end: Callable[[], object] = _nothing
+        self.heartbeat: Callable[[], bytes] = sse_comment  # makes a frame for a silent stream
         self._written_at: float | None = None  # of a stream: its last frame
 
     def __repr__(self) -> str:
@@ -517,6 +518,6 @@ class Exchange:
         on_end()
 
     def beat(self, now: float) -> None:
-        """Send a comment in a silent stream: proxies close idle connections."""
+        """Send a frame in a silent stream: proxies close idle connections."""
         if self._written_at is not None and now - self._written_at > HEARTBEAT_S:
-            self.write(sse_comment())
+            self.write(self.heartbeat())

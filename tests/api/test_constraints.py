@@ -122,15 +122,62 @@ def test_tools_that_are_none_are_refused_by_the_field_at_fault(tools: Any, param
     assert refusal(tools=tools).param == param
 
 
-def test_as_many_tools_as_openai_has():
+def test_agents_with_many_servers_bring_many_tools():
     assert len(chat(tools=[function(f"f{i}") for i in range(MAX_TOOLS)]).tools) == MAX_TOOLS
 
 
-@pytest.mark.parametrize("kind", ["web_search", "custom", "x" * 5000, 3])
-def test_tools_of_other_kinds_are_not_supported(kind: Any):
-    error = refusal(tools=[{"type": kind, "name": "f"}])
-    assert error.code == "unsupported_parameter"
-    assert len(error.message) < 1000
+@pytest.mark.parametrize("kind", ["web_search", "code_interpreter", "mcp", "x" * 5000])
+def test_tools_that_a_vendor_runs_are_left_out_by_name(kind: str):
+    request = chat(tools=[{"type": kind, "name": "f"}, function("g")])
+    assert names(request) == ["g"]
+    (name,) = request.ignored
+    assert name.startswith(f"tools[0]:{kind[:200]}")
+    assert len(name) < 300
+    alone = chat(tools=[{"type": kind}])
+    assert (alone.tools, alone.constraint) == ((), None)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "web_search"}])
+def test_a_choice_that_needs_a_vendors_tool_is_refused(choice: Any):
+    error = refusal(tools=[{"type": "web_search"}], tool_choice=choice)
+    assert error.param is not None
+    assert error.param.startswith("tool_choice")
+
+
+def test_the_type_of_a_tool_is_a_string():
+    assert refusal(tools=[{"type": 3, "name": "f"}]).param == "tools[0].type"
+
+
+def test_a_tool_of_free_text_is_a_function_of_one_string():
+    (tool,) = chat(tools=[{"type": "custom", "custom": {"name": "f", "description": "d"}}]).tools
+    assert (tool.name, tool.description, tool.is_free_text) == ("f", "d", True)
+    assert tool.parameters["required"] == ["input"]
+
+
+def test_the_grammar_of_a_free_text_is_a_hint_that_the_model_reads():
+    grammar = {"syntax": "lark", "definition": 'start: "a"'}
+    format_ = {"type": "grammar", "grammar": grammar}
+    request = chat(tools=[{"type": "custom", "custom": {"name": "f", "format": format_}}])
+    assert request.ignored == ("tools[0].custom.format",)
+    assert 'start: "a"' in request.tools[0].description
+
+
+def test_a_function_in_the_form_of_responses_is_one():
+    assert names(chat(tools=[{"type": "function", "name": "f"}])) == ["f"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_forced"),
+    [("auto", False), ("required", True)],
+)
+def test_a_choice_among_some_tools_hides_the_others(mode: str, is_forced: bool):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    tools.append({"type": "custom", "custom": {"name": "h"}})
+    allowed = {"mode": mode, "tools": [tools[0], tools[2]]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    request = chat(tools=[function("f"), function("g"), tools[2]], tool_choice=choice)
+    assert names(request) == ["f", "h"]
+    assert (request.constraint is not None) is is_forced
 
 
 def test_a_tool_without_a_type_is_a_function():
@@ -766,7 +813,14 @@ def test_with_a_choice_of_none_a_call_would_be_text(client: OpenAI):
 def test_functions_of_the_older_form_are_called_too(client: OpenAI):
     fields: dict[str, Any] = {"functions": [WEATHER["function"]]}
     answer = create(client, [QUESTION], tools=openai.omit, extra_body=fields)
-    assert seen(answer) == seen(create(client, [QUESTION]))
+    (call,) = create(client, [QUESTION]).choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    choice = answer.choices[0]
+    assert choice.finish_reason == "function_call"
+    assert choice.message.tool_calls is None
+    assert choice.message.function_call is not None
+    assert choice.message.function_call.name == call.function.name
+    assert choice.message.function_call.arguments == call.function.arguments
 
 
 def history(arguments: Any) -> list[Any]:

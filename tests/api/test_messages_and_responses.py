@@ -361,7 +361,6 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
         [
             *(5, {}, [5], [{}], [ABOUT], [{"type": "function"}], [RESPONSES_TOOL] * 2),
             [{"type": "function", "name": "f", "parameters": 5}],
-            [{"type": "function", "function": ABOUT}],
             [{"type": "function", "name": f"f{n}"} for n in range(MAX_TOOLS + 1)],
         ],
     ),
@@ -577,14 +576,15 @@ def test_tools_without_a_choice_may_be_called_or_not_and_several_times(parse: Pa
         (response, {"type": "web_search"}),
         (response, {"type": "file_search", "vector_store_ids": []}),
         (response, {"type": "mcp", "server_label": "x"}),
-        (response, {"type": "custom", "name": "apply_patch"}),
+        (response, {"type": "local_shell"}),
+        (response, {"type": "a tool of next year"}),
     ],
 )
-def test_a_tool_that_is_the_vendors_own_is_refused_by_name(parse: Parse, tool: Any) -> None:
+def test_a_tool_that_its_vendor_runs_is_left_out_by_name(parse: Parse, tool: Any) -> None:
     mine = RESPONSES_TOOL if parse is response else MESSAGES_TOOL
-    error = refusal(parse, tools=[mine, tool])
-    assert (error.param, error.code) == ("tools[1].type", "unsupported_parameter")
-    assert repr(tool["type"]) in error.message
+    request = parse(tools=[mine, tool])
+    assert request.tools == (WEATHER,)
+    assert request.ignored == (f"tools[1]:{tool['type']}",)
 
 
 @pytest.mark.parametrize(("parse", "choice"), [(messages, {"type": "any"}), (response, "required")])

@@ -200,7 +200,8 @@ OPENAI_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 def responses_writer(**fields: Any) -> ResponsesWriter:
-    return ResponsesWriter(RESP, token_bytes, response(**fields).echo)
+    request = response(**fields)
+    return ResponsesWriter(RESP, token_bytes, request.echo, request.tools)
 
 
 def response_stream(*pieces: str | ParserEvent, end: Done | APIError = DONE) -> bytes:

@@ -5,7 +5,7 @@ reasoning, text and calls open what they need, and an open block is closed befor
 the answer ends.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from mlxlite.api.constraints import json_schema
 from mlxlite.api.content_parts import Content, content_of, part_of, parts_in, text_of
 from mlxlite.api.conversation import Message, Role, ToolCall, message_list, turn
 from mlxlite.api.endpoint import Endpoint
-from mlxlite.api.fields import required, supported
+from mlxlite.api.fields import Kind, Use, required, supported
 from mlxlite.api.generate import Dialect, in_task, parse_and_render
 from mlxlite.api.left_out import leave_out
 from mlxlite.api.openai_content import arguments_of, role_of
@@ -24,7 +24,7 @@ from mlxlite.api.readers import Members
 from mlxlite.api.render import render_chat
 from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
 from mlxlite.api.service import Service
-from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
+from mlxlite.api.tools import VENDORS_ONLY, Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
@@ -117,10 +117,14 @@ def _thinking(value: Any, param: str) -> dict[str, Any]:
     return thinking
 
 
-def _tool(value: Any, param: str) -> Tool:
-    """A function of the client's; Anthropic's own tools run on its servers alone."""
-    tool = readers.of_kind("custom", value, param, "custom")
-    return function_of(tool.values, param, "input_schema")
+def _tool(tool: Members) -> Iterable[Tool]:
+    return (function_of(tool.values, tool.path, "input_schema"),)
+
+
+TOOLS: Final[fields.Kinds] = {
+    "custom": Kind(Use.SUPPORTED, "a function; `type` may be absent", _tool),
+    "*": VENDORS_ONLY,
+}
 
 
 _read_choice: Final = readers.nested(
@@ -178,7 +182,7 @@ FIELDS: Final[fields.Table] = {
         readers.nested(edits=_edits), "only `clear_thinking` that keeps `all`"
     ),
     "speed": fields.hint("standard"),
-    "tools": supported(array_of(_tool), "functions; Anthropic's own tools are refused"),
+    "tools": supported(array_of(TOOLS, "custom"), "functions"),
     "tool_choice": supported(
         _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
     ),
@@ -338,7 +342,10 @@ class MessagesWriter:
 
     def begin(self) -> bytes:
         message = self._message([], Usage(num_prompt=self._num_prompt), None)
-        return _frame("message_start", message=message) + _frame("ping")
+        return _frame("message_start", message=message) + self.beat()
+
+    def beat(self) -> bytes:
+        return _frame("ping")
 
     def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
         """The end of a call that did not parse is the end of its block too."""
@@ -356,7 +363,7 @@ class MessagesWriter:
             case events.ToolCallEnd() | events.ToolCallInvalid():
                 return self._close()
             case events.Progress():
-                return _frame("ping")
+                return self.beat()
         return b""
 
     def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:

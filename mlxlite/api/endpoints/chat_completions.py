@@ -18,7 +18,7 @@ from mlxlite.api.request import (
     sole_constraint,
     template_kwargs,
 )
-from mlxlite.api.tools import ToolUse, function_list, tool_choice, tool_list
+from mlxlite.api.tools import Tool, ToolUse, free_text, function_list, tool_choice, tool_list
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model
@@ -44,7 +44,7 @@ FIELDS: Final[fields.Table] = {
     "add_generation_prompt": supported(flag, "false only with `continue_final_message`"),
     "logprobs": supported(flag, "of the drawn tokens, before any sampling setting"),
     "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"0 to {shared_fields.MAX_TOP_LOGPROBS}"),
-    "tools": supported(tool_list, "functions; how they are called is the model's own format"),
+    "tools": supported(tool_list, "how they are called is the model's own format"),
     "tool_choice": supported(
         tool_choice, "`required` and a name are enforced where the model's calls are JSON"
     ),
@@ -61,7 +61,7 @@ FIELDS: Final[fields.Table] = {
 def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
     with fields.reading(parse_object(body), FIELDS) as given:
-        options, use = shared_options(given), _tool_use(given)
+        options, (use, has_functions) = shared_options(given), _tool_use(given)
         is_wanted, needed = given.take("logprobs", False), "'logprobs': true"
         options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
         request = ChatRequest(
@@ -72,6 +72,7 @@ def parse_chat(body: bytes) -> ChatRequest:
             continue_final=_continues(given),
             tools=use.callable,
             max_calls=use.max_calls,
+            has_functions=has_functions,
             splits_reasoning=given.take("reasoning_format") != "none",
             ignored=given.ignored,
         )
@@ -81,7 +82,8 @@ def parse_chat(body: bytes) -> ChatRequest:
     return request
 
 
-def _tool_use(given: fields.Given) -> ToolUse:
+def _tool_use(given: fields.Given) -> tuple[ToolUse, bool]:
+    """The tools, and whether they are in the older form, `functions`."""
     taken: dict[str, Any] = {}
     for name, old in (("tools", "functions"), ("tool_choice", "function_call")):
         value, older = given.take(name), given.take(old)
@@ -89,12 +91,15 @@ def _tool_use(given: fields.Given) -> ToolUse:
             raise bad_request(f"'{old}' and its newer form '{name}' disagree.", old)
         taken |= {name: value, old: older}
     param = "function_call" if taken["tool_choice"] is None else "tool_choice"
-    return ToolUse(
+    is_parallel = given.take("parallel_tool_calls", True)
+    has_functions = bool(taken["functions"]) and taken["tools"] is None
+    use = ToolUse(
         tools=taken["tools"] or taken["functions"] or (),
         choice=taken[param] or "auto",
-        is_parallel=given.take("parallel_tool_calls", True),
+        is_parallel=is_parallel and not has_functions,  # that form has one call
         param=param,
     )
+    return use, has_functions
 
 
 def _continues(given: fields.Given) -> bool | None:
@@ -110,29 +115,75 @@ def _continues(given: fields.Given) -> bool | None:
 
 
 class ChatWriter(writers.OpenAIWriter):
-    """A chat completion: each choice has a chunk of its role, its text, and one that ends it."""
+    """A chat completion: each choice has a chunk of its role, its text, and one that ends it.
+
+    A call of a tool of free text has its text in one chunk. Where the request has `functions`, the
+    older form of `tools`, so has the answer.
+    """
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     has_stop_reason = True
 
+    def __init__(
+        self,
+        *args: Any,
+        tools: Sequence[Tool] = (),
+        has_functions: bool = False,
+        num_choices: int = 1,
+        **rest: Any,
+    ) -> None:
+        self._free_text = frozenset(tool.name for tool in tools if tool.is_free_text)
+        self._has_functions = has_functions
+        self._open_tools = [""] * num_choices  # of each choice, the tool called last
+        super().__init__(*args, num_choices=num_choices, **rest)
+
     def begin(self) -> bytes:
         role = {"delta": {"role": "assistant", "content": ""}}
         return b"".join(writers.frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
 
+    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+        if isinstance(event, events.ToolCallStart):
+            self._open_tools[index] = event.name
+        if self._open_tools[index] not in self._free_text:
+            return super().event(index, event)
+        match event:
+            case events.ToolCallArguments() if not event.logprobs:
+                return b""
+            case events.ToolCallEnd(arguments):
+                delta = self._call_delta(index, {"custom": {"input": free_text(arguments)}})
+                return writers.frame(self._chunk(index, {"delta": delta}))
+        return super().event(index, event)
+
+    def _choice(self, *args: Any, **rest: Any) -> dict[str, Any]:
+        choice = super()._choice(*args, **rest)
+        if self._has_functions and choice["finish_reason"] == "tool_calls":
+            choice["finish_reason"] = "function_call"
+        return choice
+
     def _choice_delta(self, index: int, event: events.ParserEvent | None) -> dict[str, Any]:
         delta: dict[str, Any] = {}
-        number = {"index": self._num_calls[index] - 1}
         match event:
             case events.TextDelta(text):
                 delta = {"content": text}
             case events.ReasoningDelta(text):
                 delta = {"reasoning_content": text, "reasoning": text}
             case events.ToolCallStart(id, name):
-                delta = {"tool_calls": [number | ToolCall(id, name, "").as_json()]}
-            case events.ToolCallArguments(text):
-                delta = {"tool_calls": [number | {"function": {"arguments": text}}]}
+                delta = self._call_delta(index, self._call(ToolCall(id, name, "")))
+            case events.ToolCallArguments(text) if self._open_tools[index] not in self._free_text:
+                delta = self._call_delta(index, {"function": {"arguments": text}})
         return {"delta": delta}
+
+    def _call_delta(self, index: int, call: dict[str, Any]) -> dict[str, Any]:
+        if self._has_functions:
+            return {"function_call": call["function"]}
+        return {"tool_calls": [{"index": self._num_calls[index] - 1} | call]}
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        if call.name not in self._free_text:
+            return call.as_json()
+        custom = {"name": call.name, "input": free_text(call.arguments)}
+        return {"id": call.id, "type": "custom", "custom": custom}
 
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
         return {"content": writers.logprobs_json(drawn, self._token_bytes)}
@@ -145,8 +196,11 @@ class ChatWriter(writers.OpenAIWriter):
         }
         if reasoning := choice.reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
-        if choice.calls:
-            message["tool_calls"] = [call.as_json() for call in choice.calls]
+        calls = [self._call(call) for call in choice.calls]
+        if calls and self._has_functions:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
+            message["tool_calls"] = calls
         return {"message": message}
 
 
@@ -159,6 +213,8 @@ def _writer(
         request.stream_options,
         num_choices=request.num_choices,
         has_logprobs=request.has_logprobs,
+        tools=request.tools,
+        has_functions=request.has_functions,
     )
 
 

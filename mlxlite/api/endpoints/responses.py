@@ -4,9 +4,9 @@ A request may continue a stored response by `previous_response_id`. The writer i
 like that of Anthropic's Messages: items instead of blocks, of which at most one is open.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import orjson
 
@@ -29,39 +29,86 @@ from mlxlite.api.request import (
 )
 from mlxlite.api.responses_writer import ResponsesWriter
 from mlxlite.api.service import Service
-from mlxlite.api.tools import Tool, ToolUse, array_of, function_of
+from mlxlite.api.tools import (
+    FREE_TEXT,
+    READ_FREE_TEXT,
+    READ_FUNCTION,
+    VENDORS_ONLY,
+    Tool,
+    ToolUse,
+    allowed_tools,
+    array_of,
+    merged,
+    name_in,
+    read_tool,
+)
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, truncate
 
 MAX_METADATA = 16  # pairs, OpenAI's bound
 
 
-def _input(value: Any, param: str) -> tuple[Message, ...]:
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An item of an earlier answer, by its id."""
+
+    id: str
+    param: str
+
+
+Piece = Message | Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What the conversation goes on with, and the tools that it adds."""
+
+    pieces: tuple[Piece, ...]
+    tools: tuple[Tool, ...] = ()
+
+
+def _input(value: Any, param: str) -> Input:
     if isinstance(value, str):
-        return (Message(Role.USER, value),)
-    if not readers.array(value, param):
-        raise bad_request(f"'{param}' must hold at least one message.", param)
-    answered, turns = last_index(value, _is_answer), list[Message]()
+        return Input((Message(Role.USER, value),))
+    answered, found = last_index(readers.array(value, param), _is_answer), list[Piece | Tool]()
     for i, one in enumerate(value):
         item = readers.members(one, f"{param}[{i}]")
-        kind = _ITEMS.get(item.text("type", "message"), _ITEMS["*"])
-        if kind.read is None:
-            leave_out(item.path)
-        else:
-            _add(turns, kind.read(item, is_last=i > answered))
-    if not turns:
+        kind = _ITEMS.get(type_ := item.text("type", "message"), _ITEMS["*"])
+        try:
+            if kind.read is not None:
+                found += kind.read(item, is_last=i > answered)
+                continue
+        except APIError:
+            if type_ == "message":
+                raise
+        leave_out(item.path, truncate(type_))
+    pieces = tuple(one for one in found if not isinstance(one, Tool))
+    if not pieces:
         raise bad_request(f"'{param}' must hold at least one message.", param)
-    return tuple(turns)
+    return Input(pieces, merged(one for one in found if isinstance(one, Tool)))
 
 
 def _is_answer(item: Mapping[str, Any]) -> bool:
-    return item.get("role") == "assistant" or item.get("type") in ("function_call", "reasoning")
+    calls = ("function_call", "custom_tool_call", "reasoning")
+    return item.get("role") == "assistant" or item.get("type") in calls
 
 
-def _add(turns: list[Message], new: Message | None) -> None:
+def _turns(pieces: Sequence[Piece], find: Callable[[str], Message | None]) -> tuple[Message, ...]:
+    """The messages of a conversation. Raises APIError 404 for an item that is not stored."""
+    turns: list[Message] = []
+    for piece in pieces:
+        if isinstance(piece, Message):
+            _add(turns, piece)
+        elif (found := find(piece.id)) is not None:
+            _add(turns, found)
+        else:
+            message = f"there is no item {truncate(piece.id)!r} here (any more)"
+            raise APIError(ErrorKind.NOT_FOUND, message, param=piece.param)
+    return tuple(turns)
+
+
+def _add(turns: list[Message], new: Message) -> None:
     """Reasoning, the content after it, and the calls after that are one turn, as in a chat."""
-    if new is None:
-        return
     last = turns[-1] if turns else new
     is_next = new.reasoning is None and (last.content is None or new.content is None)
     is_next = is_next and not (last.tool_calls and new.content is not None)
@@ -72,7 +119,7 @@ def _add(turns: list[Message], new: Message | None) -> None:
     turns[-1] = replace(last, content=content, tool_calls=last.tool_calls + new.tool_calls)
 
 
-def _message(item: Members, *, is_last: bool) -> Message:
+def _message(item: Members, *, is_last: bool) -> Iterable[Message]:
     roles = (Role.USER, Role.ASSISTANT, Role.SYSTEM, Role.DEVELOPER)
     role = role_of(item.get("role"), item.path_of("role"), *roles)
     is_asked, thoughts = role.is_instruction or (role is Role.USER and is_last), list[str]()
@@ -84,33 +131,80 @@ def _message(item: Members, *, is_last: bool) -> Message:
         is_asked=is_asked,
         has_pictures=role in IMAGE_ROLES,
     )
-    return replace(turn(role, parts_in(content, thoughts)), reasoning="\n".join(thoughts) or None)
+    message = turn(role, parts_in(content, thoughts))
+    return (replace(message, reasoning="\n".join(thoughts) or None),)
 
 
-def _call(item: Members, *, is_last: bool) -> Message:
-    call = ToolCall(item.text("call_id"), item.text("name"), arguments_of(item.get("arguments")))
-    return Message(Role.ASSISTANT, None, tool_calls=(call,))
+def _call(item: Members, *, is_last: bool) -> Iterable[Message]:
+    name = name_in(item.text("namespace", ""), item.text("name"))
+    call = ToolCall(item.text("call_id"), name, arguments_of(item.get("arguments")))
+    return (Message(Role.ASSISTANT, None, tool_calls=(call,)),)
 
 
-def _call_output(item: Members, *, is_last: bool) -> Message:
+def _custom_call(item: Members, *, is_last: bool) -> Iterable[Message]:
+    name = name_in(item.text("namespace", ""), item.text("name"))
+    call = ToolCall(item.text("call_id"), name, {FREE_TEXT: item.text("input", "")})
+    return (Message(Role.ASSISTANT, None, tool_calls=(call,)),)
+
+
+def _call_output(item: Members, *, is_last: bool) -> Iterable[Message]:
     output = content_of(item.get("output"), item.path_of("output"), is_asked=False)
-    return turn(Role.TOOL, parts_in(output), tool_call_id=item.text("call_id"))
+    return (turn(Role.TOOL, parts_in(output), tool_call_id=item.text("call_id")),)
 
 
-def _reasoning(item: Members, *, is_last: bool) -> Message | None:
+def _reasoning(item: Members, *, is_last: bool) -> Iterable[Message]:
     """The reasoning, else its summary; the encrypted form is readable for OpenAI alone."""
     for name in ("content", "summary"):
         parts = content_of(item.get(name), item.path_of(name), is_asked=False)
         if text := "\n".join(part for part in parts if isinstance(part, str)):
-            return Message(Role.ASSISTANT, None, reasoning=text)
-    return None
+            return (Message(Role.ASSISTANT, None, reasoning=text),)
+    return ()
 
+
+def _reference(item: Members, *, is_last: bool) -> Iterable[Reference]:
+    return (Reference(item.text("id"), item.path),)
+
+
+def _more_tools(item: Members, *, is_last: bool) -> Iterable[Tool]:
+    tools: tuple[Tool, ...] = item.read("tools", _tool_list)
+    return tools
+
+
+def _namespace(group: Members) -> Iterable[Tool]:
+    """Its functions; the first shows the description of them all."""
+    name, about, path = group.text("name"), group.text("description", ""), group.path_of("tools")
+    for i, item in enumerate(readers.array(group.get("tools"), path)):
+        for tool in read_tool(_IN_NAMESPACE, readers.members(item, f"{path}[{i}]")):
+            yield tool.in_namespace(name, about)
+            about = ""
+
+
+_IN_NAMESPACE: Final[fields.Kinds] = {
+    "function": READ_FUNCTION,
+    "custom": READ_FREE_TEXT,
+    "*": VENDORS_ONLY,
+}
+TOOLS: Final[fields.Kinds] = {
+    **_IN_NAMESPACE,
+    "namespace": Kind(
+        Use.SUPPORTED, "its tools, as `<namespace>__<name>` for the model", _namespace
+    ),
+    "*": VENDORS_ONLY,
+}
+_tool_list: Final = array_of(TOOLS, None)
 
 _ITEMS: Final[fields.Kinds] = {
     "message": Kind(Use.SUPPORTED, "of every role; its `type` may be absent", _message),
     "function_call": Kind(Use.SUPPORTED, "a call of the assistant", _call),
     "function_call_output": Kind(Use.SUPPORTED, "text, pictures, or any JSON", _call_output),
+    "custom_tool_call": Kind(Use.SUPPORTED, "a call with free text", _custom_call),
+    "custom_tool_call_output": Kind(Use.SUPPORTED, "text, pictures, or any JSON", _call_output),
     "reasoning": Kind(Use.SUPPORTED, "its text or its summary", _reasoning),
+    "item_reference": Kind(Use.SUPPORTED, "an item of a stored response; else 404", _reference),
+    **dict.fromkeys(
+        ("additional_tools", "tool_search_output"),
+        Kind(Use.SUPPORTED, "its `tools` are added to those of the request", _more_tools),
+    ),
     "*": Kind(Use.HISTORY, "left out and named"),
 }
 _LOGPROBS: Final = "message.output_text.logprobs"
@@ -131,15 +225,21 @@ def _metadata(value: Any, param: str) -> dict[str, str]:
     return {name: readers.text(item, f"{param}.{truncate(name)}") for name, item in pairs.items()}
 
 
-def _tool(value: Any, param: str) -> Tool:
-    """A function; OpenAI's own tools run on its servers alone."""
-    return function_of(readers.of_kind("function", value, param).values, param)
-
-
 def _tool_choice(value: Any, param: str) -> Any:
+    """What a vendor alone runs cannot be demanded."""
     if isinstance(value, str):
         return readers.one_of("none", "auto", "required")(value, param)
-    return {"name": readers.of_kind("function", value, param).text("name")}
+    choice = readers.members(value, param)
+    match choice.text("type"):
+        case "function" | "custom":
+            return {"name": _chosen_name(choice)}
+        case "allowed_tools":
+            return allowed_tools(choice, _chosen_name)
+    raise readers.unsupported_type(choice.text("type"), param)
+
+
+def _chosen_name(choice: Members) -> str:
+    return name_in(choice.text("namespace", ""), choice.text("name", "?"))
 
 
 _read_format: Final = readers.nested(
@@ -190,7 +290,7 @@ FIELDS: Final[fields.Table] = {
     "metadata": supported(_metadata, "repeated in the answer"),
     "truncation": fields.hint("disabled", note="a prompt that is too long is refused"),
     "background": unsupported(False),
-    "tools": supported(array_of(_tool), "functions; OpenAI's own tools are refused"),
+    "tools": supported(_tool_list, "functions, free text, namespaces of both"),
     "tool_choice": supported(
         _tool_choice, "`required` and a name are enforced where the model's calls are JSON"
     ),
@@ -213,8 +313,13 @@ FIELDS: Final[fields.Table] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponsesRequest(ChatRequest):
-    """A request for a response; `echo` are the members that the answer repeats."""
+    """A request for a response; `echo` are the members that the answer repeats.
 
+    `messages` have no references to stored items, which `pieces` has.
+    """
+
+    prompt_field: ClassVar[str] = "input"
+    pieces: tuple[Piece, ...] = ()
     instructions: str | None = None
     previous_response_id: str | None = None
     is_stored: bool = True
@@ -225,10 +330,15 @@ class ResponsesRequest(ChatRequest):
         """The messages that a later response continues: instructions are not kept."""
         return self.messages[1:] if self.instructions else self.messages
 
-    def after(self, history: Sequence[Message]) -> "ResponsesRequest":
-        """The same request in a conversation: instructions first, then the history."""
+    def after(
+        self, history: Sequence[Message], find: Callable[[str], Message | None] = lambda id: None
+    ) -> "ResponsesRequest":
+        """The same request in a conversation: instructions first, then the history.
+
+        `find` returns a stored item. Raises APIError 404 for one that is gone.
+        """
         lead = self.messages[:1] if self.instructions else ()
-        return replace(self, messages=(*lead, *history, *self.conversation))
+        return replace(self, messages=(*lead, *history, *_turns(self.pieces, find)))
 
 
 def parse_responses(body: bytes) -> ResponsesRequest:
@@ -246,12 +356,15 @@ def parse_responses(body: bytes) -> ResponsesRequest:
             given.take("tool_choice", "auto"),
             given.take("parallel_tool_calls", True),
         )
-        use = ToolUse(given.take("tools", ()), choice, is_parallel)
+        asked: Input = given.take("input")
+        use = ToolUse(merged((*given.take("tools", ()), *asked.tools)), choice, is_parallel)
         lead = (Message(Role.SYSTEM, instructions),) if instructions else ()
+        known = [piece for piece in asked.pieces if isinstance(piece, Message)]
         request = ResponsesRequest(
             **options,
             constraint=sole_constraint(options, formats + use.constraints()),
-            messages=lead + given.take("input"),
+            messages=lead + _turns(known, lambda id: None),
+            pieces=asked.pieces,
             template_kwargs=template_kwargs(given, reasoning.get("effort")),
             continue_final=False,  # a trailing assistant's message is history here
             tools=use.callable,
@@ -264,7 +377,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
             "parallel_tool_calls": is_parallel,
             "reasoning": {"effort": reasoning.get("effort"), "summary": None},
             "text": {"format": wanted, "verbosity": "medium"},
-            "tool_choice": choice if isinstance(choice, str) else {"type": "function"} | choice,
+            "tool_choice": value.get("tool_choice") or choice,
             "tools": value.get("tools") or [],
         }
         return replace(request, echo=_echo(request, given, own), ignored=given.ignored)
@@ -302,13 +415,14 @@ def _stored_id(exchange: Exchange, id: str) -> str:
 
 
 def _resume(service: Service, exchange: Exchange, request: ResponsesRequest) -> ResponsesRequest:
-    if (id := request.previous_response_id) is None:
-        return request
-    history = service.stored_responses.load(_stored_id(exchange, id))
-    if history is None:
-        message = f"there is no response {truncate(id)!r} here (any more)"
-        raise APIError(ErrorKind.NOT_FOUND, message, param="previous_response_id")
-    return request.after(history)
+    stored, history = service.stored_responses, tuple[Message, ...]()
+    if (id := request.previous_response_id) is not None:
+        found = stored.load(_stored_id(exchange, id))
+        if found is None:
+            message = f"there is no response {truncate(id)!r} here (any more)"
+            raise APIError(ErrorKind.NOT_FOUND, message, param="previous_response_id")
+        history = found
+    return request.after(history, lambda item: stored.item(_stored_id(exchange, item)))
 
 
 def _store(
@@ -320,7 +434,8 @@ def _store(
 ) -> None:
     if request.is_stored and writer.body is not None and writer.answer is not None:
         messages = (*request.conversation, writer.answer)
-        service.stored_responses.store(_stored_id(exchange, id), messages, writer.body)
+        items = {_stored_id(exchange, item): one for item, one in writer.pieces().items()}
+        service.stored_responses.store(_stored_id(exchange, id), messages, writer.body, items)
 
 
 def _missing(id: str) -> APIError:
@@ -350,7 +465,7 @@ ENDPOINTS: Final = (
         Dialect(
             parse=parse_responses,
             writer=lambda envelope, request, model, _: ResponsesWriter(
-                envelope, model.token_bytes, request.echo
+                envelope, model.token_bytes, request.echo, request.tools
             ),
             id_prefix="resp_",
             resume=_resume,

@@ -541,11 +541,11 @@ def test_what_claude_code_sends_with_tools_is_accepted() -> None:
     assert request.ignored == ()
 
 
-def test_what_claude_code_sends_with_a_search_of_anthropics_is_refused_by_name() -> None:
+def test_what_claude_code_sends_with_a_search_of_anthropics_is_served_without_it() -> None:
     search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
-    error = refusal(messages, **CLAUDE_CODE | {"tools": [BASH, search]})
-    assert (error.param, error.code) == ("tools[1].type", "unsupported_parameter")
-    assert json.loads(anthropic_error(error))["error"]["type"] == "invalid_request_error"
+    request = messages(**CLAUDE_CODE | {"tools": [BASH, search]})
+    assert [tool.name for tool in request.tools] == ["Bash"]
+    assert request.ignored == ("tools[1]:web_search_20250305",)
 
 
 def test_what_zed_sends_to_anthropic_is_accepted() -> None:
