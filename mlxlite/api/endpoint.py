@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlxlite.api.fields import Table
+from mlxlite.api.fields import Table, Use
 from mlxlite.api.service import Service
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import ErrorBody, error_body
@@ -32,4 +32,5 @@ class Endpoint:
 
     @property
     def is_stream(self) -> bool:
-        return self.fields is not None and "stream" in self.fields
+        stream = None if self.fields is None else self.fields.get("stream")
+        return stream is not None and stream.use is Use.SUPPORTED

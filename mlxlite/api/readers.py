@@ -4,6 +4,7 @@ A reader takes a value and its path in the body, and raises APIError. `describes
 Schema of its values, so that the OpenAPI document cannot differ from the parser.
 """
 
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,17 +36,29 @@ def parse(data: bytes) -> Any:
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Raises APIError 400."""
+    body = body.removeprefix(BOM_UTF8)
     if not body.strip():
         raise bad_request("The request body is empty; a JSON object is expected.")
     try:
         value = parse(body)
     except orjson.JSONDecodeError as error:
-        raise bad_request(f"The request body is not valid JSON: {error}") from None
+        complaint = _encoding_complaint(body) or f"is not valid JSON: {error}"
+        raise bad_request(f"The request body {complaint}") from None
     except ValueError as error:
         raise bad_request(f"The request body holds {error}.") from None
     if not isinstance(value, dict):
         raise bad_request("The request body must be a JSON object.")
     return value
+
+
+def _encoding_complaint(body: bytes) -> str | None:
+    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or body[:4].count(0) >= 2:
+        return "must be UTF-8, and is UTF-16 or UTF-32."
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"must be UTF-8, and byte {error.start} is none (Latin-1?)."
+    return None
 
 
 def describes(**rules: Any) -> Callable[[R], R]:

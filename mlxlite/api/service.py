@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -57,6 +58,16 @@ class ModelCard:
             "created": self.created,
             "owned_by": "mlx",
             "max_model_len": self.context_size,
+        }
+
+    def as_anthropic_json(self) -> dict[str, Any]:
+        created = datetime.fromtimestamp(self.created, UTC)
+        return {
+            "type": "model",
+            "id": self.id,
+            "display_name": self.id,
+            "created_at": created.isoformat().replace("+00:00", "Z"),
+            "max_input_tokens": self.context_size,
         }
 
 
@@ -167,7 +178,7 @@ class Service:
             return
         self.metrics.ignored_fields(len(names))
         # Quoted, then cut: clients bound a response's head (Node: 16 KiB).
-        shown = [quote(name, safe="[]/")[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
+        shown = [quote(name, safe="[]/:")[:_MAX_IGNORED_NAME] for name in names[:_MAX_SHOWN_NAMES]]
         exchange.extra_headers.append(("x-mlxlite-ignored", ",".join(shown)))
         for name in dict.fromkeys(_INDEX.sub("[]", name) for name in shown):
             if name not in self._ignored_names and len(self._ignored_names) < _MAX_IGNORED_NAMES:

@@ -2,7 +2,7 @@
 
 A field is written once; `flags` makes a flag, a variable and a line of help of it.
 
-Must never: import anything but the standard library and `flags`, touch a file (except in
+Must never: import anything but the standard library and this room, touch a file (except in
 `Config.api_keys`), or put an API key into a message or a repr. Invariants, tested: a `Config` that
 exists is valid, however it was made; a host that other machines can reach has a key; every
 `ConfigError` names the flag, variable or field at fault.
@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Self
 
 from mlxlite.config.flags import ConfigError, complaint_of, flag, num_bytes, size, switch, values_of
+from mlxlite.config.key_file import KEY, KEY_TEXT, read_key_file
 
 DEMO_ID = "mlxlite-demo"
 USAGE_STATUS = 2  # the exit status argparse and getopt use for a bad command line
-# Characters that a header can hold, hmac.compare_digest can compare and a comma can separate.
-_API_KEY = re.compile(r"[!-+\--~]+")
-_API_KEY_TEXT = "visible ASCII characters without a comma"
-_KEY_LINE = re.compile(rf"({_API_KEY.pattern})(?:[ \t]+(-?[0-9]{{1,10}}))?")
 NO_PRIORITY_LIMIT = -(2**31)
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
 _MODE = re.compile(r"0?[0-7]{3}")
 _LEVELS = ("debug", "info", "warning", "error")
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
+_ORIGIN = re.compile(r"null|[A-Za-z][A-Za-z0-9+.-]*://[^/\s,]+")
+_HOST = re.compile(r"\*|[^\s,/:]+|\[?[0-9A-Fa-f:.]+\]?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +81,8 @@ class Config:
         "accept this key (repeatable, or several separated by commas)",
         heading="Security",
         env_aliases=("MLX_API_KEY",),
-        pattern=_API_KEY,
-        pattern_text=_API_KEY_TEXT,
+        pattern=KEY,
+        pattern_text=KEY_TEXT,
         is_secret=True,
     )
     api_key_file: str | None = flag(
@@ -94,9 +93,17 @@ class Config:
     cors_origins: tuple[str, ...] = flag(
         ("http://localhost", "http://127.0.0.1", "tauri://localhost"),
         "ORIGIN,...",
-        "origins of web pages that may call, compared by scheme and host, whatever the port",
+        "origins of web pages that may call, by scheme and host, whatever the port; extensions' "
+        "ids may be *, as in chrome-extension://*; null is that of files and sandboxed pages",
         pattern=_ORIGIN,
         pattern_text="an origin such as http://localhost",
+    )
+    allowed_hosts: tuple[str, ...] = flag(
+        (),
+        "HOST,...",
+        "names in the Host header to accept on loopback besides localhost; * is any",
+        pattern=_HOST,
+        pattern_text="a host's name without a port",
     )
 
     max_batch_size: int = flag(
@@ -218,6 +225,9 @@ class Config:
             path = Path(self.model).expanduser().resolve(strict=True)
         except (OSError, RuntimeError):
             return self.model  # no path, so a Hugging Face id; the loader refuses other text
+        for part in reversed(path.parts):  # a repository in Hugging Face's cache
+            if (match := _CACHED.fullmatch(part)) is not None:
+                return "/".join(match.groups())
         return path.name if path.is_dir() else path.parent.name
 
     def memory_limit_bytes(self) -> int | None:
@@ -253,23 +263,9 @@ class Config:
     def _keys(self) -> dict[str, int | None]:
         """The keys, in order, with their own limits of priority."""
         keys: dict[str, int | None] = dict.fromkeys(self.api_key)
-        if self.api_key_file is None:
-            return keys
-        try:
-            text = Path(self.api_key_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise ConfigError(f"--api-key-file {self.api_key_file}: {reason}") from None
-        lines = {n: line.strip() for n, line in enumerate(text.splitlines(), 1) if line.strip()}
-        for n, line in lines.items():
-            if (match := _KEY_LINE.fullmatch(line)) is None:
-                raise ConfigError(
-                    f"--api-key-file {self.api_key_file}: line {n} must be {_API_KEY_TEXT}"
-                )
-            key, limit = match.groups()
-            keys[key] = keys.get(key) if limit is None else int(limit)
-        if not lines:
-            raise ConfigError(f"--api-key-file {self.api_key_file}: holds no key")
+        if self.api_key_file is not None:
+            for key, limit in read_key_file(self.api_key_file):
+                keys[key] = keys.get(key) if limit is None else limit
         return keys
 
 

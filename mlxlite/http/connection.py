@@ -28,9 +28,10 @@ from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, Protocol
 
 from mlxlite.errors import trace_of
-from mlxlite.http.errors import APIError, ErrorBody, ErrorKind, error_body, internal_error
+from mlxlite.http.errors import APIError, ErrorBody, ErrorKind, error_body, internal_error, truncate
 from mlxlite.http.outbox import Outbox
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed
+from mlxlite.http.refusal_log import RefusalLog
 from mlxlite.http.sse import sse_comment
 
 log = logging.getLogger("mlxlite.connection")
@@ -44,6 +45,7 @@ WRITE_TIMEOUT_S = 30.0  # without progress, until the peer is disconnected
 WRITE_GRACE_S = 120.0  # for a backlog, plus its bytes at `MIN_READ_RATE`
 MIN_READ_RATE = 500  # bytes a second, as `MIN_BODY_RATE`: no answer may be held for ever
 LINGER_S = 2.0  # after a response sent before the body: time for the peer to read it
+NO_ROUTE = "other"
 HEARTBEAT_S = 15.0  # of silence in a stream
 MAX_UNSENT_BYTES = 4 << 20  # of small frames behind a stream; a large one has only its time
 MAX_ALL_UNSENT_BYTES = 1 << 30  # of all connections: beyond it the slowest one is disconnected
@@ -131,6 +133,7 @@ class Connections(Protocol):
     app: Application
     observer: Observer
     limits: Limits
+    refusals: RefusalLog
     num_held_bytes: int  # of bodies that are not parsed yet
     num_unsent_bytes: int  # that wait for their peers to read
 
@@ -332,6 +335,7 @@ class Client(asyncio.Protocol):
 
     def _refuse(self, error: APIError) -> None:
         """Respond to bytes that are no request, and close."""
+        self.connections.refusals.note("?", "?", f"{error.status} {error.code or error.type}")
         own = (("date", formatdate(usegmt=True)), ("x-request-id", _new_request_id()))
         fields = (*own, *JSON, *error.headers)
         for piece in self.http.respond(error.status, fields, error.body()):
@@ -435,8 +439,9 @@ class Exchange:
         given = head.headers.get("x-request-id")
         is_usable = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         self.request_id = given if is_usable else _new_request_id()
-        self.label = "other"  # of its route, for the metrics
+        self.label = NO_ROUTE  # its route's path, for metrics and logs
         self.route: Any = None  # the application's: from `on_head` to `on_body`
+        self.path_rest = ""  # of the path, where the route has an `{id}`
         self.key = b""  # the API key that authorized it
         self.error_body: ErrorBody = error_body
         self.extra_headers: list[tuple[str, str]] = []
@@ -473,8 +478,17 @@ class Exchange:
         """Respond with an error; no effect after another response."""
         if error.status >= 500 and not self.is_answered:
             log.warning("%r: %d %s", self, error.status, error.message)
+        elif not self.is_answered:
+            about = filter(None, (error.code, error.param, error.hint))
+            self.note_refusal(f"{error.status} {truncate(' · '.join(about) or error.type)}")
         body = self.error_body(error, self.request_id)
         self.respond(error.status, body, (*JSON, *error.headers))
+
+    def note_refusal(self, refusal: str) -> None:
+        """Log that the request is refused, or a page may not read the answer."""
+        refusals = self._client.connections.refusals
+        path = self.head.path if self.label == NO_ROUTE else self.label  # an id may be any text
+        refusals.note(truncate(self.head.method), truncate(path), refusal)
 
     def hold(self, num_bytes: int) -> None:
         """Count received bytes of the body as memory."""

@@ -46,6 +46,7 @@ class APIError(Exception):
         status: int | None = None,
         headers: tuple[tuple[str, str], ...] = (),
         extra: Mapping[str, Any] | None = None,
+        hint: str = "",
     ) -> None:
         super().__init__(message)
         own, self.type, self.code = kind.value
@@ -54,6 +55,7 @@ class APIError(Exception):
         self.param = param
         self.headers = headers
         self.extra = dict(extra or {})
+        self.hint = hint  # for the log: what would help; never a client's input
 
     def body(self) -> bytes:
         """OpenAI's error envelope: all four keys, always."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlxlite.http.connection import HEADER_TIMEOUT_S, Application, Client, Observer
 from mlxlite.http.errors import APIError, ErrorKind, retry_later
 from mlxlite.http.parser import Limits
+from mlxlite.http.refusal_log import RefusalLog
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -55,6 +56,7 @@ class Listener:
         self.clients: set[Client] = set()
         self._max_connections = max_connections
         self._is_draining = False
+        self.refusals = RefusalLog()
         self._has_left = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._uds: str | None = None

@@ -690,6 +690,7 @@ def test_a_model_is_what_openais_own_type_takes() -> None:
                 "max_model_len": 4096,
             }
         ],
+        "models": [],
     }
     Model.model_validate(told["data"][0], strict=True)
 

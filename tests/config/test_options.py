@@ -146,6 +146,7 @@ def test_every_field_can_be_set_by_its_flag_and_by_its_variable() -> None:
         "prefix_cache_disk_bytes": ("3GB", "3GB"),
         "prefix_cache_scope": ("key", "key"),
         "uds_mode": ("660", "660"),
+        "allowed_hosts": ("a.local,*", ("a.local", "*")),
     }
     for f in dataclasses.fields(Config):
         raw, value = of_name.get(f.name) or of_type[f.type]

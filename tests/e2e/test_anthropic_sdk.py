@@ -27,7 +27,7 @@ WEATHER = {
 ABOUT = {"name": "get_weather", "description": "Get the weather in a city."}
 TOOL = {**ABOUT, "input_schema": WEATHER}
 FUNCTION = {"type": "function", **ABOUT, "parameters": WEATHER}
-SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
 QUESTION = "What is the weather in Paris?"
 RESULT = '{"temperature": 21, "sky": "sunny"}'
 
@@ -260,9 +260,9 @@ def test_a_bearer_token_is_as_good_as_an_api_key(server: mlxlite.Server) -> None
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "nobody", "content": "Hello!"}]}, "messages[0].role"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"tools": [SEARCH]}, "tools[0]"),
+        ({"extra_body": {"thread": {"type": "continue"}}}, "thread"),
     ],
-    ids=["temperature", "no messages", "a role", "max_tokens", "a tool of Anthropic's"],
+    ids=["temperature", "no messages", "a role", "max_tokens", "a thread"],
 )
 def test_a_request_that_cannot_be_is_a_bad_request(
     client: Any, fields: dict[str, Any], named: str
@@ -272,7 +272,10 @@ def test_a_request_that_cannot_be_is_a_bad_request(
             client.messages.create(**asking(**fields, stream=is_stream))
         detail = detail_of(refused.value)
         assert detail["type"] == "invalid_request_error"
-        assert f"'{named}'" in detail["message"]
+        if named == "thread":
+            assert detail["details"] == {"error_code": "thread_unsupported_request"}
+        else:
+            assert f"'{named}'" in detail["message"]
 
 
 def test_a_too_long_prompt_is_an_error_in_anthropics_wording(client: Any) -> None:
@@ -473,8 +476,12 @@ def test_responses_errors_are_the_clients_own_exceptions(responses: Any) -> None
         create(responses, temperature=-1)
     assert refused.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        create(responses, tools=[{"type": "web_search"}])
-    assert unsupported.value.param == "tools[0].type"
+        create(responses, tools=[{"type": "web_search"}], tool_choice={"type": "web_search"})
+    assert unsupported.value.param == "tool_choice.type"
+    search = responses.with_raw_response.create(
+        model="tiny", input="hello", tools=[{"type": "web_search"}], max_output_tokens=1
+    )
+    assert search.headers["x-mlxlite-ignored"] == "tools[0]:web_search"
     with pytest.raises(openai.BadRequestError) as too_long:
         create(responses, "word " * 20_000)
     assert too_long.value.code == "context_length_exceeded"

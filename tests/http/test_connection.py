@@ -13,6 +13,7 @@ from helpers import in_a_loop
 from mlxlite.http.connection import Application, Client, Connections, Exchange, Observer
 from mlxlite.http.errors import APIError, ErrorKind
 from mlxlite.http.parser import Limits
+from mlxlite.http.refusal_log import RefusalLog
 
 REQUEST = b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n"
 GONE = [
@@ -116,6 +117,7 @@ class FakeListener(Connections):
     def __init__(self, app: Application | None = None, error: APIError | None = None) -> None:
         self.app = app or Streaming()
         self.observer: Observer = Unmoved()
+        self.refusals = RefusalLog()
         self.num_held_bytes = 0
         self.num_unsent_bytes = 0
         self.error = error

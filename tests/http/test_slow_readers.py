@@ -351,7 +351,7 @@ def test_a_hundred_resets_at_any_moment_leave_nothing_behind(
             assert site.listener.num_unsent_bytes == site.listener.num_held_bytes == 0
 
     test()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name != "mlxlite.http"]
 
 
 @in_a_loop
@@ -386,4 +386,4 @@ def test_resets_in_mid_answer_leave_nothing_behind(
             assert site.listener.num_unsent_bytes == 0
 
     test()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name != "mlxlite.http"]

@@ -12,6 +12,7 @@ from mlxlite.api.endpoints import (
     chat_completions,
     completions,
     embeddings,
+    home,
     responses,
     tokenize,
 )
@@ -24,4 +25,5 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     *embeddings.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *admin.ENDPOINTS,
+    *home.ENDPOINTS,
 )

@@ -30,16 +30,36 @@ def _json(answer: Callable[[Service], dict[str, Any]]) -> Handler:
 
 
 def model_list(card: ModelCard) -> dict[str, Any]:
-    return {"object": "list", "data": [card.as_json()]}
+    """OpenAI's list; `models` is Codex's, which takes an empty one for «use your own settings»."""
+    return {"object": "list", "data": [card.as_json()], "models": []}
+
+
+def anthropic_model_list(card: ModelCard) -> dict[str, Any]:
+    return {
+        "data": [card.as_anthropic_json()],
+        "first_id": card.id,
+        "last_id": card.id,
+        "has_more": False,
+    }
+
+
+def _is_anthropic(exchange: Exchange) -> bool:
+    return "anthropic-version" in exchange.head.headers
+
+
+def _models(service: Service, exchange: Exchange, _body: bytes) -> None:
+    """In Anthropic's form for its clients, which send the version of it."""
+    list_ = anthropic_model_list if _is_anthropic(exchange) else model_list
+    exchange.respond(200, orjson.dumps(list_(service.need_model().card)))
 
 
 def _model(service: Service, exchange: Exchange, _body: bytes) -> None:
-    card = service.need_model().card
-    name = exchange.head.path.removeprefix("/v1").removeprefix("/models/")
+    card, name = service.need_model().card, exchange.path_rest
     if name != card.id:
         message = f"the model {truncate(name)!r} does not exist here; see /v1/models"
         raise APIError(ErrorKind.NO_MODEL, message, param="model")
-    exchange.respond(200, orjson.dumps(card.as_json()))
+    shown = card.as_anthropic_json() if _is_anthropic(exchange) else card.as_json()
+    exchange.respond(200, orjson.dumps(shown))
 
 
 def _health(service: Service, exchange: Exchange, _body: bytes) -> None:
@@ -141,8 +161,8 @@ ENDPOINTS: Final = (
     Endpoint(
         "GET",
         "/v1/models",
-        "The served model, as a list",
-        _json(lambda service: model_list(service.need_model().card)),
+        "The served model, as a list; in Anthropic's form with `anthropic-version`",
+        _models,
     ),
     Endpoint("GET", "/v1/models/{id}", "The served model", _model),
     Endpoint("GET", "/v1/cache", "The prefix cache in numbers", _json(_cache)),

@@ -6,6 +6,7 @@ the answer ends.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from mlxlite.api.tools import VENDORS_ONLY, Tool, ToolUse, array_of, function_of
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
-from mlxlite.http.errors import APIError, bad_request
+from mlxlite.http.errors import APIError, ErrorKind, bad_request
 from mlxlite.http.sse import sse_event
 from mlxlite.output import events
 
@@ -157,6 +158,15 @@ def _edits(value: Any, param: str) -> None:
             leave_out(edit.path)
 
 
+def _thread(value: Any, param: str) -> None:
+    """Clients that ask to go on with a thread send it whole after this error."""
+    if readers.members(value, param).get("type") == "continue":
+        message = "no message threads are kept here; send the whole conversation."
+        details = {"error_code": "thread_unsupported_request"}
+        raise APIError(ErrorKind.UNSUPPORTED, message, param=param, extra={"details": details})
+    leave_out(param)
+
+
 FIELDS: Final[fields.Table] = {
     **shared_fields.GENERATION_FIELDS,
     **shared_fields.TEMPLATE_FIELDS,
@@ -187,20 +197,15 @@ FIELDS: Final[fields.Table] = {
         _tool_choice, "`any` and `tool` are enforced where the model's calls are JSON"
     ),
     "mcp_servers": fields.hint([]),
-    **fields.hint_each("container"),
-    **fields.unsupported_each("output_format"),
+    **fields.hint_each("container diagnostics"),
+    "output_format": supported(_read_format, "the older name of `output_config.format`"),
+    "thread": supported(_thread, "a thread cannot be continued: clients send all of it then"),
     "n": shared_fields.ONE_CHOICE,
 }
 COUNT_FIELDS: Final[fields.Table] = {
-    "model": shared_fields.MODEL,
-    **shared_fields.TEMPLATE_FIELDS,
-    **{
-        name: FIELDS[name]
-        for name in (
-            *("messages", "system", "thinking", "output_config", "cache_control"),
-            *("context_management", "tools", "tool_choice", "mcp_servers"),
-        )
-    },
+    **FIELDS,
+    "max_tokens": replace(FIELDS["max_tokens"], is_required=False),
+    "stream": fields.no_op(readers.flag),
 }
 
 
@@ -224,8 +229,16 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
         is_thinking = thinking["type"] != "disabled" if thinking else None
         output, system = given.take("output_config", {}), given.take("system")
         use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
-        schema = output.get("format", {}).get("schema")
-        formats = [] if schema is None else [(schema, "output_config.format")]
+        given.take("thread")
+        older = given.take("output_format", {})
+        formats = [
+            (wanted["schema"], name)
+            for wanted, name in (
+                (output.get("format"), "output_config.format"),
+                (older, "output_format"),
+            )
+            if wanted
+        ]
         lead = (Message(Role.SYSTEM, system),) if system else ()
         return ChatRequest(
             **options,
@@ -256,7 +269,9 @@ def anthropic_error(error: APIError, request_id: str | None = None) -> bytes:
     if error.code == "context_length_exceeded":
         size, most = error.extra.get("n_prompt_tokens"), error.extra.get("n_ctx")
         message = f"prompt is too long: {size} tokens > {most} maximum. {message}"
-    detail = {"type": _ERROR_TYPES.get(error.status, kind), "message": message}
+    detail: dict[str, Any] = {"type": _ERROR_TYPES.get(error.status, kind), "message": message}
+    if "details" in error.extra:
+        detail["details"] = error.extra["details"]
     answer: dict[str, Any] = {"type": "error", "error": detail}
     if request_id is not None:
         answer["request_id"] = request_id

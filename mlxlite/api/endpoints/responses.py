@@ -444,14 +444,14 @@ def _missing(id: str) -> APIError:
 
 def _get(service: Service, exchange: Exchange, _body: bytes) -> None:
     service.need_model()
-    id = exchange.head.path.rpartition("/")[2]
+    id = exchange.path_rest
     if (body := service.stored_responses.body(_stored_id(exchange, id))) is None:
         raise _missing(id)
     exchange.respond(200, body)
 
 
 def _delete(service: Service, exchange: Exchange, _body: bytes) -> None:
-    id = exchange.head.path.rpartition("/")[2]
+    id = exchange.path_rest
     if not service.stored_responses.delete(_stored_id(exchange, id)):
         raise _missing(id)
     exchange.respond(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
