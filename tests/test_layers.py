@@ -27,6 +27,7 @@ class Row:
 
 ROOMS = {
     "errors": Row(),
+    "wanted": Row(),
     "config": Row(),
     "http": Row("errors", "h11 asyncio orjson"),
     "prefix_cache": Row("", "numpy orjson safetensors"),
@@ -40,14 +41,14 @@ ROOMS = {
         " prefix_cache.operations prefix_cache.disk errors",
         "mlx mlx_lm numpy",
     ),
-    "vision": Row("engine.sequence", "h11 mlx mlx_lm mlx_vlm numpy PIL"),
+    "vision": Row("engine.sequence wanted", "h11 mlx mlx_lm mlx_vlm numpy PIL"),
     "models": Row(
-        "config engine.sequence engine.sampling_params output vision errors",
+        "config engine.sequence engine.sampling_params output vision errors wanted",
         "mlx mlx_lm numpy transformers jinja2 huggingface_hub",
     ),
     "api": Row(
         "config http engine output prefix_cache.hashing prefix_cache.operations"
-        " models.interface vision.images vision.fetch metrics errors",
+        " models.interface vision.images vision.fetch metrics errors wanted",
         "orjson asyncio",
     ),
     "server": Row("* ", "asyncio"),

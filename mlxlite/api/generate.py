@@ -17,7 +17,7 @@ from mlxlite.api.left_out import collecting
 from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
-from mlxlite.api.threads import Dropped, Work
+from mlxlite.api.threads import Work
 from mlxlite.api.writers import Envelope, Writer
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import EngineFailed, QueueFull
@@ -27,6 +27,7 @@ from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, internal_error, retry_later
 from mlxlite.models.interface import Model
 from mlxlite.output.generation import Generation
+from mlxlite.wanted import Dropped
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Request)

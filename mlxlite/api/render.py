@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mlxlite import wanted
 from mlxlite.api.content_parts import BAD_IMAGE, TEXT_ONLY, TOO_MANY, image_errors
 from mlxlite.api.conversation import Message
 from mlxlite.api.left_out import leave_out
@@ -24,7 +25,7 @@ from mlxlite.output.grammar import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits
-from mlxlite.vision.images import ImageError, LoadedImage, load
+from mlxlite.vision.images import ImageError, LoadedImage
 
 
 def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prompt]:
@@ -72,7 +73,7 @@ def _pictures(
     )
     seen = [source for source in sources if id(source) not in stand_ins]
     with image_errors():
-        pictures = load(seen, limits, is_known=model.is_image_cached)
+        pictures = model.load_images(seen, limits)
     return tuple(message.without(stand_ins) for message in request.messages), pictures
 
 
@@ -127,6 +128,7 @@ def encode(model: Model, texts: Sequence[Text], param: str) -> list[tuple[int, .
     encoded: list[tuple[int, ...]] = []
     num_left = MAX_VALUES  # as many as a body may hold as ids
     for text in texts:
+        wanted.check()
         encoded.append(_encode(model, text, param))
         num_left -= len(encoded[-1])
         if num_left < 0 and len(encoded) > 1:

@@ -129,7 +129,7 @@ class Service:
     async def in_thread(
         self, exchange: Exchange, kind: Work, work: Callable[..., T], *args: Any
     ) -> T:
-        """Call `work` in a thread. Raises Dropped where the client disconnects before it runs."""
+        """Call `work` in a thread. Raises Dropped once the client has disconnected."""
         lane = self._lanes[kind]
         return await lane.run(exchange.key, lambda: not exchange.is_lost, work, *args)
 

@@ -2,7 +2,8 @@
 
 Small work never waits for large work, and inside a size API keys take turns, whatever the number
 of their requests. Work of a client that has disconnected is dropped before it runs. All methods
-belong to the event loop; a call that runs cannot be stopped, so it must bound itself.
+belong to the event loop. A call that runs cannot be stopped from here: it must bound itself, and
+ask `wanted` whether its client is still there.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
 
+from mlxlite import wanted
 from mlxlite.errors import as_exception
 
 T = TypeVar("T")
@@ -39,10 +41,6 @@ SHORT_BYTES = 32 << 10
 LONG_BYTES = 1 << 20
 
 
-class Dropped(Exception):
-    """The client has disconnected before the work began; there is nothing to answer."""
-
-
 class Lane:
     """Threads for one size of work, in turns by key."""
 
@@ -57,12 +55,15 @@ class Lane:
     async def run(
         self, key: bytes, is_wanted: Callable[[], bool], work: Callable[..., T], *args: Any
     ) -> T:
-        """Call `work` in a thread once it is the key's turn. Raises Dropped, and its errors."""
+        """Call `work` in a thread once it is the key's turn, for as long as `is_wanted`.
+
+        A thread asks `is_wanted` too. Raises Dropped, and the errors of `work`.
+        """
         await self._turn(key)
         try:
             if not is_wanted():
-                raise Dropped
-            call = partial(_call, work, *args)
+                raise wanted.Dropped
+            call = partial(wanted.call_while, is_wanted, partial(_call, work, *args))
             return await asyncio.get_running_loop().run_in_executor(self._executor, call)
         finally:
             self._next()

@@ -1,8 +1,9 @@
 """Chat messages to a prompt, through the model's chat template.
 
 The template is the operator's or the checkpoint's, and untrusted; so are the client's messages. It
-runs in transformers' Jinja sandbox, for at most TEMPLATE_TIMEOUT_S and MAX_RENDERED characters. It
-must never take the renderer's own settings from a request. Immutable: any thread may render.
+runs in transformers' Jinja sandbox, for at most TEMPLATE_TIMEOUT_S and MAX_RENDERED characters, and
+no longer than its client stays. It must never take the renderer's own settings from a request.
+Immutable: any thread may render.
 """
 
 import inspect
@@ -24,6 +25,8 @@ from mlxlite.models.time_limit import TookTooLong, run_with_timeout
 from mlxlite.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mlxlite.vision.fetch import Limits
+    from mlxlite.vision.images import LoadedImage, Source
     from mlxlite.vision.processor import Reader
 
 log = logging.getLogger("mlxlite.model")
@@ -51,8 +54,13 @@ class ChatTemplate:
     def vision_unavailable_reason(self) -> str | None:
         return self.image_reader if isinstance(self.image_reader, str) else None
 
-    def is_image_cached(self, digest: bytes) -> bool:
-        return not isinstance(self.image_reader, str) and self.image_reader.knows(digest)
+    def load_images(
+        self, sources: "SequenceOf[Source]", limits: "Limits"
+    ) -> "tuple[LoadedImage, ...]":
+        """Raises PromptError where no image can be read; ImageError, Dropped."""
+        if isinstance(self.image_reader, str):
+            raise PromptError(self.image_reader)
+        return self.image_reader.load(sources, limits)
 
     def render(
         self,

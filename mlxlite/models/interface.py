@@ -8,6 +8,8 @@ from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Grammar, Prompt
 from mlxlite.output.formats import OutputFormat
 from mlxlite.output.grammar import Constraint
+from mlxlite.vision.fetch import Limits
+from mlxlite.vision.images import LoadedImage, Source
 
 
 class LoadError(Exception):
@@ -38,8 +40,11 @@ class Model(Protocol):
     output_format: OutputFormat
     vision_unavailable_reason: str | None  # None if the model takes images
 
-    def is_image_cached(self, digest: bytes) -> bool:
-        """Whether an image was preprocessed before, so that its pixels may not be needed."""
+    def load_images(self, sources: SequenceOf[Source], limits: Limits) -> tuple[LoadedImage, ...]:
+        """A request's images, decoded unless they were preprocessed before. Blocks.
+
+        Only of a model that takes images. Raises `vision.images.ImageError`, Dropped.
+        """
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None

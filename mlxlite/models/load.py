@@ -61,7 +61,7 @@ class LoadedModel:
         self.chat_template = chat_template
         self.render = chat_template.render
         self.vision_unavailable_reason = chat_template.vision_unavailable_reason
-        self.is_image_cached = chat_template.is_image_cached
+        self.load_images = chat_template.load_images
         self.tokenizer = tokenizer = chat_template.tokenizer
         self.eos_tokens = tokenizer.eos_tokens
         self.output_format = tokenizer.output_format

@@ -1,13 +1,16 @@
-"""Stop a Python function that runs too long, in the thread that called it.
+"""Stop a Python function that runs too long or is no longer wanted, in the thread that called it.
 
-A timer raises an exception in the calling thread from outside. It must never raise one there after
-the call has returned.
+A second thread raises an exception in the calling thread from outside. It must never raise one
+there after the call has returned.
 """
 
 import ctypes
 import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import TypeVar
+
+from mlxlite import wanted
 
 T = TypeVar("T")
 
@@ -25,38 +28,46 @@ class _Bounded:
 
     def __init__(self) -> None:
         self._thread = ctypes.c_ulong(threading.get_ident())
+        self._is_wanted = wanted.question()
         self._lock = threading.Lock()
-        self._is_over = False
+        self._over = threading.Event()
         self._is_stopped = False
+
+    def watch(self, timeout_s: float) -> None:
+        """Stop the call after `timeout_s`, or once it is not wanted."""
+        deadline = monotonic() + timeout_s
+        while not self._over.wait(min(wanted.POLL_S, max(0.0, deadline - monotonic()))):
+            if monotonic() >= deadline or not self._is_wanted():
+                self.stop()
+                return
 
     def stop(self) -> None:
         with self._lock:
-            if not self._is_over:
+            if not self._over.is_set():
                 self._is_stopped = True
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, ctypes.py_object(_Stop))
 
     def end(self) -> None:
         with self._lock:
-            self._is_over = True
+            self._over.set()
             if self._is_stopped:  # and perhaps not raised yet: take it back
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, None)
 
 
 def run_with_timeout(timeout_s: float, call: Callable[[], T]) -> T:
-    """The result of `call()`. Raises TookTooLong, with the thread free again, after `timeout_s`.
+    """The result of `call()`, with the thread free again after `timeout_s` or when it is dropped.
 
     The call is stopped between two bytecode instructions. One long operation in C, such as a power
-    of huge integers, ends first, and holds the GIL until then.
+    of huge integers, ends first, and holds the GIL until then. Raises TookTooLong, Dropped.
     """
     bounded = _Bounded()
-    timer = threading.Timer(timeout_s, bounded.stop)
-    timer.daemon = True
+    watch = threading.Thread(target=bounded.watch, args=(timeout_s,), daemon=True)
     try:
         try:
-            timer.start()
+            watch.start()
             return call()
         finally:
-            timer.cancel()
             bounded.end()
     except _Stop:
+        wanted.check()
         raise TookTooLong(f"stopped after {timeout_s:g} s") from None

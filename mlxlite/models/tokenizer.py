@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from mlxlite import wanted
 from mlxlite.models.interface import PromptError, PromptTooLong
 from mlxlite.output.formats import OutputFormat, format_of
 from mlxlite.output.grammar import Grammars
@@ -59,7 +60,7 @@ class Tokenizer:
         return partial(decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
-        """A text's token ids. Raises PromptError, PromptTooLong."""
+        """A text's token ids. Raises PromptError, PromptTooLong, Dropped."""
         self.check_length(len(text))
         try:
             if len(text) > max(self.max_tokens, _PIECE_CHARS):
@@ -77,6 +78,7 @@ class Tokenizer:
         """Count tokens piece by piece, which holds the memory of one. A cut may add some."""
         num_tokens, most = 0, self.max_tokens
         for start in range(0, len(text), _PIECE_CHARS):
+            wanted.check()
             piece = text[start : start + _PIECE_CHARS]
             num_tokens += len(self.wrapper.encode(piece, add_special_tokens=False))
             most += self._longest

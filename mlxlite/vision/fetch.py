@@ -5,28 +5,36 @@ runs on a thread of its own. No error repeats any part of a response. Tested:
 - A name is resolved once, each of its addresses must be public, and the connection goes to one of
   those very addresses. One message covers private and unknown, so that no network can be mapped.
 - A redirect is checked like the first URL, and never leads from https to http.
-- One deadline bounds every wait, and each response has a limit of bytes.
+- One deadline bounds every wait, and each response has a limit of bytes; no wait goes on for more
+  than `wanted.POLL_S` once the client has left.
 - No proxies or keys from the environment, no cookies, no ports below 1024 but 80 and 443.
 """
 
+import errno
 import ipaddress
+import os
 import re
+import select
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 from urllib.parse import quote, urljoin, urlsplit
 
 import h11
 
+from mlxlite import wanted
+
 MAX_URL = 8192  # characters
 _MAX_HEAD_BYTES = 16 << 10  # of a response, with those of interim ones
 _MAX_DIALS = 3  # of a name's addresses
 _CHUNK_BYTES = 64 << 10
+_MAX_RESOLVERS = 16  # threads, abandoned ones too
+_RESOLVER = "mlxlite-resolve"
 
 # urlsplit drops some of these, and other parsers read a backslash as a slash.
 _NOT_IN_URLS: Final = re.compile(r"[\x00-\x20\x7f\\\ud800-\udfff]")
@@ -57,6 +65,7 @@ class Limits:
     max_redirects: int = 3
     connect_s: float = 5.0
     total_s: float = 15.0  # for all fetches of a request
+    decode_s: float = 20.0  # for all decoding of a request
 
     @property
     def too_large(self) -> str:
@@ -152,39 +161,86 @@ class Wire(Protocol):
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
-    """All addresses of a name; none after the timeout.
+    """All addresses of a name; none after the timeout. Raises Dropped.
 
     getaddrinfo has no timeout, so it runs on a thread that is then abandoned; the system's own
-    limit, some tens of seconds, ends it.
+    limit, some tens of seconds, ends it. While there are `_MAX_RESOLVERS` of them, it waits.
     """
-    results: SimpleQueue[list[str]] = SimpleQueue()
+    found: list[str] = []
+    is_over = threading.Event()
 
     def resolve() -> None:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            found = []
-        results.put([str(address[0]) for *_, address in found])
+        with suppress(OSError, UnicodeError):
+            results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.extend(str(address[0]) for *_, address in results)
+        is_over.set()
 
-    threading.Thread(target=resolve, name="mlxlite-resolve", daemon=True).start()
+    began = time.monotonic()
     try:
-        return results.get(timeout=timeout_s)
-    except Empty:
+        wanted.wait_for(_has_resolver, timeout_s)
+        threading.Thread(target=resolve, name=_RESOLVER, daemon=True).start()
+        wanted.wait_for(is_over.wait, timeout_s - (time.monotonic() - began))
+    except TimeoutError:
         return []
+    return found
+
+
+def _has_resolver(wait_s: float) -> bool:
+    """Whether one more may run, now or after a wait."""
+    for pause_s in (0.0, wait_s):
+        time.sleep(pause_s)
+        if sum(thread.name == _RESOLVER for thread in threading.enumerate()) < _MAX_RESOLVERS:
+            return True
+    return False
 
 
 def _dial(address: str, port: int, timeout_s: float) -> socket.socket:
-    return socket.create_connection((address, port), timeout_s)
+    """A connection. Raises OSError, Dropped."""
+    wire = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        wire.setblocking(False)
+        error, poll = wire.connect_ex((address, port)), select.poll()
+        if error == errno.EINPROGRESS:
+            poll.register(wire, select.POLLOUT)
+            wanted.wait_for(lambda s: poll.poll(s * 1000), timeout_s)
+            error = wire.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+    except BaseException:
+        wire.close()
+        raise
+    wire.settimeout(timeout_s)
+    return wire
 
 
 def _secure(wire: Any, host: str) -> ssl.SSLSocket:
     """TLS with the host's certificate verified; the wire's timeout bounds the handshake."""
-    return ssl.create_default_context().wrap_socket(wire, server_hostname=host)
+    timeout_s = wire.gettimeout()
+    context = ssl.create_default_context()
+    secured = context.wrap_socket(wire, server_hostname=host, do_handshake_on_connect=False)
+
+    def shake(wait_s: float) -> bool:
+        secured.settimeout(wait_s)
+        try:
+            secured.do_handshake()
+        except TimeoutError:
+            return False
+        return True
+
+    try:
+        wanted.wait_for(shake, timeout_s)
+    except BaseException:
+        secured.close()
+        raise
+    return secured
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The system calls of a fetch. All raise OSError but `resolve`, empty for an unknown name."""
+    """The system calls of a fetch, which raise Dropped.
+
+    All raise OSError but `resolve`, which is empty for an unknown name.
+    """
 
     resolve: Callable[[str, int, float], Sequence[str]] = _resolve
     dial: Callable[[str, int, float], Wire] = _dial
@@ -264,6 +320,7 @@ class _Fetch:
     def _exchange(self, wire: Wire, request: h11.Request) -> bytes | str:
         """The body of a response, or the URL to which it redirects."""
         connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+        # Fewer bytes than any system buffers for a new connection: this does not wait.
         wire.sendall(b"".join(connection.send(e) or b"" for e in (request, h11.EndOfMessage())))
         body = bytearray()
         for event in self._events(connection, wire):
@@ -285,12 +342,19 @@ class _Fetch:
             if isinstance(event, h11.Event):
                 yield event
             elif num_left:
-                wire.settimeout(self._left_s())
-                data = wire.recv(min(num_left, _CHUNK_BYTES))
+                data = self._receive(wire, min(num_left, _CHUNK_BYTES))
                 num_left -= len(data)
                 connection.receive_data(data)
             else:
                 raise h11.RemoteProtocolError("the response is too long")
+
+    def _receive(self, wire: Wire, most: int) -> bytes:
+        """The next bytes, b"" at the end. Raises FetchError at the deadline, Dropped."""
+        while True:
+            wanted.check()
+            wire.settimeout(min(self._left_s(), wanted.POLL_S))
+            with suppress(TimeoutError):
+                return wire.recv(most)
 
     def _check_head(self, status: int, headers: Mapping[bytes, bytes]) -> str | None:
         """The URL of a redirect, None where the body is to be read. Raises FetchError."""
@@ -308,5 +372,5 @@ class _Fetch:
 
 
 def fetch(url: str, limits: Limits, network: Network, left_s: float) -> bytes:
-    """The body at a URL, within `left_s` seconds. Blocks. Raises FetchError."""
+    """The body at a URL, within `left_s` seconds. Blocks. Raises FetchError, Dropped."""
     return _Fetch(limits, network, network.now() + left_s).run(url)

@@ -17,7 +17,9 @@ import numpy.typing as npt
 from PIL import Image as PIL
 
 from mlxlite.engine.sequence import Image, Prompt
-from mlxlite.vision.images import ImageError
+from mlxlite.vision.decoder import Decoder
+from mlxlite.vision.fetch import Limits
+from mlxlite.vision.images import ImageError, LoadedImage, Source, load
 
 MADE_BYTES = 128 << 20  # of cached image processor results, at most
 TOKEN_TYPES = "mm_token_type_ids"  # marks image tokens, for bidirectional attention in images
@@ -114,6 +116,7 @@ class Reader:
         self._image_token = image_token
         self._is_unbroken = is_unbroken
         self._lock = threading.Lock()
+        self._decoder = Decoder()
         self._cache: _ImageProcessor | None = None
         if callable(inner := getattr(processor, "image_processor", None)):
             self._cache = inner if isinstance(inner, _ImageProcessor) else _ImageProcessor(inner)
@@ -122,6 +125,10 @@ class Reader:
     def knows(self, digest: bytes) -> bool:
         """Whether an image's result is cached, so that its pixels are probably not needed."""
         return self._cache is not None and digest in self._cache.digests()
+
+    def load(self, sources: SequenceOf[Source], limits: Limits) -> tuple[LoadedImage, ...]:
+        """Images in order, decoded unless their results are cached. Raises ImageError, Dropped."""
+        return load(sources, limits, self._decoder, is_known=self.knows)
 
     def read(self, text: str, lone: str, images: SequenceOf[ImageInput]) -> Prompt:
         """The prompt of a rendered chat; `lone` is a rendered chat of one image.

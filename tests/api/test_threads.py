@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlxlite.api.threads import LONG_BYTES, SHORT_BYTES, Dropped, Lane, Work
+from mlxlite.api.threads import LONG_BYTES, SHORT_BYTES, Lane, Work
+from mlxlite.wanted import Dropped
 
 
 @asynccontextmanager

@@ -41,6 +41,7 @@ from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError, bad_request
 from mlxlite.http.parser import Body, Connection, Head, Limits, Malformed, Signal
 from mlxlite.output.events import Done, TextDelta
+from mlxlite.vision.decoder import Decoder
 from mlxlite.vision.fetch import Limits as ImageLimits
 from mlxlite.vision.images import ImageError, load, source_of
 
@@ -138,7 +139,7 @@ def media(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     try:
         source = source_of(text, "url")
-        load([source], ImageLimits(max_source_pixels=1 << 20))
+        load([source], ImageLimits(max_source_pixels=1 << 20), Decoder(()))
     except ImageError as error:
         _check(bad_request(str(error), error.param))
 

@@ -19,12 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mlxlite.vision import images
+from mlxlite.vision.decoder import Decoder
 from mlxlite.vision.fetch import Limits, Network, is_public
-from mlxlite.vision.images import ImageError, LoadedImage, Source, load, source_of
+from mlxlite.vision.images import ImageError, LoadedImage, Source, source_of
 
 PARAM = "messages[0].content[1].image_url"
 LIMITS = Limits()
 REMOTE = Limits(allow_remote=True)
+
+
+def load(
+    sources: Sequence[Source], limits: Limits, network: Network | None = None
+) -> tuple[LoadedImage, ...]:
+    return images.load(sources, limits, Decoder(()), network)
 
 
 def png(width: int, height: int) -> bytes:
@@ -112,6 +120,7 @@ class FakeWire:
                 case float(pause_s):
                     self._clock.now += min(pause_s, self._timeout_s)
                     if pause_s >= self._timeout_s:
+                        self._script.insert(0, pause_s - self._timeout_s)
                         raise TimeoutError
         return b""
 

@@ -6,6 +6,7 @@ import random
 import struct
 import sys
 import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
@@ -17,22 +18,38 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlxlite.vision import images
+from mlxlite.vision.decoder import Decoder
 from mlxlite.vision.fetch import MAX_URL, Limits
 from mlxlite.vision.images import (
-    FORMATS,
     MAX_BYTES,
     ImageError,
     LoadedImage,
     Source,
-    load,
     source_of,
     source_of_base64,
 )
+from mlxlite.vision.pixels import FORMATS
 
 PARAM = "messages[0].content[1].image_url"
 LIMITS = Limits()
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 GRID = [[RED, GREEN], [BLUE, WHITE]]  # an image of four quarters, row by row
+
+
+DECODER = Decoder()  # its children, and so each image here, are processes of their own
+IN_THREAD = Decoder(())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _children() -> Iterator[None]:
+    yield
+    DECODER.close()
+
+
+def load(
+    sources: Sequence[Source], limits: Limits, decoder: Decoder = DECODER
+) -> tuple[LoadedImage, ...]:
+    return images.load(sources, limits, decoder)
 
 
 def grid(side: int = 8) -> Image.Image:
@@ -511,6 +528,8 @@ def test_broken_bytes_are_an_image_or_an_image_error(
     with suppress(ImageError):
         (found,) = load([source(bytes(broken))], limits)
         assert found.pixels.mode == "RGB"
+        (other,) = load([source(bytes(broken))], limits, IN_THREAD)
+        assert found.pixels.tobytes() == other.pixels.tobytes()
 
 
 def test_a_decoder_without_memory_is_an_image_error(
@@ -520,7 +539,8 @@ def test_a_decoder_without_memory_is_an_image_error(
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "convert", full)
-    assert "cannot be decoded" in refusal(PNG)
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load([source(PNG)], LIMITS, IN_THREAD)
 
 
 def test_without_pillow_the_error_names_the_missing_package(
