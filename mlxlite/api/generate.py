@@ -89,6 +89,8 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
     request, prompts = await parse_and_render(service, exchange, body, parse, render)
     if exchange.is_lost or exchange.is_answered:
         return
+    if dialect.resume is None:  # else the messages are stored
+        request = request.without_sources()
     service.need_model()  # the phase may have changed while the prompt was rendered
     is_limited = request.priority < service.priority_limit(exchange)
     service.note_ignored(exchange, request.ignored, is_limited=is_limited)

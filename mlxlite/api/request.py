@@ -8,7 +8,7 @@ of the model's own template (`Message.as_template`, `template_kwargs`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from mlxlite.api.conversation import Message, Role
 from mlxlite.api.fields import Given
@@ -51,6 +51,10 @@ class Request:
     def sources(self) -> tuple[Source, ...]:
         return ()
 
+    def without_sources(self) -> Self:
+        """The same without its images, once they are read: an answer may take long."""
+        return self
+
     @property
     def has_logprobs(self) -> bool:
         return self.sampling.get("top_logprobs") is not None
@@ -75,6 +79,11 @@ class ChatRequest(Request):
     @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(source for message in self.messages for source in message.sources)
+
+    def without_sources(self) -> Self:
+        if not self.sources:
+            return self
+        return replace(self, messages=tuple(replace(one, parts=()) for one in self.messages))
 
     @property
     def asked_sources(self) -> tuple[Source, ...]:

@@ -65,7 +65,7 @@ class Limits:
     max_redirects: int = 3
     connect_s: float = 5.0
     total_s: float = 15.0  # for all fetches of a request
-    decode_s: float = 20.0  # for all decoding of a request
+    decode_s: float = 10.0  # for all decoding of a request
 
     @property
     def too_large(self) -> str:

@@ -175,15 +175,17 @@ def source_of(value: str, param: str, detail: str = "auto") -> Source:
 
 def source_of_base64(value: str, param: str, detail: str = "auto") -> Source:
     """An image's bytes; white space and percent-escapes are accepted. Raises ImageError."""
-    encoded = value.encode()
-    for escape, byte in _ESCAPES if b"%" in encoded else ():
-        encoded = encoded.replace(escape, byte)
-    encoded = encoded.translate(None, b" \t\r\n")
+    encoded: str | bytes = value  # as it is, if it can be: a copy may be 43 MB
+    if any(char in value for char in "% \t\r\n"):
+        encoded = value.encode()
+        for escape, byte in _ESCAPES if b"%" in encoded else ():
+            encoded = encoded.replace(escape, byte)
+        encoded = encoded.translate(None, b" \t\r\n")
     if len(encoded) > math.ceil(MAX_BYTES / 3) * 4:
         raise ImageError(f"'{param}' is larger than {MAX_BYTES >> 20} MiB.", param)
     try:
         data = binascii.a2b_base64(encoded, strict_mode=True)
-    except binascii.Error:
+    except ValueError:  # binascii's error, or characters beyond ASCII
         raise ImageError(f"'{param}' is not valid base64.", param) from None
     if not data:
         raise ImageError(f"'{param}' holds no bytes.", param)

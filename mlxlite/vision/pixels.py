@@ -166,7 +166,7 @@ JOB: Final = struct.Struct(">?Q4Q")  # whether to decode; bytes that follow; the
 ANSWER: Final = struct.Struct(">?IIQ")  # whether it is an image; its size; bytes that follow
 READY: Final = ANSWER.pack(True, 0, 0, 0)  # once, at the start
 MAX_CPU_S = 60  # of one job: should the parent be gone, which would have ended it
-MAX_MEMORY = 2 << 30  # of addresses; the largest image takes three copies of 256 MB
+MAX_MEMORY = 3 << 29  # of addresses; a WebP of 64 million pixels takes 1.1 GiB
 _NICE = 5  # a decode may wait; the device's thread may not
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mlxlite import wanted
 from mlxlite.api.threads import LONG_BYTES, SHORT_BYTES, Lane, Work
 from mlxlite.wanted import Dropped
 
@@ -77,6 +79,25 @@ def test_work_of_a_client_that_has_left_is_dropped_before_it_runs() -> None:
             results = await held.release()
             assert isinstance(results[1], Dropped)
             assert held.ran == ["here"]
+
+    asyncio.run(scenario())
+
+
+def test_work_that_runs_ends_once_it_asks_and_its_client_has_left() -> None:
+    async def scenario() -> None:
+        async with lane_of() as lane:
+            is_here, has_begun = True, threading.Event()
+
+            def work() -> None:
+                has_begun.set()
+                wanted.wait_for(lambda s: time.sleep(s), 60)
+
+            running = asyncio.create_task(lane.run(b"k", lambda: is_here, work))
+            await asyncio.to_thread(has_begun.wait)
+            is_here = False
+            with pytest.raises(Dropped):
+                await asyncio.wait_for(running, 1)
+            assert await lane.run(b"k", bool_of(True), wanted.check) is None, "and only that work"
 
     asyncio.run(scenario())
 

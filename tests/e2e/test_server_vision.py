@@ -5,13 +5,9 @@ import io
 import json
 import socket
 import threading
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +18,22 @@ pytest.importorskip("PIL")
 
 import tiny_vlms
 from anthropic import Anthropic
-from live import serving
+from live import Site, serving
 from openai import OpenAI
-from pictures import COLOURS, SHAPES, draw
+from pictures import COLOURS, SHAPES, draw, shown, text, uri
 from pictures import chequered as picture
 
 import mlxlite
-import mlxlite.api.render
+import mlxlite.vision.processor
 
 # Of mlx-vlm's audio front end, which gemma4 makes whether or not there is any audio.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A server, and how to ask it."""
-
-    server: mlxlite.Server
-
-    def post(self, path: str, body: Any) -> tuple[int, Any]:
-        """Status and JSON."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        head = {"content-type": "application/json"}
-        request = urllib.request.Request(self.server.url + path, data, head)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            with closing(error):
-                return error.code, json.load(error)
-
-    def chat(self, *parts: Any, **fields: Any) -> tuple[int, Any]:
-        messages = [{"role": "user", "content": list(parts)}]
-        body = {"messages": messages, "max_tokens": 8, "temperature": 0, **fields}
-        return self.post("/v1/chat/completions", body)
-
-    def is_serving(self) -> bool:
-        status, answer = self.chat(text("Hello"))
-        return status == 200 and answer["usage"]["completion_tokens"] == 8
-
-
-def text(said: str) -> dict[str, Any]:
-    return {"type": "text", "text": said}
 
 
 def png(seed: int = 1, *size: int) -> bytes:
     out = io.BytesIO()
     picture(seed, *size).save(out, "PNG")
     return out.getvalue()
-
-
-def uri(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def shown(url: str, **more: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
 def site(path: Path, **settings: Any) -> mlxlite.Config:
@@ -263,14 +219,14 @@ def test_a_url_is_not_fetched_unless_the_operator_allows_it(checkpoint: Path):
 
 def test_pictures_that_take_long_hold_up_no_text(seer: Site, monkeypatch: pytest.MonkeyPatch):
     asked, go_on = threading.Semaphore(0), threading.Event()
-    load = mlxlite.api.render.load  # type: ignore[attr-defined]
+    load = mlxlite.vision.processor.load
 
     def slow(*args: Any, **more: Any) -> Any:
         asked.release()
         go_on.wait(30)
         return load(*args, **more)
 
-    monkeypatch.setattr("mlxlite.api.render.load", slow)
+    monkeypatch.setattr("mlxlite.vision.processor.load", slow)
     answers: list[int] = []
 
     def ask() -> None:

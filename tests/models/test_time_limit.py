@@ -1,9 +1,11 @@
 """Calls that are stopped in their thread, once, and only while they run."""
 
 import threading
+from time import monotonic
 
 import pytest
 
+from mlxlite import wanted
 from mlxlite.models.time_limit import TookTooLong, _Bounded, _Stop, run_with_timeout
 
 
@@ -24,6 +26,17 @@ def test_a_call_that_does_not_end_is_stopped_once_and_its_thread_continues() -> 
         with pytest.raises(TookTooLong, match=r"stopped after 0\.01 s"):
             run_with_timeout(0.01, spin)
     assert sum(range(10**6)) > 0, "nothing is raised afterwards"
+
+
+def test_a_call_whose_client_leaves_is_stopped_and_its_thread_continues() -> None:
+    left = threading.Event()
+    threading.Timer(0.05, left.set).start()
+    began_at = monotonic()
+    with pytest.raises(wanted.Dropped):
+        wanted.call_while(lambda: not left.is_set(), lambda: run_with_timeout(60, spin))
+    assert 0.05 <= monotonic() - began_at < 1
+    assert sum(range(10**6)) > 0, "nothing is raised afterwards"
+    assert run_with_timeout(60, lambda: 7) == 7, "the next call of the thread is wanted"
 
 
 def test_a_stop_that_arrives_as_the_call_ends_is_withdrawn() -> None:

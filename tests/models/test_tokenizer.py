@@ -8,6 +8,7 @@ import pytest
 from checkpoints import IM_END, NUM_TOKENS, loaded, save_checkpoint
 from tokenizers import Tokenizer
 
+from mlxlite import wanted
 from mlxlite.config.options import Config
 from mlxlite.models import tokenizer
 from mlxlite.models.interface import PromptTooLong
@@ -57,6 +58,20 @@ def test_a_long_text_that_fits_has_the_same_tokens(small: OwnTokenizer, text: st
     many = text * (990 // len(whole))
     expected = tuple(own.encode(many, add_special_tokens=False))
     assert small.encode(many, add_special=False) == expected
+
+
+@pytest.mark.parametrize("num_pieces", [1, 3, 6])
+def test_no_further_piece_is_tokenized_once_the_client_has_left(
+    small: OwnTokenizer, num_pieces: int
+) -> None:
+    small.max_tokens = 3900
+
+    def is_wanted() -> bool:
+        return len(small.wrapper.sizes) < num_pieces
+
+    with pytest.raises(wanted.Dropped):
+        wanted.call_while(is_wanted, lambda: small.encode(" " * 4000, add_special=False))
+    assert small.wrapper.sizes == [500] * num_pieces
 
 
 def test_a_text_of_too_many_characters_is_refused_by_its_length(small: OwnTokenizer) -> None:

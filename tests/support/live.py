@@ -1,9 +1,13 @@
 """A real server with a real model in this process, for the tests that drive a client against it."""
 
 import asyncio
+import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from helpers import TIMEOUT_S
@@ -33,3 +37,31 @@ def serving(config: mlxlite.Config) -> Iterator[mlxlite.Server]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(TIMEOUT_S)
         loop.close()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, and how to ask it."""
+
+    server: mlxlite.Server
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        """Status and JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        head = {"content-type": "application/json"}
+        request = urllib.request.Request(self.server.url + path, data, head)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            with closing(error):
+                return error.code, json.load(error)
+
+    def chat(self, *parts: Any, **fields: Any) -> tuple[int, Any]:
+        messages = [{"role": "user", "content": list(parts)}]
+        body = {"messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+        return self.post("/v1/chat/completions", body)
+
+    def is_serving(self) -> bool:
+        status, answer = self.chat({"type": "text", "text": "Hello"})
+        return status == 200 and answer["usage"]["completion_tokens"] == 8

@@ -3,6 +3,9 @@
 They are drawn here and not with what the model was trained on, so that the two can disagree.
 """
 
+import base64
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -35,3 +38,18 @@ def chequered(seed: int, width: int = 96, height: int = 80) -> Image.Image:
     """An image of 16 fields in random colours."""
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+
+
+# --- parts of messages -------------------------------------------------------------------------
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+def uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shown(url: str, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}

@@ -7,8 +7,9 @@ which the scripts must resemble.
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mlxlite import wanted
 from mlxlite.vision import images
 from mlxlite.vision.decoder import Decoder
 from mlxlite.vision.fetch import Limits, Network, is_public
@@ -567,3 +569,90 @@ def test_the_system_resolver_runs_within_a_timeout(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_over.wait(20) and [])
     assert Network().resolve("example.com", 80, 0.001) == []
     is_over.set()
+
+
+# --- clients that leave -------------------------------------------------------------------------
+
+
+@contextmanager
+def silent(backlog: int = 8) -> Iterator[int]:
+    """A port whose connections are answered by nothing, or whose backlog is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=backlog))
+        address = listener.getsockname()
+        for _ in range(8 if backlog == 0 else 0):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield address[1]
+
+
+@pytest.mark.parametrize("stage", ["resolve", "connect", "handshake", "answer", "body"])
+def test_a_fetch_ends_at_once_when_its_client_leaves(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over, left = threading.Event(), threading.Event()
+    if stage == "resolve":
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_over.wait(20) and [])
+    scheme = "https" if stage == "handshake" else "http"
+    beginning = answer(PNG)[:-10] if stage == "body" else b""
+    with silent(backlog=0 if stage == "connect" else 8) as port, threads_end(is_over):
+
+        def dial(_address: str, _port: int, timeout_s: float) -> Any:
+            wire = Network().dial("127.0.0.1", port, timeout_s)
+            return Begun(wire, beginning) if beginning else wire
+
+        resolve = Network().resolve if stage == "resolve" else FakeNetwork().resolve
+        network = Network(resolve=resolve, dial=dial)
+        source = source_of(f"{scheme}://example.com/", PARAM)
+        threading.Timer(0.1, left.set).start()
+        began_at = time.monotonic()
+        with pytest.raises(wanted.Dropped):
+            wanted.call_while(lambda: not left.is_set(), lambda: load([source], REMOTE, network))
+        assert 0.1 <= time.monotonic() - began_at < 0.5
+
+
+class Begun:
+    """A connection that has received a beginning."""
+
+    def __init__(self, wire: Any, beginning: bytes) -> None:
+        self._wire, self._beginning = wire, beginning
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wire, name)
+
+    def recv(self, num_bytes: int, /) -> Any:
+        found, self._beginning = self._beginning, b""
+        return found or self._wire.recv(num_bytes)
+
+
+@contextmanager
+def threads_end(is_over: threading.Event) -> Iterator[None]:
+    """Resolvers that were abandoned end with the test."""
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threading.enumerate():
+            if thread.name == "mlxlite-resolve":
+                thread.join(20)
+
+
+def test_abandoned_resolvers_are_bounded_and_the_next_one_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_over = threading.Event()
+    asked: list[str] = []
+
+    def hang(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        return is_over.wait(20) and []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with threads_end(is_over):
+        for i in range(40):
+            assert Network().resolve(f"{i}.example", 80, 0.01) == []
+        assert len(asked) == 16
+        threading.Timer(0.2, is_over.set).start()
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (PUBLIC, 80))])
+        assert Network().resolve("next.example", 80, 20.0) == [PUBLIC]

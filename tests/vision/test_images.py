@@ -13,6 +13,8 @@ from io import BytesIO
 from typing import Any
 
 import pytest
+from bombs import png as png_of
+from bombs import png_chunk, progressive
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -282,38 +284,15 @@ def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
     )
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of any size and few bytes: white, one bit a pixel."""
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    packer = zlib.compressobj(9)
-    row = b"\0" + b"\xff" * ((width + 7) // 8)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(20_000, 20_000), (9_500, 9_500), (8_001, 8_000), (300, 213_334)])
 def test_a_bomb_is_refused_by_the_size_in_its_header(size: tuple[int, int]) -> None:
-    assert refusal(bomb(*size)[:60]) == "has more than 64000000 pixels"
+    assert refusal(png_of(*size)[:60]) == "has more than 64000000 pixels"
 
 
 def test_a_whole_bomb_of_400_megapixels_is_small_and_refused() -> None:
-    data = bomb(20_000, 20_000)
+    data = png_of(20_000, 20_000)
     assert len(data) < 200_000
     assert refusal(data) == "has more than 64000000 pixels"
-
-
-def progressive(size: tuple[int, int], num_more: int) -> bytes:
-    """A progressive JPEG of ten scans, the last of which is repeated."""
-    file = BytesIO()
-    Image.new("RGB", size, "teal").save(file, "JPEG", progressive=True)
-    data = file.getvalue()
-    last = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + last * num_more + data[-2:]
 
 
 @pytest.mark.parametrize(
@@ -334,19 +313,19 @@ def test_a_progressive_jpeg_is_decoded(size: tuple[int, int]) -> None:
 
 def test_an_image_of_exactly_the_pixel_limit_is_decoded() -> None:
     limits = replace(LIMITS, max_source_pixels=64 * 100, max_pixels=64)
-    assert loaded(bomb(64, 100), limits=limits).pixels.size == (6, 10)
-    assert "has more than 6400 pixels" in refusal(bomb(65, 100), limits)
+    assert loaded(png_of(64, 100), limits=limits).pixels.size == (6, 10)
+    assert "has more than 6400 pixels" in refusal(png_of(65, 100), limits)
 
 
 def test_the_aspect_ratio_is_bounded() -> None:
-    assert loaded(bomb(1, 200)).pixels.size == (1, 200)
-    assert "200 times as long as wide" in refusal(bomb(1, 201))
-    assert "200 times as long as wide" in refusal(bomb(402, 2))
+    assert loaded(png_of(1, 200)).pixels.size == (1, 200)
+    assert "200 times as long as wide" in refusal(png_of(1, 201))
+    assert "200 times as long as wide" in refusal(png_of(402, 2))
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (6000, 31), (1265, 1265)])
 def test_a_large_image_is_scaled_down_in_its_proportions(size: tuple[int, int]) -> None:
-    width, height = loaded(bomb(*size)).pixels.size
+    width, height = loaded(png_of(*size)).pixels.size
     assert width * height <= 1_600_000
     if size[0] * size[1] > 1_600_000:
         assert width * height > 0.95 * 1_600_000
@@ -354,8 +333,8 @@ def test_a_large_image_is_scaled_down_in_its_proportions(size: tuple[int, int]) 
 
 
 def test_a_small_image_keeps_its_size() -> None:
-    assert loaded(bomb(1, 1)).pixels.size == (1, 1)
-    assert loaded(bomb(1264, 1264)).pixels.size == (1264, 1264)
+    assert loaded(png_of(1, 1)).pixels.size == (1, 1)
+    assert loaded(png_of(1264, 1264)).pixels.size == (1264, 1264)
 
 
 @pytest.mark.parametrize(
@@ -365,8 +344,8 @@ def test_a_small_image_keeps_its_size() -> None:
 def test_low_detail_is_at_most_512_pixels_a_side(
     size: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
-    assert loaded(bomb(*size), "low").pixels.size == scaled
-    assert loaded(bomb(*size), "high").pixels.size == size
+    assert loaded(png_of(*size), "low").pixels.size == scaled
+    assert loaded(png_of(*size), "high").pixels.size == size
 
 
 def test_a_scaled_jpeg_keeps_its_colours() -> None:
@@ -489,8 +468,8 @@ def test_grey_of_16_bits_is_grey_of_8(value: int, shown: int) -> None:
 def test_colours_of_16_bits_are_colours_of_8() -> None:
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     row = zlib.compress(b"\0" + struct.pack(">HHH", 65535, 32768, 0))
-    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    assert pixel(head + chunk(b"IDAT", row) + chunk(b"IEND", b"")) == (255, 128, 0)
+    head = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    assert pixel(head + png_chunk(b"IDAT", row) + png_chunk(b"IEND", b"")) == (255, 128, 0)
 
 
 def test_cmyk_is_converted_to_rgb() -> None:
