@@ -221,6 +221,8 @@ class Server:
             self.listener.unlink()
         if self._loaded is not None and self._loaded.done():
             self._loaded.exception()  # retrieved: asyncio need not warn of it
+        if self.service.ready is not None:
+            self.service.ready.model.close()
         self.service.ready = None  # and with it the weights
 
     async def __aenter__(self) -> Self:

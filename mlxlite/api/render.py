@@ -73,7 +73,7 @@ def _pictures(
     )
     seen = [source for source in sources if id(source) not in stand_ins]
     with image_errors():
-        pictures = model.load_images(seen, limits)
+        pictures = model.load_images(seen, limits) if seen else ()
     return tuple(message.without(stand_ins) for message in request.messages), pictures
 
 

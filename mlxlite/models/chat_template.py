@@ -62,6 +62,10 @@ class ChatTemplate:
             raise PromptError(self.image_reader)
         return self.image_reader.load(sources, limits)
 
+    def close(self) -> None:
+        if not isinstance(self.image_reader, str):
+            self.image_reader.close()
+
     def render(
         self,
         messages: SequenceOf[Mapping[str, Any]],

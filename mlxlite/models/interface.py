@@ -46,6 +46,9 @@ class Model(Protocol):
         Only of a model that takes images. Raises `vision.images.ImageError`, Dropped.
         """
 
+    def close(self) -> None:
+        """End the processes that decode images."""
+
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
     ) -> Grammar:

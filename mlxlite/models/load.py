@@ -62,6 +62,7 @@ class LoadedModel:
         self.render = chat_template.render
         self.vision_unavailable_reason = chat_template.vision_unavailable_reason
         self.load_images = chat_template.load_images
+        self.close = chat_template.close
         self.tokenizer = tokenizer = chat_template.tokenizer
         self.eos_tokens = tokenizer.eos_tokens
         self.output_format = tokenizer.output_format

@@ -129,9 +129,10 @@ class Decoder:
         return Image.frombytes("RGB", *found)
 
     def close(self) -> None:
-        """End the children that are idle; a later call starts others."""
+        """End the children that are idle, and from now on each one after its image."""
         with self._lock:
             idle, self._idle = self._idle, []
+            self._idle_s = 0.0
         for child in idle:
             self._stop_timer(child)
             child.end()

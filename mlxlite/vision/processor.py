@@ -117,6 +117,7 @@ class Reader:
         self._is_unbroken = is_unbroken
         self._lock = threading.Lock()
         self._decoder = Decoder()
+        self.close = self._decoder.close
         self._cache: _ImageProcessor | None = None
         if callable(inner := getattr(processor, "image_processor", None)):
             self._cache = inner if isinstance(inner, _ImageProcessor) else _ImageProcessor(inner)

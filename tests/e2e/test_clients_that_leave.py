@@ -37,10 +37,15 @@ SLOW = {  # images whose decoding takes many seconds
 
 
 @pytest.fixture(scope="module")
-def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vlm") / "seer"
     tiny_vlms.save(path, "qwen3_vl")
-    with serving(config(path, allow_remote_images=True)) as server:
+    return path
+
+
+@pytest.fixture(scope="module")
+def seer(checkpoint: Path) -> Iterator[Site]:
+    with serving(config(checkpoint, allow_remote_images=True)) as server:
         yield Site(server)
 
 
@@ -116,6 +121,15 @@ def test_clients_that_leave_in_mid_fetch_free_both_threads_for_images(
     taken_s = answered_in(seer, shown(small_png(3)), text("What?"))
     is_over.set()
     assert taken_s < FREE_S
+
+
+def test_no_decoder_outlives_its_server(checkpoint: Path) -> None:
+    with serving(config(checkpoint)) as server:
+        answered_in(Site(server), shown(small_png(4)), text("What?"))
+        ready = server.service.ready
+        assert ready is not None
+        (child,) = ready.model.chat_template.image_reader._decoder._idle  # type: ignore[attr-defined]
+    assert child.has_ended
 
 
 LOOPS = {  # templates that take long for a message that says so

@@ -1,7 +1,7 @@
 """Abuse of resources, attempted against the demo in a process of its own; one table of results.
 
     python -m tests.robustness.abuse                  # all, about four minutes on two cores
-    python -m tests.robustness.abuse bodies shares    # some of: bodies shares memory readers logs
+    python -m tests.robustness.abuse bodies shares    # some; --help lists them
 
 Each attempt has a bound; the exit code is 1 if one is broken. Seeded. Linux only (/proc).
 """
@@ -10,21 +10,27 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import statistics
 import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+from PIL import Image
+
 from bench.serving import HOST, free_port, rss_bytes
+from tests.support import bombs
 
 CHAT = "/v1/chat/completions"
 MIB = 1 << 20
+KEPT_IMAGES = 128 * MIB  # processed images that the server keeps, beside a request's
 BODY_BYTES = 60 * MIB  # the default limit is 64 MB
 TEXTS = {"a b": "a ", "blanks": " ", "digits": "7", "CJK": "模型", "marks": "!?"}
 PATHS: dict[str, Callable[[str], str]] = {  # endpoint: a body around a JSON string
@@ -264,6 +270,53 @@ async def readers(report: Report) -> None:
         )
 
 
+def pictures(*images: bytes) -> bytes:
+    """A chat about images, which may be anything."""
+    parts: list[Any] = [
+        {"type": "image_url", "image_url": {"url": f"data:;base64,{b64encode(data).decode()}"}}
+        for data in images
+    ]
+    parts.append({"type": "text", "text": "What is in the pictures?"})
+    return json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 2}).encode()
+
+
+def photo(num_bytes: int) -> bytes:
+    """A PNG of noise, which takes as many bytes."""
+    side = int((num_bytes / 3) ** 0.5)
+    image = Image.frombytes("RGB", (side, side), bombs.noise(3 * side * side))
+    return bombs.saved(image, "PNG", compress_level=0)
+
+
+async def images(report: Report) -> None:
+    """The largest bodies of images; then images of endless work from clients that leave."""
+    async with served("--model", "tests/support/vlm_demo", "--max-body-mb", "512") as server:
+        small = pictures(photo(1000))
+        await ask(server.port, CHAT, small)
+        start = server.rss_bytes()
+        for num, size in ((2, 20), (16, 2.8), (16, 19)):
+            name, body = f"{num} images of {size} MiB", pictures(*[photo(int(size * MIB))] * num)
+            async with Watch(server) as watch:
+                status = await ask(server.port, CHAT, body)
+            growth = (watch.peak_bytes - start - KEPT_IMAGES) / len(body)
+            report.add(f"{name}: memory, in bodies", growth if status == 200 else math.inf, 3.5)
+            if len(body) <= 64 * MIB:
+                report.add(f"{name}: /health", watch.health_s, 0.5, " s")
+        slow, worst_s = pictures(bombs.jpeg_with(b"\xff" * 18 * MIB)), 0.0
+        for _ in range(5):
+            leaving = [asyncio.create_task(ask(server.port, CHAT, slow)) for _ in range(4)]
+            await asyncio.sleep(2)
+            for task in leaving:
+                task.cancel()
+            await asyncio.gather(*leaving, return_exceptions=True)
+            began_at = perf_counter()
+            await ask(server.port, CHAT, small)
+            worst_s = max(worst_s, perf_counter() - began_at)
+        report.add("an image after 4 endless ones whose clients left", worst_s, 0.5, " s")
+        await asyncio.sleep(2)
+        left = (server.rss_bytes() - start) / MIB
+        report.add("images: memory afterwards", left, 200, " MiB")
+
+
 async def logs(report: Report) -> None:
     """Stdout and stderr are a pipe that nothing reads: 2,000 answers, then SIGTERM."""
     reading, writing = os.pipe()
@@ -282,7 +335,7 @@ async def logs(report: Report) -> None:
 
 
 ATTEMPTS: dict[str, Callable[[Report], Awaitable[None]]] = {
-    attempt.__name__: attempt for attempt in (bodies, shares, memory, readers, logs)
+    attempt.__name__: attempt for attempt in (bodies, shares, memory, readers, images, logs)
 }
 
 

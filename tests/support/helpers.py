@@ -370,6 +370,9 @@ class FakeModel:
     def is_compiled(self, constraint: Constraint) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
     def parse_calls(
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:

@@ -254,6 +254,15 @@ def test_a_child_is_kept_for_the_next_image_and_ends_when_it_is_idle() -> None:
     decoder.close()
 
 
+def test_no_child_stays_once_it_is_closed(decoder: Decoder) -> None:
+    decoder.decode(PNG, BOUNDS, 20.0)
+    idle = pids(decoder)
+    decoder.close()
+    assert not any(map(is_alive, idle))
+    decoder.decode(PNG, BOUNDS, 20.0)
+    until(lambda: not decoder._idle)
+
+
 def test_a_child_that_ended_while_it_was_idle_is_replaced(decoder: Decoder) -> None:
     for _ in range(2):
         decoder.decode(PNG, BOUNDS, 20.0)
