@@ -1,5 +1,6 @@
 """Decoding in children: bombs of each format, time, clients that leave, crashes, idle children."""
 
+import errno
 import os
 import signal
 import struct
@@ -330,6 +331,40 @@ def test_once_children_have_started_a_failed_start_decodes_nothing_here(decoder:
     decoder._command = ("/no/such/program",)
     with pytest.raises(Refused, match="now"):
         decoder.decode(PNG, BOUNDS, 20.0)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+def test_a_system_that_is_busy_turns_no_decoding_into_this_process(
+    decoder: Decoder, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any, **__: Any) -> Any:
+        raise OSError(number, "busy")
+
+    with monkeypatch.context() as only:
+        only.setattr(decoder_module.subprocess, "Popen", busy)
+        with pytest.raises(Refused, match="now"):
+            decoder.decode(PNG, BOUNDS, 20.0)
+    decoder.decode(PNG, BOUNDS, 20.0)
+    assert len(pids(decoder)) == 1
+
+
+def test_two_threads_share_children_at_any_rate(decoder: Decoder) -> None:
+    decoder._idle_s = 0.002  # so that children expire while they are taken
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            for _ in range(60):
+                assert decoder.measure(PNG, BOUNDS, 20.0) == (3, 2)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
 
 
 def test_a_child_has_no_environment_no_core_no_files_and_no_terminal(
