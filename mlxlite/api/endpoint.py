@@ -1,9 +1,9 @@
 """One operation of the API, as the router, the OpenAPI document and the metrics read it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from mlxlite.api.fields import Table, Use
+from mlxlite.api.fields import Kinds, Table, Use
 from mlxlite.api.service import Service
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import ErrorBody, error_body
@@ -29,6 +29,7 @@ class Endpoint:
     media_type: str = JSON
     is_open: bool = False  # needs no API key
     error_body: ErrorBody = error_body  # errors in the form of the endpoint's dialect
+    kinds: Mapping[str, Kinds] = field(default_factory=dict)  # types inside of fields, by what
 
     @property
     def is_stream(self) -> bool:

@@ -19,7 +19,7 @@ from mlxlite.http.errors import APIError, bad_request, not_supported, truncate
 MAX_VALUES = 1 << 20
 _BEFORE_VALUES = (b",", b"[", b"{")  # in strings too, where few of them are
 MAX_DEPTH = 100  # of a schema; writing one as text fails at 255
-MAX_PROMPTS = 256  # in one request
+MAX_PROMPTS = 2048  # in one request, OpenAI's bound
 
 Reader = Callable[[Any, str], Any]
 R = TypeVar("R", bound=Reader)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from mlxlite import wanted
-from mlxlite.api.content_parts import BAD_IMAGE, TEXT_ONLY, TOO_MANY, image_errors
+from mlxlite.api.content_parts import BAD_IMAGE, IMAGE_OMITTED, TEXT_ONLY, TOO_MANY, image_errors
 from mlxlite.api.conversation import Message
 from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import MAX_VALUES, Text
@@ -48,7 +48,7 @@ def render_chat(model: Model, request: ChatRequest, config: Config) -> list[Prom
 def _pictures(
     model: Model, request: ChatRequest, config: Config
 ) -> tuple[tuple[Message, ...], tuple[LoadedImage, ...]]:
-    """The messages with what stands for the pictures that cannot be seen, and the others, loaded.
+    """The messages with what stands for the pictures that cannot be used, and the others, loaded.
 
     Only a picture that the user asks about is a demand.
     """
@@ -59,22 +59,31 @@ def _pictures(
     if (reason := model.vision_unavailable_reason) is not None:
         if asked:
             raise not_supported(f"{BAD_IMAGE}: {reason}", request.asked_sources[0].param)
-        left_out, stand_in = history, TEXT_ONLY
+        stand_ins = dict.fromkeys(map(id, history), TEXT_ONLY)
     else:
-        left_out, stand_in = history[: max(0, len(sources) - config.max_images)], TOO_MANY
-    stand_ins = {id(source): stand_in for source in left_out}
-    for source in left_out:
-        leave_out(source.param)
-    limits = Limits(
+        surplus = history[: max(0, len(sources) - config.max_images)]
+        stand_ins = dict.fromkeys(map(id, surplus), TOO_MANY)
+    seen = [source for source in sources if id(source) not in stand_ins]
+    loaded: Sequence[LoadedImage | None] = ()
+    if seen:
+        with image_errors():
+            loaded = model.load_images(seen, _limits(config), lambda source: id(source) in asked)
+    lost = (id(source) for source, image in zip(seen, loaded, strict=True) if image is None)
+    stand_ins |= dict.fromkeys(lost, IMAGE_OMITTED)
+    for source in sources:
+        if id(source) in stand_ins:
+            leave_out(source.param)
+    turns = tuple(message.without(stand_ins) for message in request.messages)
+    return turns, tuple(image for image in loaded if image is not None)
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
         max_images=config.max_images,
         max_pixels=config.max_image_pixels,
         max_bytes=config.max_image_mb << 20,
         allow_remote=config.allow_remote_images,
     )
-    seen = [source for source in sources if id(source) not in stand_ins]
-    with image_errors():
-        pictures = model.load_images(seen, limits) if seen else ()
-    return tuple(message.without(stand_ins) for message in request.messages), pictures
 
 
 def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:

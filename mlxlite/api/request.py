@@ -159,6 +159,7 @@ def template_kwargs(
     kwargs: dict[str, Any] = {}
     if effort is not None:  # as llama-server and vLLM
         kwargs = {"enable_thinking": effort != "none", "reasoning_effort": effort}
-    if is_thinking is not None:
-        kwargs["enable_thinking"] = is_thinking
+    for wanted in (is_thinking, given.take("enable_thinking")):
+        if wanted is not None:
+            kwargs["enable_thinking"] = wanted
     return {**kwargs, **given.take("chat_template_kwargs", {})}

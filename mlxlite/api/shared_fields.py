@@ -16,6 +16,7 @@ from mlxlite.api.fields import (
     unsupported,
     unsupported_each,
 )
+from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import flag, integer, json_object, nested, one_of, text, token_ids, wrong
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
@@ -23,10 +24,10 @@ from mlxlite.http.errors import bad_request, truncate
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_SALT = 128  # characters, as in vLLM
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 64  # vLLM has no bound; each is looked for at every token
 MAX_STOP_BYTES = 1024  # each; bounds the text a stream holds back
 MAX_STOP_TOKENS = 1024
-MAX_CHOICES = 16
+MAX_CHOICES = 128  # OpenAI's
 MAX_TOP_LOGPROBS = 20  # OpenAI's and vLLM's
 _MAX_INT = 2**31 - 1
 
@@ -99,9 +100,25 @@ def _template_kwargs(value: Any, param: str) -> dict[str, Any]:
     return kwargs
 
 
-effort: Final = one_of(*EFFORTS)
+def effort(value: Any, param: str) -> str | None:
+    """How long a model may reason; a word that no template has is left out."""
+    if text(value, param) in EFFORTS:
+        return str(value)
+    leave_out(f"{param}: {truncate(value)}")
+    return None
+
+
+def thinking(value: Any, param: str) -> bool:
+    """Whether to reason, in the words of GLM and DeepSeek: a flag, or a type."""
+    if isinstance(value, bool):
+        return value
+    types = one_of("enabled", "disabled", "adaptive")
+    return bool(nested("type", type=types)(value, param)["type"] != "disabled")
+
+
 SAMPLING_FIELDS: Final[Table] = table_of(SamplingParams)
 TEMPLATE_FIELDS: Final[Table] = {
+    "enable_thinking": supported(flag, "the same in `chat_template_kwargs`"),
     "chat_template_kwargs": supported(_template_kwargs, "arguments for the chat template"),
     "chat_template": unsupported(note="a template is code: set it with --chat-template"),
 }
@@ -111,6 +128,9 @@ MODEL: Final = supported(
 ONE_CHOICE: Final = unsupported(1, note="an answer has one choice")
 STOP: Final = supported(_stop, f"a string or up to {MAX_STOP_STRINGS}")
 MAX_TOKENS: Final = supported(_max_tokens, "at least 1; default: what is left of the context")
+_MAX_TOKENS_ELSEWHERE: Final = (
+    "max_completion_tokens max_output_tokens max_new_tokens n_predict num_predict"
+)
 TOP_LOGPROBS: Final = integer(0, MAX_TOP_LOGPROBS)
 BUDGET: Final = supported(integer(0, _MAX_INT), "tokens of reasoning, then the block is closed")
 
@@ -129,7 +149,7 @@ GENERATION_FIELDS: Final[Table] = {
 COMPLETION_FIELDS: Final[Table] = {
     **GENERATION_FIELDS,
     "max_tokens": MAX_TOKENS,
-    **aliases(*("max_tokens", MAX_TOKENS), "max_completion_tokens max_output_tokens n_predict"),
+    **aliases("max_tokens", MAX_TOKENS, _MAX_TOKENS_ELSEWHERE),
     "stop": STOP,
     "n": supported(
         integer(1, MAX_CHOICES), f"up to {MAX_CHOICES}; one prefill, with the prefix cache"

@@ -9,7 +9,7 @@ Immutable: any thread may render.
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,12 +55,15 @@ class ChatTemplate:
         return self.image_reader if isinstance(self.image_reader, str) else None
 
     def load_images(
-        self, sources: "SequenceOf[Source]", limits: "Limits"
-    ) -> "tuple[LoadedImage, ...]":
+        self,
+        sources: "SequenceOf[Source]",
+        limits: "Limits",
+        is_needed: "Callable[[Source], bool]",
+    ) -> "tuple[LoadedImage | None, ...]":
         """Raises PromptError where no image can be read; ImageError, Dropped."""
         if isinstance(self.image_reader, str):
             raise PromptError(self.image_reader)
-        return self.image_reader.load(sources, limits)
+        return self.image_reader.load(sources, limits, is_needed)
 
     def close(self) -> None:
         if not isinstance(self.image_reader, str):

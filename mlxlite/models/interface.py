@@ -1,6 +1,6 @@
 """The loaded model as the code above MLX uses it: one protocol, and its exceptions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
@@ -40,10 +40,16 @@ class Model(Protocol):
     output_format: OutputFormat
     vision_unavailable_reason: str | None  # None if the model takes images
 
-    def load_images(self, sources: SequenceOf[Source], limits: Limits) -> tuple[LoadedImage, ...]:
+    def load_images(
+        self,
+        sources: SequenceOf[Source],
+        limits: Limits,
+        is_needed: Callable[[Source], bool],
+    ) -> tuple[LoadedImage | None, ...]:
         """A request's images, decoded unless they were preprocessed before. Blocks.
 
-        Only of a model that takes images. Raises `vision.images.ImageError`, Dropped.
+        None in place of one that cannot be used and is not needed. Only of a model that takes
+        images. Raises `vision.images.ImageError`, Dropped.
         """
 
     def close(self) -> None:

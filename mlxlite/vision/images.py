@@ -86,29 +86,53 @@ def load(
     decoder: Decoder,
     network: Network | None = None,
     is_known: Callable[[bytes], bool] = lambda digest: False,
-) -> tuple[LoadedImage, ...]:
+    is_needed: Callable[[Source], bool] = lambda source: True,
+) -> tuple[LoadedImage | None, ...]:
     """The images of a request, in order. Blocks. Raises ImageError, Dropped.
 
-    Images with a known digest are not decoded here: their pixels are probably not needed.
+    Images with a known digest are not decoded here: their pixels are probably not needed. One that
+    cannot be used is None if it is not needed.
     """
     network = network or Network()
     for i, source in enumerate(sources):
+        if is_needed(source):  # before any work for another
+            _check(i, source, limits)
+    fetch_left_s, decode_left_s = limits.total_s, limits.decode_s
+    images: list[LoadedImage | None] = []
+
+    def one(i: int, source: Source) -> LoadedImage:
+        nonlocal fetch_left_s, decode_left_s
         _check(i, source, limits)
-    fetch_left_s, decode_left_s, images = limits.total_s, limits.decode_s, []
-    for source in sources:
-        data = source.data
-        if data is None:
-            assert source.url is not None, "a source has data or a URL"
-            began = network.now()
-            try:
-                data = fetch(source.url, limits, network, fetch_left_s)
-            except FetchError as error:
-                raise source.error(str(error)) from None
+        began = network.now()
+        try:
+            data = _data(source, limits, network, fetch_left_s)
+        finally:
             fetch_left_s -= network.now() - began
         began = monotonic()
-        images.append(_loaded(data, source, limits, decoder, is_known, decode_left_s))
-        decode_left_s -= monotonic() - began
+        try:
+            return _loaded(data, source, limits, decoder, is_known, decode_left_s)
+        finally:
+            decode_left_s -= monotonic() - began
+
+    for i, source in enumerate(sources):
+        try:
+            images.append(one(i, source))
+        except ImageError:
+            if is_needed(source):
+                raise
+            images.append(None)
     return tuple(images)
+
+
+def _data(source: Source, limits: Limits, network: Network, timeout_s: float) -> bytes:
+    """The encoded bytes of an image, fetched if need be. Raises ImageError."""
+    if source.data is not None:
+        return source.data
+    assert source.url is not None, "a source has data or a URL"
+    try:
+        return fetch(source.url, limits, network, timeout_s)
+    except FetchError as error:
+        raise source.error(str(error)) from None
 
 
 def _check(index: int, source: Source, limits: Limits) -> None:

@@ -7,7 +7,7 @@ before: a chat's text grows with each turn, its images stay the same.
 
 import threading
 from collections import OrderedDict, UserDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -127,9 +127,14 @@ class Reader:
         """Whether an image's result is cached, so that its pixels are probably not needed."""
         return self._cache is not None and digest in self._cache.digests()
 
-    def load(self, sources: SequenceOf[Source], limits: Limits) -> tuple[LoadedImage, ...]:
+    def load(
+        self,
+        sources: SequenceOf[Source],
+        limits: Limits,
+        is_needed: Callable[[Source], bool],
+    ) -> tuple[LoadedImage | None, ...]:
         """Images in order, decoded unless their results are cached. Raises ImageError, Dropped."""
-        return load(sources, limits, self._decoder, is_known=self.knows)
+        return load(sources, limits, self._decoder, is_known=self.knows, is_needed=is_needed)
 
     def read(self, text: str, lone: str, images: SequenceOf[ImageInput]) -> Prompt:
         """The prompt of a rendered chat; `lone` is a rendered chat of one image.

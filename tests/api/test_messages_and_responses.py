@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from api_requests import CASES
+from api_requests import Works as ChatWorks
 from dialects import (
     ABOUT,
     CALL_EVENTS,
@@ -44,6 +46,7 @@ from dialects import (
 )
 from tables import arrived
 
+from mlxlite.api.constraints import CONSTRAINT_FIELDS
 from mlxlite.api.conversation import Message, Role
 from mlxlite.api.endpoints.anthropic_messages import (
     COUNT_FIELDS,
@@ -133,6 +136,13 @@ _TOP_K = Works("top_k", [(20, 20), (0, 0), (-1, 0)], [-2, 1.5, "5"])
 _MODEL = Works("model", [("any", "any")], _TEXT_WRONG)
 _STREAM = Works("is_stream", [(True, True), (False, False)], _FLAG_WRONG)
 
+
+def _of_a_chat(name: str) -> Works:
+    case = CASES[name]
+    assert isinstance(case, ChatWorks)
+    return Works(case.attribute, case.right, case.wrong)
+
+
 OWN: dict[str, Works | Accepted | Refused] = {
     "min_p": _share("min_p"),
     "seed": Works("seed", [(7, 7), (-1, None)], ["7", 1.5, True]),
@@ -155,11 +165,14 @@ OWN: dict[str, Works | Accepted | Refused] = {
         "template_kwargs", [({"a": 1}, {"a": 1})], [5, [], {"messages": []}]
     ),
     "chat_template": Refused([], ["{{ x }}"]),
+    "enable_thinking": Works("template_kwargs", [(True, THINKS)], _FLAG_WRONG),
+    **{name: _of_a_chat(name) for name in CONSTRAINT_FIELDS},
     "n": Refused([1], [2, 0, "1", True]),
 }
 
 MESSAGES: dict[str, Works | Accepted | Refused] = {
     **OWN,
+    "stop": _STOP,
     "model": _MODEL,
     "messages": Works(
         "messages",
@@ -206,10 +219,11 @@ MESSAGES: dict[str, Works | Accepted | Refused] = {
             ({"format": {"type": "json_schema", "schema": SCHEMA}}, {}),
         ],
         [
-            *(5, {"effort": "huge"}, {"effort": 5}, {"format": 5}, {"format": {}}),
+            *(5, {"effort": 5}, {"format": 5}, {"format": {}}),
             *({"format": {"type": "json_object"}}, {"format": {"type": "json_schema"}}),
             {"format": {"type": "json_schema", "schema": 5}},
         ],
+        hints=[{"effort": "huge"}],
     ),
     "metadata": Accepted([{"user_id": "me"}], [5, "x"]),
     "service_tier": Accepted(["auto", "standard_only"], _TEXT_WRONG),
@@ -286,7 +300,13 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
     ),
     "previous_response_id": Works("previous_response_id", [("resp_1", "resp_1")], _TEXT_WRONG),
     "store": Works("is_stored", [(False, False), (True, True)], _FLAG_WRONG),
-    "max_output_tokens": Works("max_tokens", [(16, 16), (-1, None)], [0, "5", True]),
+    **dict.fromkeys(
+        ("max_output_tokens", "max_tokens", "max_completion_tokens"),
+        Works("max_tokens", [(16, 16), (-1, None)], [0, "5", True]),
+    ),
+    "reasoning_effort": Works(
+        "template_kwargs", [("high", THINKS | {"reasoning_effort": "high"})], [5], hints=["huge"]
+    ),
     "temperature": Works("temperature", [(0, 0.0), (2, 2.0)], [-0.1, "1", True]),
     "top_p": _TOP_P,
     "top_k": _TOP_K,
@@ -313,8 +333,9 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
             ({"effort": "none"}, {"enable_thinking": False, "reasoning_effort": "none"}),
             ({"effort": None}, {}),
         ],
-        [5, {"effort": "huge"}],
+        [5, {"effort": 5}],
         hints=[
+            {"effort": "huge"},
             *({"summary": "detailed"}, {"generate_summary": "concise"}),
             *({"context": "all_turns"}, {"mode": "pro"}),
         ],

@@ -286,6 +286,85 @@ def test_a_text_model_refuses_pictures_in_every_dialect():
             status, answer = blind.post(path, body)
             assert status == 400, path
             assert "does not see" in answer["error"]["message"]
+            assert answer["error"]["message"].startswith("Could not process image")
+
+
+def test_a_picture_in_a_history_costs_a_text_model_no_conversation():
+    """In each dialect, of a user's earlier turn and of a tool's result."""
+    image = {"type": "input_image", "image_url": uri(png())}
+    source = {"type": "base64", "media_type": "image/png", "data": uri(png()).split(",")[1]}
+    block = {"type": "image", "source": source}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    use = {"type": "tool_use", "id": "c", "name": "look", "input": {}}
+    done = {"type": "tool_result", "tool_use_id": "c", "content": [block]}
+    begun = {"role": "assistant", "content": "A shape."}
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {
+            "messages": [
+                *({"role": "user", "content": [shown(uri(png()))]}, begun),
+                *({"role": "user", "content": "And?"}, {"role": "assistant", "tool_calls": [call]}),
+                {"role": "tool", "tool_call_id": "c", "content": [shown(uri(png()))]},
+            ]
+        },
+        "/v1/responses": {
+            "input": [
+                *({"role": "user", "content": [image]}, begun),
+                {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": [image]},
+            ]
+        },
+        "/v1/messages": {
+            "max_tokens": 5,
+            "messages": [
+                *({"role": "user", "content": [block]}, begun),
+                {"role": "user", "content": "And?"},
+                {"role": "assistant", "content": [use]},
+                {"role": "user", "content": [done]},
+            ],
+        },
+    }
+    with serving(mlxlite.Config(port=0)) as server:
+        site = Site(server)
+        for path, body in asked.items():
+            status, answer, headers = site.post_with_headers(path, body)
+            assert status == 200, answer
+            assert len(headers["x-mlxlite-ignored"].split(",")) == 2
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            messages = {"messages": asked[path]["messages"]}
+            _, seen = site.post("/tokenize", messages) if "chat" in path else (0, None)
+            if seen is not None:
+                _, back = site.post("/detokenize", {"tokens": seen["tokens"]})
+                sentence = "[image omitted: this model reads text only]"
+                assert back["content"].count(sentence) == 2
+
+
+def test_a_picture_of_a_history_that_cannot_be_used_is_left_out(seer: Site):
+    """It is broken, may not be fetched, or is one of too many; the newest are seen."""
+    old = [
+        *([shown("data:image/png;base64,AAAA")], [shown("http://127.0.0.1:9/x.png")]),
+        [shown(uri(b"\x89PNG\r\n\x1a\n cut"))],
+        [shown(uri(png(n))) for n in range(20)],
+    ]
+    turns = [
+        {"role": role, "content": content}
+        for parts in old
+        for role, content in (("user", parts), ("assistant", "yes"))
+    ]
+    question = {"role": "user", "content": [shown(uri(png())), text("What is it?")]}
+    body = {"messages": [*turns, question], "max_tokens": 2}
+    status, answer, headers = seer.post_with_headers("/v1/chat/completions", body)
+    assert status == 200, answer
+    names = headers["x-mlxlite-ignored"].split(",")
+    assert len(names) == 24 - 16
+    assert all(name.startswith("messages[") for name in names)
+    broken = {"messages": [*turns[:6], question], "max_tokens": 2}
+    status, answer, headers = seer.post_with_headers("/v1/chat/completions", broken)
+    assert status == 200, answer
+    assert len(headers["x-mlxlite-ignored"].split(",")) == 3
+    lost = {"messages": [*turns, {"role": "user", "content": old[2]}], "max_tokens": 2}
+    status, answer = seer.post("/v1/chat/completions", lost)
+    assert status == 400
+    assert answer["error"]["message"].startswith("Could not process image")
 
 
 def test_a_disconnect_in_mid_picture_leaves_the_server_serving(seer: Site):

@@ -195,7 +195,7 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "max_tokens": _tokens(),
     "max_completion_tokens": _tokens(),
     "max_output_tokens": _tokens(),
-    "n_predict": _tokens(),
+    **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens"), _tokens()),
     "temperature": Works(
         "temperature",
         [(0, 0.0), (0.7, 0.7), (1, 1.0), (2.0, 2.0), (100, 100.0)],
@@ -242,7 +242,21 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "reasoning_effort": Works(
         "template_kwargs",
         [(effort, _effort(effort)) for effort in EFFORTS],
-        ["", "None", "extreme", 0, True, ["low"], {}],
+        [0, True, ["low"], {}],
+    ),
+    "enable_thinking": Works(
+        "template_kwargs",
+        [(True, {"enable_thinking": True}), (False, {"enable_thinking": False})],
+        _FLAG_WRONG,
+    ),
+    "thinking": Works(
+        "template_kwargs",
+        [
+            ({"type": "enabled"}, {"enable_thinking": True}),
+            ({"type": "disabled"}, {"enable_thinking": False}),
+            (True, {"enable_thinking": True}),
+        ],
+        [0, "on"],
     ),
     "continue_final_message": Works(
         "continue_final", [(True, True), (False, False)], _FLAG_WRONG, also={"messages": BEGUN}
@@ -271,7 +285,7 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "store": Accepted([True, False], _FLAG_WRONG),
     "id_slot": Accepted([-1, 0, 7], [-2, 0.5, "0", True, [], {}]),
     "parallel_tool_calls": Works("max_calls", [(False, 1), (True, None)], _FLAG_WRONG),
-    "n": Works("num_choices", [(1, 1), (2, 2), (16.0, 16)], [0, -1, 17, 1.5, "2", True, [], {}]),
+    "n": Works("num_choices", [(1, 1), (2, 2), (16.0, 16)], [0, -1, 129, 1.5, "2", True, [], {}]),
     "presence_penalty": _penalty("presence_penalty"),
     "frequency_penalty": _penalty("frequency_penalty"),
     "repetition_penalty": _repetition(),

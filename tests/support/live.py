@@ -5,7 +5,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +47,19 @@ class Site:
 
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         """Status and JSON."""
+        status, answer, _ = self.post_with_headers(path, body)
+        return status, answer
+
+    def post_with_headers(self, path: str, body: Any) -> tuple[int, Any, Mapping[str, str]]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = {"content-type": "application/json"}
         request = urllib.request.Request(self.server.url + path, data, head)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
+                return answer.status, json.load(answer), answer.headers
         except urllib.error.HTTPError as error:
             with closing(error):
-                return error.code, json.load(error)
+                return error.code, json.load(error), error.headers
 
     def chat(self, *parts: Any, **fields: Any) -> tuple[int, Any]:
         messages = [{"role": "user", "content": list(parts)}]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.endpoints import ENDPOINTS
-from mlxlite.api.fields import markdown
+from mlxlite.api.fields import kinds_markdown, markdown
 from mlxlite.api.openapi import openapi_endpoint
 from mlxlite.config.flags import default_text, env_names, meta, option_strings
 from mlxlite.config.options import Config
@@ -65,8 +65,11 @@ def field_tables() -> str:
     for endpoint in _endpoints():
         if endpoint.fields is not None:
             opening = f"<details><summary>{len(endpoint.fields)} fields</summary>"
-            table = markdown(endpoint.fields)
-            parts += [f"### `{endpoint.method} {endpoint.path}`", opening, table, "</details>"]
+            tables = [markdown(endpoint.fields)]
+            for what, kinds in endpoint.kinds.items():
+                tables += [f"Types of {what}:", kinds_markdown(kinds)]
+            heading = f"### `{endpoint.method} {endpoint.path}`"
+            parts += [heading, opening, *tables, "</details>"]
     return "\n\n".join(parts) + "\n"
 
 

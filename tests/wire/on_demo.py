@@ -169,7 +169,7 @@ TOOLS: list[Step] = [
         tool_choice="required",
         max_tokens=6,
     ),
-    chat("a tool of another kind is refused", PARIS, tools=[{"type": "web_search"}]),
+    chat("a tool of another kind is left out", PARIS, tools=[{"type": "web_search"}]),
     chat("a choice without tools is refused", PARIS, tool_choice="required"),
     chat("two tools of one name are refused", PARIS, tools=[WEATHER, WEATHER]),
 ]
@@ -253,7 +253,7 @@ STREAMED: list[Step] = [
     ),
     chat("timings in every chunk", "Hello!", stream=True, timings_per_token=True, max_tokens=4),
     chat(
-        "stream_options without a stream are refused",
+        "stream_options without a stream are left out",
         "Hello!",
         stream_options={"include_usage": True},
     ),
@@ -403,7 +403,7 @@ ANTHROPIC: list[Step] = [
     message("a bad field in Anthropic's form", "Hello!", temperature=2),
     message("an unsupported field in Anthropic's form", "Hello!", speed="fast"),
     message(
-        "a server tool is refused",
+        "a server tool is left out",
         "Hello!",
         tools=[{"type": "web_search_20250305", "name": "web_search"}],
     ),

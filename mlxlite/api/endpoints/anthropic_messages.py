@@ -13,8 +13,8 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api import fields, readers, shared_fields
-from mlxlite.api.constraints import json_schema
-from mlxlite.api.content_parts import Content, content_of, part_of, parts_in, text_of
+from mlxlite.api.constraints import CONSTRAINT_FIELDS, json_schema, take_constraints
+from mlxlite.api.content_parts import PARTS, Content, content_of, part_of, parts_in, text_of
 from mlxlite.api.conversation import Message, Role, ToolCall, message_list, turn
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Kind, Use, required, supported
@@ -122,6 +122,11 @@ def _tool(tool: Members) -> Iterable[Tool]:
     return (function_of(tool.values, tool.path, "input_schema"),)
 
 
+BLOCKS: Final[fields.Kinds] = {
+    "tool_use": Kind(Use.SUPPORTED, "a call of the assistant"),
+    "tool_result": Kind(Use.SUPPORTED, "text, pictures, or any JSON"),
+    **PARTS,
+}
 TOOLS: Final[fields.Kinds] = {
     "custom": Kind(Use.SUPPORTED, "a function; `type` may be absent", _tool),
     "*": VENDORS_ONLY,
@@ -173,6 +178,8 @@ FIELDS: Final[fields.Table] = {
     "messages": required(
         message_list(_turn), "text, image, thinking, tool_use and tool_result blocks"
     ),
+    "stop": shared_fields.STOP,
+    **CONSTRAINT_FIELDS,
     "system": supported(text_of, "a string or text blocks"),
     "max_tokens": required(readers.integer(1, 2**31 - 1), "required, but not to count tokens"),
     "temperature": supported(readers.number(0, 1), "0 is greedy; default: the model's, else 1"),
@@ -231,14 +238,9 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
         use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
         given.take("thread")
         older = given.take("output_format", {})
-        formats = [
-            (wanted["schema"], name)
-            for wanted, name in (
-                (output.get("format"), "output_config.format"),
-                (older, "output_format"),
-            )
-            if wanted
-        ]
+        wanted = ((output.get("format"), "output_config.format"), (older, "output_format"))
+        formats = [(format_["schema"], name) for format_, name in wanted if format_]
+        formats += take_constraints(given)
         lead = (Message(Role.SYSTEM, system),) if system else ()
         return ChatRequest(
             **options,
@@ -427,6 +429,7 @@ ENDPOINTS: Final = (
         FIELDS,
         answer_schema="Message",
         error_body=anthropic_error,
+        kinds={"tools": TOOLS, "content blocks": BLOCKS},
     ),
     Endpoint(
         "POST",

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from mlxlite.api import fields, shared_fields, writers
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, take_constraints
+from mlxlite.api.content_parts import PARTS
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import hint, required, supported, unsupported
@@ -18,7 +19,15 @@ from mlxlite.api.request import (
     sole_constraint,
     template_kwargs,
 )
-from mlxlite.api.tools import Tool, ToolUse, free_text, function_list, tool_choice, tool_list
+from mlxlite.api.tools import (
+    CHAT_TOOLS,
+    Tool,
+    ToolUse,
+    free_text,
+    function_list,
+    tool_choice,
+    tool_list,
+)
 from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model
@@ -36,8 +45,9 @@ FIELDS: Final[fields.Table] = {
         shared_fields.effort,
         "an argument of the chat template; `none` also sets `enable_thinking` to false",
     ),
+    "thinking": supported(shared_fields.thinking, "`enable_thinking`, in the words of others"),
     "reasoning_format": supported(
-        one_of("auto", "none", "split", "deepseek"),
+        one_of("auto", "none", "split", "deepseek", "deepseek-legacy"),
         "`none`: in the content; else apart from it",
     ),
     "continue_final_message": supported(flag, "a trailing assistant message is continued anyway"),
@@ -68,7 +78,9 @@ def parse_chat(body: bytes) -> ChatRequest:
             **options,
             constraint=sole_constraint(options, take_constraints(given) + use.constraints()),
             messages=given.take("messages"),
-            template_kwargs=template_kwargs(given, given.take("reasoning_effort")),
+            template_kwargs=template_kwargs(
+                given, given.take("reasoning_effort"), given.take("thinking")
+            ),
             continue_final=_continues(given),
             tools=use.callable,
             max_calls=use.max_calls,
@@ -226,5 +238,6 @@ ENDPOINTS: Final = (
         Dialect(parse=parse_chat, writer=_writer, id_prefix="chatcmpl-").handle,
         FIELDS,
         answer_schema="ChatCompletion",
+        kinds={"tools": CHAT_TOOLS, "content parts": PARTS},
     ),
 )

@@ -28,7 +28,7 @@ log = logging.getLogger("mlxlite.api")
 
 FIELDS: Final[Table] = {
     "model": MODEL,
-    "input": required(texts, "a string, token ids, or up to 256 of either"),
+    "input": required(texts, "a string, token ids, or up to 2,048 of either"),
     "encoding_format": supported(one_of("float", "base64"), "`float` (default) or `base64`"),
     "dimensions": supported(integer(1, 2**20), "only the first ones, normalised again"),
     "pooling": supported(

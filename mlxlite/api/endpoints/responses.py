@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from mlxlite.api import fields, readers, shared_fields
-from mlxlite.api.constraints import response_format
-from mlxlite.api.content_parts import content_of, parts_in
+from mlxlite.api.constraints import CONSTRAINT_FIELDS, response_format, take_constraints
+from mlxlite.api.content_parts import PARTS, content_of, parts_in
 from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, last_index, turn
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Kind, Use, required, supported, unsupported
@@ -262,6 +262,7 @@ def _format(value: Any, param: str) -> dict[str, Any]:
 FIELDS: Final[fields.Table] = {
     **shared_fields.GENERATION_FIELDS,
     **shared_fields.TEMPLATE_FIELDS,
+    "reasoning_effort": supported(shared_fields.effort, "the same as `reasoning.effort`"),
     "input": required(
         _input, "a string or items: messages, images in them, calls and their outputs, reasoning"
     ),
@@ -271,6 +272,9 @@ FIELDS: Final[fields.Table] = {
     ),
     "store": supported(readers.flag, "default true; the oldest are dropped first"),
     "max_output_tokens": replace(shared_fields.MAX_TOKENS, alias_of="max_tokens"),
+    "max_tokens": shared_fields.MAX_TOKENS,
+    **fields.aliases("max_tokens", shared_fields.MAX_TOKENS, "max_completion_tokens"),
+    **CONSTRAINT_FIELDS,
     "stop": shared_fields.STOP,
     "stream_options": supported(shared_fields.stream_options, "no padding"),
     "include": supported(_include, f"`{_LOGPROBS}`; `reasoning.encrypted_content` is accepted"),
@@ -349,9 +353,11 @@ def parse_responses(body: bytes) -> ResponsesRequest:
         is_wanted, needed = _LOGPROBS in given.take("include", ()), f"{_LOGPROBS!r} in 'include'"
         options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
         instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
+        effort = given.take("reasoning_effort") or reasoning.get("effort")
         wanted = given.take("text", {}).get("format", {"type": "text"})
         schema = response_format({**wanted, "json_schema": wanted}, "text.format")
         formats = [] if schema is None else [(schema, "text.format")]
+        formats += take_constraints(given)
         choice, is_parallel = (
             given.take("tool_choice", "auto"),
             given.take("parallel_tool_calls", True),
@@ -365,7 +371,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
             constraint=sole_constraint(options, formats + use.constraints()),
             messages=lead + _turns(known, lambda id: None),
             pieces=asked.pieces,
-            template_kwargs=template_kwargs(given, reasoning.get("effort")),
+            template_kwargs=template_kwargs(given, effort),
             continue_final=False,  # a trailing assistant's message is history here
             tools=use.callable,
             max_calls=use.max_calls,
@@ -375,7 +381,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
         )
         own = {
             "parallel_tool_calls": is_parallel,
-            "reasoning": {"effort": reasoning.get("effort"), "summary": None},
+            "reasoning": {"effort": effort, "summary": None},
             "text": {"format": wanted, "verbosity": "medium"},
             "tool_choice": value.get("tool_choice") or choice,
             "tools": value.get("tools") or [],
@@ -473,6 +479,7 @@ ENDPOINTS: Final = (
         ).handle,
         FIELDS,
         answer_schema="Response",
+        kinds={"tools": TOOLS, "input items": _ITEMS, "content parts": PARTS},
     ),
     Endpoint("GET", "/v1/responses/{id}", "A stored response", _get, answer_schema="Response"),
     Endpoint("DELETE", "/v1/responses/{id}", "Forget a stored response", _delete),

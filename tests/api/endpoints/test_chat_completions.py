@@ -130,6 +130,8 @@ def test_an_alias_means_the_field_it_stands_for() -> None:
         "max_completion_tokens": "max_tokens",
         "max_output_tokens": "max_tokens",
         "n_predict": "max_tokens",
+        "num_predict": "max_tokens",
+        "max_new_tokens": "max_tokens",
         "stop_sequences": "stop",
         "repeat_penalty": "repetition_penalty",
         "repeat_last_n": "repetition_context_size",

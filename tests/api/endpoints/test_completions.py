@@ -54,7 +54,7 @@ NOT_ITS = (
     *("messages", "chat_template_kwargs", "reasoning_effort", "continue_final_message"),
     *("add_generation_prompt", "top_logprobs", "reasoning_format", "tool_choice", "tools"),
     *("function_call", "functions", "modalities", "verbosity", "chat_template"),
-    "parallel_tool_calls",
+    *("parallel_tool_calls", "enable_thinking", "thinking"),
 )
 
 
