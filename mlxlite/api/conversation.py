@@ -138,13 +138,13 @@ def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
 class ReadMessages(Protocol):
     """Reads one item; `is_last`: it comes after the last turn of the assistant."""
 
-    def __call__(self, value: Any, param: str, *, is_last: bool) -> Iterable[Message]: ...
+    def __call__(self, value: Any, param: str, *, is_last: bool) -> Iterable[Any]: ...
 
 
 def message_list(read: ReadMessages) -> Reader:
-    """The reader of an array whose items have one message or more each."""
+    """The reader of an array whose items have messages, and perhaps tools."""
 
-    def read_all(value: Any, param: str) -> tuple[Message, ...]:
+    def read_all(value: Any, param: str) -> tuple[Any, ...]:
         if not array(value, param):
             raise bad_request(f"'{param}' must hold at least one message.", param)
         answered = last_index(value, lambda item: item.get("role") == "assistant")

@@ -267,3 +267,19 @@ def test_functions_are_answered_by_a_function_call() -> None:
 def test_a_message_of_nothing_but_a_result_is_no_error() -> None:
     result = {"type": "tool_result", "tool_use_id": "x", "content": None}
     assert messages(messages=[{"role": "user", "content": [result]}]).messages[0].content == ""
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_tool_that_a_message_of_anthropics_defines_is_added(role: str) -> None:
+    definition = {"name": "late", "input_schema": {"type": "object"}}
+    blocks = [
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": definition}},
+        {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "early"}},
+    ]
+    request = messages(
+        messages=[*HELLO, {"role": role, "content": blocks}, *HELLO],
+        tools=[{"name": "early", "input_schema": {}}],
+    )
+    assert names(request) == ["early", "late"]
+    assert request.ignored == ()
+    assert [message.content for message in request.messages if message.content] == ["hello"] * 2

@@ -25,7 +25,15 @@ from mlxlite.api.readers import Members
 from mlxlite.api.render import render_chat
 from mlxlite.api.request import ChatRequest, shared_options, sole_constraint, template_kwargs
 from mlxlite.api.service import Service
-from mlxlite.api.tools import VENDORS_ONLY, Tool, ToolUse, array_of, function_of
+from mlxlite.api.tools import (
+    VENDORS_ONLY,
+    Tool,
+    ToolUse,
+    array_of,
+    function_of,
+    merged,
+    read_tool,
+)
 from mlxlite.api.writers import Collected, Envelope
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
@@ -36,18 +44,38 @@ from mlxlite.output import events
 MIN_THINKING = 1024  # tokens, Anthropic's bound of a thinking budget
 
 
-def _turn(value: Any, param: str, *, is_last: bool) -> list[Message]:
-    """The messages of one of Anthropic's; results of tools are messages of their own."""
+def _turn(value: Any, param: str, *, is_last: bool) -> list[Message | Tool]:
+    """The messages of one of Anthropic's, and the tools that it adds.
+
+    Results of tools are messages of their own.
+    """
     given = readers.members(value, param)
     role = role_of(given.get("role"), f"{param}.role", Role.USER, Role.ASSISTANT, Role.SYSTEM)
     content, name = given.get("content"), f"{param}.content"
     if content is None and not (role is Role.USER and is_last):
         leave_out(name)
         return []
-    if isinstance(content, str) or role is Role.SYSTEM:
-        return [Message(role, text_of(content, name))]
+    if isinstance(content, str):
+        return [Message(role, content)]
     blocks = [(block, f"{name}[{i}]") for i, block in enumerate(readers.array(content, name))]
-    return [_assistant(blocks)] if role is Role.ASSISTANT else _user(blocks, is_last=is_last)
+    added = [tool for block in blocks for tool in _added_tools(*block)]
+    blocks = [block for block in blocks if _type_of(block[0]) != "tool_addition"]
+    if role is Role.ASSISTANT:
+        return [_assistant(blocks)]
+    if role is Role.USER:
+        return [*added, *(_user(blocks, is_last=is_last) if blocks or not added else ())]
+    text = text_of([block for block, _ in blocks], name)
+    return [*added, Message(role, text)] if text or not added else [*added]
+
+
+def _added_tools(block: Any, param: str) -> Iterable[Tool]:
+    """The tool that a message defines; one that it refers to is among the request's already."""
+    if _type_of(block) != "tool_addition":
+        return ()
+    tool: Members = Members(block, param).read("tool", readers.members)
+    if tool.get("type") != "tool_definition":
+        return ()
+    return read_tool(TOOLS, tool.read("definition", readers.members), "custom")
 
 
 Blocks = Sequence[tuple[Any, str]]  # each with its path
@@ -125,6 +153,7 @@ def _tool(tool: Members) -> Iterable[Tool]:
 BLOCKS: Final[fields.Kinds] = {
     "tool_use": Kind(Use.SUPPORTED, "a call of the assistant"),
     "tool_result": Kind(Use.SUPPORTED, "text, pictures, or any JSON"),
+    "tool_addition": Kind(Use.SUPPORTED, "the tool that it defines is added"),
     **PARTS,
 }
 TOOLS: Final[fields.Kinds] = {
@@ -235,7 +264,10 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
             raise bad_request(message, "thinking.budget_tokens")
         is_thinking = thinking["type"] != "disabled" if thinking else None
         output, system = given.take("output_config", {}), given.take("system")
-        use = ToolUse(given.take("tools", ()), *given.take("tool_choice", ()))
+        turns: tuple[Message | Tool, ...] = given.take("messages")
+        added = (one for one in turns if isinstance(one, Tool))
+        tools = merged((*given.take("tools", ()), *added))
+        use = ToolUse(tools, *given.take("tool_choice", ()))
         given.take("thread")
         older = given.take("output_format", {})
         wanted = ((output.get("format"), "output_config.format"), (older, "output_format"))
@@ -245,7 +277,7 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
         return ChatRequest(
             **options,
             constraint=sole_constraint(options, formats + use.constraints()),
-            messages=lead + given.take("messages"),
+            messages=lead + tuple(one for one in turns if isinstance(one, Message)),
             template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
             tools=use.callable,
             max_calls=use.max_calls,
