@@ -7,7 +7,7 @@ import orjson
 from mlxlite.api.fields import Given, Table, supported
 from mlxlite.api.readers import json_object, members, parse, shallow, text, wrong
 from mlxlite.http.errors import bad_request, not_supported, truncate
-from mlxlite.output.grammar import Constraint, Kind, TextConstraint
+from mlxlite.output.constraint import Constraint, Kind, TextConstraint
 
 
 def take_constraints(given: Given) -> list[tuple[Constraint, str]]:

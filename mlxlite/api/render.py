@@ -21,7 +21,7 @@ from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported
 from mlxlite.models.interface import Model, PromptError, PromptTooLong
-from mlxlite.output.grammar import ConstraintError
+from mlxlite.output.constraint import ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits

@@ -18,7 +18,7 @@ from mlxlite.api.tools import Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.http.errors import bad_request
-from mlxlite.output.grammar import Constraint
+from mlxlite.output.constraint import Constraint
 from mlxlite.vision.images import Source
 
 

@@ -22,7 +22,7 @@ from mlxlite.api.readers import (
     text,
 )
 from mlxlite.http.errors import bad_request, truncate
-from mlxlite.output.grammar import CallConstraint, Constraint, ToolSchema
+from mlxlite.output.constraint import CallConstraint, Constraint, ToolSchema
 
 MAX_TOOLS = 1024  # OpenAI's bound is 128, vLLM has none: agents with MCP servers bring hundreds
 FREE_TEXT: Final = "input"  # the argument of a function that stands for a tool of free text

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.sequence import Grammar, Prompt
+from mlxlite.output.constraint import Constraint
 from mlxlite.output.formats import OutputFormat
-from mlxlite.output.grammar import Constraint
 from mlxlite.vision.fetch import Limits
 from mlxlite.vision.images import LoadedImage, Source
 

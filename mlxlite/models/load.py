@@ -93,7 +93,7 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
     has_vision = not isinstance(processor, str)
     context_size = _context_size(settings, config.ctx_size)
     # A prompt that is too long is counted to the end, for the client to shorten it, up to a bound.
-    template = ChatTemplate(Tokenizer(wrapper, 2 * context_size), source)
+    template = ChatTemplate(Tokenizer(wrapper, 2 * context_size, source), source)
     if has_vision:
         template = replace(template, needs_parts=template.omits_strings())
         processor = _make_reader(network, processor, template)

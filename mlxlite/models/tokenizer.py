@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxlite import wanted
 from mlxlite.models.interface import PromptError, PromptTooLong
+from mlxlite.models.tool_probe import CallParser, call_form, call_parser
+from mlxlite.output.call_syntax import syntax_of
 from mlxlite.output.formats import OutputFormat, format_of
 from mlxlite.output.grammar import Grammars
 from mlxlite.output.markers import MarkerFormat
@@ -29,16 +31,17 @@ class Tokenizer:
 
     `wrapper` is mlx-lm's TokenizerWrapper, `own` transformers' tokenizer in it. `shown` are the
     special tokens that are part of the text, because markers consist of them. Texts of more than
-    `max_tokens` are refused.
+    `max_tokens` are refused. `source` is the operator's chat template, None for the checkpoint's.
     """
 
-    def __init__(self, wrapper: Any, max_tokens: int) -> None:
+    def __init__(self, wrapper: Any, max_tokens: int, source: str | None = None) -> None:
         self.wrapper = wrapper
         self.max_tokens = max_tokens
         self.own = wrapper.get_chat_template.__self__
         self.eos_tokens: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.added_tokens: frozenset[int] = frozenset(wrapper.added_tokens_decoder)
-        self.output_format = _output_format(wrapper)
+        self.call_parser = call_parser(wrapper, _templates(self.own, source))
+        self.output_format = _output_format(wrapper, source, self.call_parser)
         self.shown = _shown(wrapper, self.output_format)
         self._decode = self._decoder()
         backend = getattr(wrapper, "backend_tokenizer", None)
@@ -118,7 +121,8 @@ class Tokenizer:
         self, text: str, tools: SequenceOf[Mapping[str, Any]]
     ) -> list[tuple[str, Mapping[str, Any]]]:
         """(name, arguments) of the calls in a text. Raises the errors of mlx-lm's parser."""
-        found = self.wrapper.tool_parser(text, list(tools))
+        assert self.call_parser is not None, "the format has a reader of its own"
+        found = self.call_parser.parse(text, list(tools))
         calls = found if isinstance(found, list) else [found]
         return [(str(call["name"]), _object(call.get("arguments") or {})) for call in calls]
 
@@ -142,30 +146,40 @@ def _byte_alphabet() -> Mapping[str, int]:
 
 
 def make_grammars(tokenizer: Tokenizer, num_vocab: int) -> Grammars:
-    """The compiler of constraints; only calls that are JSON in markers can be enforced."""
+    """The compiler of constraints."""
     wrapper = tokenizer.wrapper
-    calls: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    if tokenizer.output_format.has_json_calls:
-        calls = (wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens)
     return Grammars(
         tokenizer.own,
         num_vocab=num_vocab,
         eos_tokens=tokenizer.eos_tokens,
         think=(tuple(wrapper.think_start_tokens or ()), tuple(wrapper.think_end_tokens or ())),
-        call_markers=calls,
+        syntax=tokenizer.output_format.syntax,
     )
 
 
-def _output_format(wrapper: Any) -> OutputFormat:
-    parser = wrapper.tool_parser
-    markers = MarkerFormat(
-        wrapper.think_start or "",
-        wrapper.think_end or "",
-        (wrapper.tool_call_start or "") if parser is not None else "",
-        (wrapper.tool_call_end or "") if parser is not None else "",
-        getattr(parser, "__module__", "").endswith(".json_tools"),
-    )
-    return format_of({t.content for t in wrapper.added_tokens_decoder.values()}, markers)
+def _output_format(wrapper: Any, source: str | None, parser: CallParser | None) -> OutputFormat:
+    """The format that a checkpoint's markers, template and added tokens show."""
+    own = wrapper.get_chat_template.__self__
+    added = {token.content for token in wrapper.added_tokens_decoder.values()}
+    think = (wrapper.think_start or "", wrapper.think_end or "")
+    if parser is None:
+        arguments = {"tokenize": False, "chat_template": source}
+        if source is None and own.chat_template is None:
+            return format_of(added, MarkerFormat(*think))
+        form = call_form(
+            lambda messages, tools: own.apply_chat_template(messages, tools, **arguments)
+        )
+        return format_of(added, MarkerFormat(*think), form)
+    is_json = parser.name == "json_tools"
+    syntax = syntax_of(parser.name, "\n".join(_templates(own, source)))
+    return format_of(added, MarkerFormat(*think, parser.start, parser.end, is_json, syntax))
+
+
+def _templates(own: Any, source: str | None) -> tuple[str, ...]:
+    """The texts of the templates, the one for tools first."""
+    given = own.chat_template if source is None else source
+    named = given if isinstance(given, dict) else {"default": given or ""}
+    return tuple(map(str, (named.get("tool_use", ""), *named.values())))
 
 
 def _shown(wrapper: Any, output_format: OutputFormat) -> dict[int, str]:

@@ -13,84 +13,49 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from mlxlite.engine.sequence import Matcher
-
-
-class Kind(Enum):
-    """How a constraint is written."""
-
-    JSON = "json"  # a JSON Schema
-    REGEX = "regex"
-    CHOICE = "choice"  # a JSON array of strings
-    GRAMMAR = "grammar"  # GBNF or Lark
-
-
-@dataclass(frozen=True, slots=True)
-class TextConstraint:
-    """A schema, expression or grammar that an answer must match, as llguidance reads it."""
-
-    kind: Kind
-    text: str
-
-    @property
-    def num_chars(self) -> int:
-        return len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolSchema:
-    """A tool's name, and the JSON Schema of its arguments as text."""
-
-    name: str
-    parameters: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallConstraint:
-    """Calls of these tools: one or more, or after any text where they are not forced."""
-
-    tools: tuple[ToolSchema, ...]
-    is_single: bool = False
-    is_forced: bool = True
-
-    @property
-    def num_chars(self) -> int:
-        return sum(len(tool.name) + len(tool.parameters) for tool in self.tools)
-
-
-Constraint = TextConstraint | CallConstraint
-
-
-class ConstraintError(ValueError):
-    """A constraint cannot be enforced; the message is for the client."""
-
+from mlxlite.output.call_syntax import CallSyntax
+from mlxlite.output.constraint import (
+    CallConstraint,
+    Constraint,
+    ConstraintError,
+    Kind,
+    TextConstraint,
+)
+from mlxlite.output.lark import JSON_OPTIONS, Lark
+from mlxlite.output.schemas import relaxed
 
 MAX_GRAMMAR_CHARS = 256 << 10
 MAX_COMPILED = 64  # grammars; each takes from a few KB to some MB
-# Any JSON text's white space, but bounded: enough to indent.
-_JSON_OPTIONS: Mapping[str, Any] = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"(\x20|\x0A[\x20\x09]{0,24})?",
-}
 # A mask may cost this much work, in llguidance's units.
 _FUEL = 150_000
 _TRIAL_TOKENS = 4
 MISSING = "structured output needs llguidance: pip install 'mlxlite[grammar]'"
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A matcher at its start, and what was left out: the place of the schema and the keyword."""
+
+    matcher: Any
+    left_out: tuple[tuple[int, str], ...] = ()
+
+    def names(self, constraint: Constraint) -> tuple[str, ...]:
+        paths = [path for _, path in constraint.schemas()]
+        return tuple(dict.fromkeys(f"{paths[i]}: {keyword}" for i, keyword in self.left_out))
+
+
 class Grammars:
     """Compiles constraints for one tokenizer. Made and used off the event loop; has a lock.
 
-    `tokenizer` is transformers' fast one. `think` and `call_markers` are the tokens around a block
-    of reasoning and a tool call.
+    `tokenizer` is transformers' fast one. `think` are the tokens around a block of reasoning;
+    `syntax` is how calls are written, None where that is not known.
     """
 
     def __init__(
@@ -100,16 +65,16 @@ class Grammars:
         num_vocab: int,
         eos_tokens: frozenset[int],
         think: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
-        call_markers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        syntax: CallSyntax | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._num_vocab = num_vocab
         self._num_words = (num_vocab + 31) // 32
         self._eos_tokens = eos_tokens
         self._think = think
-        self._call_markers = call_markers
+        self._syntax = syntax
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
+        self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
@@ -118,18 +83,22 @@ class Grammars:
 
         Raises ConstraintError: what is wrong with the constraint, for the client.
         """
-        found = self._find(constraint) if constraint is not None else None
+        found, left_out = None, tuple[str, ...]()
+        if constraint is not None:
+            compiled = self._find(constraint)
+            found, left_out = compiled.matcher, compiled.names(constraint)
         thought = None
         if is_thinking or budget is not None:
             if not all(self._think):
                 raise ConstraintError("this model has no marks around its reasoning")
             thought = Thought(*self._think, is_thinking, budget)
-        return Grammar(found, self._num_words, _bits(self._num_words, self._eos_tokens), thought)
+        ends = _bits(self._num_words, self._eos_tokens)
+        return Grammar(found, self._num_words, ends, thought, left_out)
 
     def is_compiled(self, constraint: Constraint) -> bool:
         return constraint in self._compiled
 
-    def _find(self, constraint: Constraint) -> Any:
+    def _find(self, constraint: Constraint) -> _Compiled:
         """The compiled constraint, of the latest ones or new. No lock is held over a compile."""
         with self._lock:
             found = self._compiled.pop(constraint, None)
@@ -140,19 +109,44 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return found
 
-    def _compile(self, constraint: Constraint) -> Any:
+    def _compile(self, constraint: Constraint) -> _Compiled:
         try:
-            import llguidance
+            import llguidance  # noqa: F401
         except ImportError:
             raise ConstraintError(MISSING) from None
         if constraint.num_chars > MAX_GRAMMAR_CHARS:
             raise ConstraintError(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
-        limits = llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
-        words, source = self._words, self._source(constraint)
-        matcher = llguidance.LLMatcher(words, source, log_level=0, limits=limits)
-        if (reason := _error_in_use(matcher)) is not None:
-            raise ConstraintError(reason)
-        return matcher
+        matcher, left_out, error = self._try(constraint)
+        if error is None and not matcher.get_grammar_warnings():
+            return _Compiled(matcher, left_out)
+        schemas = [relaxed(schema, self._check) for schema, _ in constraint.schemas()]
+        if error is not None:
+            constraint = constraint.with_schemas(text for text, _ in schemas)
+            matcher, left_out, error = self._try(constraint)
+        if error is not None:
+            raise ConstraintError(error)
+        names = tuple((i, name) for i, (_, found) in enumerate(schemas) for name in found)
+        return _Compiled(matcher, (*names, *left_out))
+
+    def _try(self, constraint: Constraint) -> tuple[Any, tuple[tuple[int, str], ...], str | None]:
+        """A matcher, what the way of writing left out, and the error in use, if any.
+
+        Raises ConstraintError for a constraint that cannot be written as a grammar.
+        """
+        source, left_out = self._source(constraint)
+        matcher = self._matcher(source)
+        return matcher, left_out, _error_in_use(matcher)
+
+    def _matcher(self, source: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
+        return LLMatcher(self._words, source, log_level=0, limits=limits)
+
+    def _check(self, schema: str) -> tuple[str | None, list[str]]:
+        """The error of a schema, if any, and its warnings."""
+        matcher = self._matcher(_text_source(TextConstraint(Kind.JSON, schema)))
+        return _error_in_use(matcher), matcher.get_grammar_warnings()
 
     @cached_property
     def _words(self) -> Any:
@@ -165,56 +159,73 @@ class Grammars:
         except ValueError as error:
             raise ConstraintError(f"this model's tokenizer cannot be used: {error}") from None
 
-    def _source(self, constraint: Constraint) -> str:
-        """The grammar as llguidance reads it. Raises ConstraintError."""
-        from llguidance import LLMatcher, grammar_from
+    @cached_property
+    def _special(self) -> Mapping[str, int]:
+        """The added tokens that llguidance takes for no text, as it does for all `<…>`."""
+        words, added = self._words, self._tokenizer.added_tokens_decoder.items()
+        return {token.content: id for id, token in added if words.is_special_token(id)}
 
+    def _source(self, constraint: Constraint) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """The grammar as llguidance reads it, and what writing it left out.
+
+        Raises ConstraintError.
+        """
         try:
-            match constraint:
-                case CallConstraint():
-                    return str(LLMatcher.grammar_from_lark(self._calls(constraint)))
-                case TextConstraint(Kind.JSON, text):
-                    options = cast("Any", dict(_JSON_OPTIONS))
-                    return str(LLMatcher.grammar_from_json_schema(text, overrides=options))
-                case TextConstraint(Kind.REGEX, text):
-                    return str(LLMatcher.grammar_from_regex(text))
-                case TextConstraint(Kind.CHOICE, text):
-                    return str(grammar_from("choice", text))
-                case TextConstraint(_, text):  # Kind.GRAMMAR
-                    return str(grammar_from("gbnf", text))
+            if isinstance(constraint, TextConstraint):
+                return _text_source(constraint), ()
+            return self._calls(constraint)
         except (ValueError, RecursionError) as error:
             raise ConstraintError(" ".join(str(error).split())[:300]) from None
 
-    def _calls(self, calls: CallConstraint) -> str:
-        """The Lark grammar of calls. Raises ConstraintError where a model's calls are no JSON."""
-        begin, end = self._call_markers
-        if not begin or not end:
+    def _calls(self, wanted: CallConstraint) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """The Lark grammar of calls, and what it left out. Raises ConstraintError, Unwritable."""
+        if (syntax := self._syntax) is None:
             raise ConstraintError("the format of this model's tool calls cannot be enforced")
-        bodies = " | ".join(f"c{i}" for i in range(len(calls.tools)))
-        rules = [f"c{i}: %json {_call_schema(tool)}" for i, tool in enumerate(calls.tools)]
-        first, last = ("".join(f" <[{id}]>" for id in ids) for ids in (begin, end))
-        call = f"call:{first} gap ({bodies}) gap{last}"
-        several = "call" if calls.is_single else "call (gap call)*"
-        start = f"start: gap {several}"
-        if not calls.is_forced:  # text first, and a call only where its marker comes
-            mark = json.dumps(self._tokenizer.decode(list(begin)))  # not spelt out either
-            words = f"WORDS: /(.|\\n)*/ & ~(/(.|\\n)*/ {mark} /(.|\\n)*/)"
-            start = f"start: WORDS ({several})?\n{words}"
-        return "\n".join([start, call, r"gap: /[ \n]{0,4}/", *rules])
+        lark = Lark(self._special)
+        calls = lark.rule(syntax.calls(wanted.tools, lark, is_single=wanted.is_single))
+        first = f"gap {lark.literal(syntax.begin)} {calls}"
+        start, answer = first, None
+        before_text = lark.literal(syntax.before_text)
+        if wanted.answer is not None:
+            answer = _named_grammar("answer", _text_source(wanted.answer))
+            start = f"{first} | {before_text} @answer"
+        elif not wanted.is_forced:
+            if not syntax.can_follow_text and not syntax.before_text:
+                raise ConstraintError("calls that this model writes in its text cannot be strict")
+            text = f"{before_text} {lark.words(syntax.begin)}" if syntax.begin else before_text
+            start = f"{first} | {before_text} ANY"
+            if syntax.begin:
+                start = f"{text} | {lark.up_to(syntax.begin)} {calls}"
+        if syntax.lead is not None:
+            begin, end = map(lark.literal, syntax.lead)
+            start = f"({begin} ANY {end})? {lark.rule(start)}"
+        grammars: list[dict[str, Any]] = [{"lark_grammar": lark.source(start)}]
+        return json.dumps({"grammars": grammars + ([answer] if answer else [])}), tuple(
+            lark.left_out
+        )
 
 
-def _call_schema(tool: ToolSchema) -> str:
-    schema = {
-        "type": "object",
-        "properties": {
-            "name": {"const": tool.name},
-            "arguments": orjson.Fragment(tool.parameters),
-        },
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-        "x-guidance": dict(_JSON_OPTIONS),
-    }
-    return orjson.dumps(schema).decode()
+def _text_source(constraint: TextConstraint) -> str:
+    """A grammar as llguidance reads it, in JSON or Lark. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
+
+    match constraint:
+        case TextConstraint(Kind.JSON, text):
+            options = cast("Any", dict(JSON_OPTIONS))
+            return str(LLMatcher.grammar_from_json_schema(text, overrides=options))
+        case TextConstraint(Kind.REGEX, text):
+            return str(LLMatcher.grammar_from_regex(text))
+        case TextConstraint(Kind.CHOICE, text):
+            return str(grammar_from("choice", text))
+        case TextConstraint(_, text):  # Kind.GRAMMAR
+            return str(grammar_from("gbnf", text))
+
+
+def _named_grammar(name: str, source: str) -> dict[str, Any]:
+    """A grammar, in JSON or Lark, as one that another refers to."""
+    if source.startswith("{"):
+        return {**json.loads(source)["grammars"][0], "name": name}
+    return {"name": name, "lark_grammar": source}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +246,7 @@ class Grammar:
     num_words: int  # 32-bit, of a mask
     ends: npt.NDArray[np.uint32]  # the mask of the end-of-sequence tokens
     thought: Thought | None
+    left_out: tuple[str, ...] = ()  # what is not enforced: a schema's path and its keyword
 
     def matcher(self) -> Matcher:
         return _Matcher(self)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any
 
+from mlxlite.output.call_syntax import HARMONY
 from mlxlite.output.events import ReasoningDelta, TextDelta
 from mlxlite.output.parser import MAX_CALL_CHARS, OutputParser, ParserOptions, next_marker
 from mlxlite.output.tool_arguments import canonical
@@ -33,7 +34,7 @@ class HarmonyFormat:
 
     marks = MARKS
     can_call_tools = True
-    has_json_calls = False
+    syntax = HARMONY
 
     @staticmethod
     def matches(special_tokens: Collection[str]) -> bool:

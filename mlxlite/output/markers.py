@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from mlxlite.output.call_syntax import CallSyntax
 from mlxlite.output.events import (
     ReasoningDelta,
     TextDelta,
@@ -17,7 +18,13 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.parser import MAX_CALL_CHARS, OutputParser, ParserOptions, next_marker
+from mlxlite.output.parser import (
+    MAX_CALL_CHARS,
+    OutputParser,
+    ParseCalls,
+    ParserOptions,
+    next_marker,
+)
 from mlxlite.output.tool_arguments import (
     MAX_HEAD,
     OpenCall,
@@ -44,10 +51,13 @@ class MarkerFormat:
     call_start: str = ""
     call_end: str = ""  # "" with a `call_start`: a call goes on to the end
     has_json_calls: bool = False  # between them is {"name": …, "arguments": {…}}
+    syntax: CallSyntax | None = None
+    parse: ParseCalls | None = None  # of the calls between two markers; None: the model's
 
     @property
     def marks(self) -> tuple[str, ...]:
-        found = (self.think_start, self.think_end, self.call_start, self.call_end)
+        inner = self.syntax.inner if self.syntax is not None else ()
+        found = (self.think_start, self.think_end, self.call_start, self.call_end, *inner)
         return tuple(filter(None, found))
 
     @property
@@ -89,7 +99,7 @@ class MarkerParser(OutputParser):
         self._markers = markers
         self._think_start = markers.think_start if options.splits_reasoning else ""
         self._call_start = markers.call_start if options.schemas is not None else ""
-        self._parse = options.parse_calls
+        self._parse = markers.parse or options.parse_calls
         is_open = options.starts_in_reasoning and bool(self._think_start)
         self._state = _State.REASONING if is_open else _State.START
         self._gap = ""  # white space before a call, which is text if the call is none

@@ -9,7 +9,7 @@ end. Types are coerced in the parsed value, never in what is emitted.
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,14 +18,19 @@ from typing import Any
 import orjson
 
 from mlxlite.output.events import ParserEvent, ToolCallArguments, ToolCallEnd, ToolCallStart
+from mlxlite.output.schemas import resolved, types_of
 
 MAX_HEAD = 1024  # characters of a call before its arguments; after more it comes whole
 _HEAD = re.compile(
     r'[ \t\n\r]*\{[ \t\n\r]*"name"[ \t\n\r]*:[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*'
     r',[ \t\n\r]*"arguments"[ \t\n\r]*:[ \t\n\r]*(?=\{)'
 )
-_IN_STRING = re.compile(r'[^"\\\x00-\x1f]*')
-_BETWEEN = re.compile(r"[\w\s.,:+-]*")  # strings and brackets
+_IN_STRING: Mapping[str, "re.Pattern[str]"] = {
+    '"': re.compile(r'[^"\\\x00-\x1f]*'),
+    "'": re.compile(r"[^'\\\x00-\x1f]*"),
+}
+_BETWEEN = re.compile(r"[\w\s.,:+=-]*")  # strings and brackets
+JSON, PYTHON = ('"', "{[", "}]"), ("\"'", "{[(", "}])")  # quotes and brackets
 # The JSON Schema types of parsed JSON.
 _TYPES: Mapping[type, set[str]] = {
     bool: {"boolean"},
@@ -44,31 +49,44 @@ def canonical(arguments: Any, schema: Any) -> str:
     """Arguments as JSON, coerced to their schema. Raises ValueError, and what `written` does."""
     if not isinstance(arguments, dict):
         raise ValueError("the arguments are no object")
-    return written(coerced(arguments, schema))
+    return written(coerced(arguments, schema, schema))
 
 
-def coerced(value: Any, schema: Any) -> Any:
+def coerced(value: Any, schema: Any, root: Any = None) -> Any:
     """Arguments with the types of their schema, where the conversion loses nothing.
 
-    Models write 3.0 for 3, and some formats have no types at all: "3", "true", "[1, 2]".
+    Models write 3.0 for 3, and some formats have no types at all: "3", "true", "[1, 2]". `root` is
+    what the schema's references are relative to.
     """
+    schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return value
-    types = schema.get("type")
-    wanted = {t for t in (types if isinstance(types, list) else [types]) if isinstance(t, str)}
+    wanted = types_of(schema, root)
     if isinstance(value, str) and wanted and "string" not in wanted:
         value = _parsed_as(value, wanted)
+    branch = _branch(schema, root, value)
     match value:
         case float() if "integer" in wanted and _is_exact(value):
             return int(value)
         case dict():
-            properties = schema.get("properties")
+            properties = branch.get("properties")
             members = properties if isinstance(properties, Mapping) else {}
-            return {name: coerced(item, members.get(name)) for name, item in value.items()}
+            return {name: coerced(item, members.get(name), root) for name, item in value.items()}
         case list():
-            return [coerced(item, schema.get("items")) for item in value]
+            return [coerced(item, branch.get("items"), root) for item in value]
         case _:
             return value
+
+
+def _branch(schema: Mapping[str, Any], root: Any, value: Any) -> Mapping[str, Any]:
+    """The schema, or the first of its alternatives that has the value's type."""
+    for key in ("anyOf", "oneOf"):
+        branches = schema.get(key)
+        for branch in branches if isinstance(branches, list) else ():
+            if types_of(branch, root) & _TYPES.get(type(value), set()):
+                found = resolved(branch, root)
+                return found if isinstance(found, Mapping) else schema
+    return schema
 
 
 def _is_exact(number: float) -> bool:
@@ -76,7 +94,7 @@ def _is_exact(number: float) -> bool:
     return number.is_integer() and abs(number) < 2**53
 
 
-def _parsed_as(text: str, wanted: set[str]) -> Any:
+def _parsed_as(text: str, wanted: Set[str]) -> Any:
     """JSON in a string, if it is of a wanted type; else the string."""
     try:
         value = orjson.loads(text.lower() if wanted == {"boolean"} else text)
@@ -125,12 +143,13 @@ class ScanState(Enum):
 
 
 class ObjectScan:
-    """Finds the end of one JSON object in text that comes in pieces."""
+    """Finds the end of one JSON object, or array, in text that comes in pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, signs: tuple[str, str, str] = JSON) -> None:
         self.state = ScanState.OPEN
+        self._quotes, self._opening, self._closing = signs
         self._depth = 0
-        self._is_string = False
+        self._quote = ""  # of the string that is open
         self._is_escape = False
 
     def push(self, text: str) -> int:
@@ -141,8 +160,8 @@ class ObjectScan:
                 self._is_escape = False
                 at += 1
                 continue
-            part = (_IN_STRING if self._is_string else _BETWEEN).match(text, at)
-            assert part is not None, "both patterns match the empty string"
+            part = (_IN_STRING[self._quote] if self._quote else _BETWEEN).match(text, at)
+            assert part is not None, "all patterns match the empty string"
             at = part.end()
             if at < len(text) and self._take(text[at]):
                 at += 1
@@ -150,18 +169,22 @@ class ObjectScan:
 
     def _take(self, char: str) -> bool:
         """Apply a character that changes the state; False if it is not part of the object."""
-        match char:
-            case '"':
-                self._is_string = not self._is_string
-            case "\\" if self._is_string:
+        if self._quote:
+            if char == self._quote:
+                self._quote = ""
+            elif char == "\\":
                 self._is_escape = True
-            case "{" | "[":
-                self._depth += 1
-            case "}" | "]":
-                self._depth -= 1
-                self.state = ScanState.OPEN if self._depth else ScanState.CLOSED
-            case _:
+            else:
                 self.state = ScanState.LOST
+        elif char in self._quotes:
+            self._quote = char
+        elif char in self._opening:
+            self._depth += 1
+        elif char in self._closing:
+            self._depth -= 1
+            self.state = ScanState.OPEN if self._depth else ScanState.CLOSED
+        else:
+            self.state = ScanState.LOST
         return self.state is not ScanState.LOST
 
 

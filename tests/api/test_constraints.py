@@ -19,6 +19,7 @@ from mlxlite.api.tools import MAX_TOOLS, stable
 from mlxlite.api.writers import Collected, Envelope, StreamOptions
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
+from mlxlite.output.constraint import CallConstraint, Constraint, Kind, TextConstraint
 from mlxlite.output.events import (
     Done,
     ParserEvent,
@@ -29,7 +30,6 @@ from mlxlite.output.events import (
     ToolCallInvalid,
     ToolCallStart,
 )
-from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint
 from mlxlite.output.tool_arguments import coerced
 
 USER = {"role": "user", "content": "Hello"}

@@ -61,8 +61,8 @@ from mlxlite.api.request import ChatRequest
 from mlxlite.api.shared_fields import GENERATION_FIELDS
 from mlxlite.api.tools import MAX_TOOLS
 from mlxlite.api.writers import StreamOptions
+from mlxlite.output.constraint import Constraint, Kind, TextConstraint
 from mlxlite.output.events import Done
-from mlxlite.output.grammar import Constraint, Kind, TextConstraint
 
 CHAT_TOOL = {"type": "function", "function": {**ABOUT, "parameters": SCHEMA}}
 SCHEMA_CONSTRAINT = TextConstraint(Kind.JSON, json.dumps(SCHEMA, separators=(",", ":")))

@@ -24,7 +24,7 @@ from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.output.grammar import Constraint
+from mlxlite.output.constraint import Constraint
 
 # --- tools and what an answer must match --------------------------------------------------------
 

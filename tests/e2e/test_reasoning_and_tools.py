@@ -12,7 +12,7 @@ import pytest
 from helpers import DONE, ENDLESS, MARKERS, FakeModel, Frame, Wire, chat_body, in_a_loop, serving
 from server_cases import CHAT
 
-from mlxlite.output.grammar import ConstraintError, Kind, TextConstraint
+from mlxlite.output.constraint import ConstraintError, Kind, TextConstraint
 
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
 

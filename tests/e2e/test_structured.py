@@ -32,7 +32,9 @@ from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.sequence import FinishReason, Grammar, Prompt, Sequence
 from mlxlite.engine.step import Add, Command, Finish
 from mlxlite.models.locate import DEMO_PATH
-from mlxlite.output.grammar import CallConstraint, Grammars, Kind, TextConstraint, ToolSchema
+from mlxlite.output.call_syntax import JSON_TOOLS
+from mlxlite.output.constraint import CallConstraint, Kind, TextConstraint, ToolSchema
+from mlxlite.output.grammar import Grammars
 from mlxlite.runner.model_runner import ModelRunner
 from tests.api.test_constraints import QUESTION, WEATHER, function
 
@@ -89,7 +91,7 @@ def grammars() -> Grammars:
         num_vocab=WIDTH,
         eos_tokens=eos_tokens(),
         think=think,
-        call_markers=(tokenizer().tool_call_start_tokens, tokenizer().tool_call_end_tokens),
+        syntax=JSON_TOOLS,
     )
 
 

@@ -14,8 +14,10 @@ from mlxlite.models import tokenizer
 from mlxlite.models.interface import PromptTooLong
 from mlxlite.models.load import LoadedModel, load
 from mlxlite.models.tokenizer import Tokenizer as OwnTokenizer
+from mlxlite.output.bare_calls import BareFormat
+from mlxlite.output.call_syntax import JSON_TOOLS
+from mlxlite.output.constraint import CallConstraint, ConstraintError
 from mlxlite.output.detokenizer import Detokenizer
-from mlxlite.output.grammar import CallConstraint, ConstraintError
 from mlxlite.output.markers import PARSE_ERRORS, MarkerFormat
 
 # --- text to tokens ---------------------------------------------------------------------------
@@ -263,9 +265,8 @@ def test_a_budget_or_calls_without_markers_in_the_model_are_refused(
 
 def test_a_model_of_mlx_lms_calls_reads_them() -> None:
     _, demo = load(Config())
-    assert demo.output_format == MarkerFormat(
-        "<think>", "</think>", "<tool_call>", "</tool_call>", True
-    )
+    markers = MarkerFormat("<think>", "</think>", "<tool_call>", "</tool_call>", True, JSON_TOOLS)
+    assert demo.output_format == BareFormat(markers, JSON_TOOLS)
     one = '{"name": "f", "arguments": {"a": 1}}'
     assert demo.parse_calls(one, []) == [("f", {"a": 1})]
     assert demo.parse_calls('{"name": "f", "arguments": "{\\"a\\": 1}"}', []) == [("f", {"a": 1})]

@@ -19,18 +19,16 @@ from hypothesis import strategies as st
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Matcher
 from mlxlite.models.load import LoadedModel, load
-from mlxlite.output.grammar import (
-    MAX_COMPILED,
-    MAX_GRAMMAR_CHARS,
-    MISSING,
+from mlxlite.output.call_syntax import JSON_TOOLS
+from mlxlite.output.constraint import (
     CallConstraint,
     Constraint,
     ConstraintError,
-    Grammars,
     Kind,
     TextConstraint,
     ToolSchema,
 )
+from mlxlite.output.grammar import MAX_COMPILED, MAX_GRAMMAR_CHARS, MISSING, Grammars
 
 pytest.importorskip("llguidance", reason="structured output is the extra `grammar`")
 
@@ -51,7 +49,7 @@ def new_grammars(model: LoadedModel, **changes: Any) -> Grammars:
         "num_vocab": model.num_vocab,
         "eos_tokens": model.eos_tokens,
         "think": (tuple(tokenizer.think_start_tokens), tuple(tokenizer.think_end_tokens)),
-        "call_markers": (tokenizer.tool_call_start_tokens, tokenizer.tool_call_end_tokens),
+        "syntax": JSON_TOOLS,
     }
     return Grammars(tokenizer.get_chat_template.__self__, **settings | changes)
 
@@ -185,7 +183,7 @@ def test_a_call_whose_markers_are_ordinary_tokens_must_match_as_well(
 
 
 def test_a_models_calls_that_are_no_json_cannot_be_enforced(model: LoadedModel):
-    grammars = new_grammars(model, call_markers=((), ()))
+    grammars = new_grammars(model, syntax=None)
     with pytest.raises(ConstraintError, match="format of this model's tool calls"):
         matcher_of(grammars, None, CALLS)
 
@@ -349,12 +347,6 @@ REFUSED: dict[str, tuple[Kind, str]] = {
             }
         ),
     ),
-    "large numbers": (
-        Kind.JSON,
-        json.dumps({"type": "integer", "multipleOf": 7919, "minimum": 1, "maximum": 10**30}),
-    ),
-    "a format that is none": (Kind.JSON, '{"type": "string", "format": "nonsense"}'),
-    "a pattern that is none": (Kind.JSON, '{"type": "string", "pattern": "("}'),
     "nothing can match": (Kind.JSON, '{"type": "integer", "minimum": 3, "maximum": 2}'),
     "an open group": (Kind.REGEX, "("),
     "a back reference": (Kind.REGEX, r"(a)\1"),
@@ -412,26 +404,116 @@ UNSUPPORTED: dict[str, Any] = {
     "propertyNames": {"pattern": "a"},
     "unevaluatedProperties": False,
     "unevaluatedItems": False,
-    "$dynamicRef": "#a",
+    "oneOf": [
+        {"properties": {"a": {"type": "integer"}}},
+        {"properties": {"b": {"type": "integer"}}},
+    ],
+    "format": "nonsense",
+    "pattern": "(?=a)b",
+    "minProperties": 2,
+}
+BESIDE: dict[str, Any] = {
+    "minProperties": {"properties": {"a": {}, "b": {}}},
+    "format": {"type": "string"},
+    "pattern": {"type": "string"},
 }
 
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
 @pytest.mark.parametrize("is_inside", [False, True])
-def test_keywords_that_are_not_supported_are_named(
+def test_a_keyword_that_only_refines_is_left_out_and_named(
     grammars: Grammars, keyword: str, is_inside: bool
 ):
-    schema: Any = {keyword: UNSUPPORTED[keyword]}
+    schema: Any = {"title": "T", keyword: UNSUPPORTED[keyword], **BESIDE.get(keyword, {})}
+    rest = {"properties": {"pattern": {"type": "string"}}}  # a name, no keyword
+    schema = {"type": "object", **rest, **schema} if "type" not in schema else schema
     if is_inside:
         schema = {"type": "object", "properties": {"a": {"type": "array", "items": schema}}}
+    constraint = TextConstraint(Kind.JSON, json.dumps(schema), "response_format.schema")
+    found = grammars.compile(constraint, is_thinking=False)
+    assert found.left_out == (f"response_format.schema: {keyword}",)
+    again = grammars.compile(replace(constraint, path="other"), is_thinking=False)
+    assert again.left_out == (f"other: {keyword}",), "the name is the request's, not the cache's"
+    assert found.matcher().error is None
+
+
+@pytest.mark.parametrize("keyword", ["not", "if", "dependentRequired", "uniqueItems", "contains"])
+def test_a_schema_of_which_nothing_would_be_left_is_refused(grammars: Grammars, keyword: str):
+    schema = {"title": "T", "$comment": "c", keyword: UNSUPPORTED[keyword]}
+    with pytest.raises(ConstraintError, match=f"nothing is left.*{keyword}"):
+        matcher_of(grammars, Kind.JSON, schema)
+
+
+@pytest.mark.parametrize("keyword", ["$dynamicRef", "$recursiveRef"])
+def test_a_dynamic_reference_is_refused_for_it_is_a_meaning(grammars: Grammars, keyword: str):
+    schema = {"type": "object", "properties": {"a": {keyword: "#a"}}}
     with pytest.raises(ConstraintError, match=re.escape(keyword)):
         matcher_of(grammars, Kind.JSON, schema)
 
 
-def test_a_tool_of_a_keyword_that_is_not_supported_names_it(grammars: Grammars):
-    schema = {"type": "object", "propertyNames": {"pattern": "a"}}
-    with pytest.raises(ConstraintError, match="propertyNames"):
-        matcher_of(grammars, None, CallConstraint((ToolSchema("f", json.dumps(schema)),)))
+def test_what_is_left_of_a_schema_is_enforced(model: LoadedModel, grammars: Grammars):
+    item = {"type": "integer", "not": {"const": 3}}
+    schema = {"type": "array", "items": item, "uniqueItems": True, "maxItems": 2}
+    for text, is_right in (("[1,3]", True), ('["a"]', False), ("[1,2,3]", False)):
+        assert matches(model, matcher_of(grammars, Kind.JSON, schema), text) is is_right, text
+
+
+def test_of_several_tools_each_keyword_is_named_in_its_own(grammars: Grammars):
+    schemas = ({"propertyNames": {"pattern": "a"}}, {}, {"not": {}, "minProperties": 1})
+    tools = tuple(
+        ToolSchema(f"f{i}", json.dumps({"type": "object", **schema}), f"tools[{i}].parameters")
+        for i, schema in enumerate(schemas)
+    )
+    found = grammars.compile(CallConstraint(tools), is_thinking=False)
+    assert found.left_out == ("tools[0].parameters: propertyNames", "tools[2].parameters: not")
+
+
+def test_references_in_a_tools_schema_are_its_own(model: LoadedModel, grammars: Grammars):
+    node = {
+        "type": "object",
+        "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
+        "required": ["v"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "type": "object",
+        "properties": {"n": {"$ref": "#/$defs/node"}},
+        "required": ["n"],
+        "$defs": {"node": node},
+    }
+    constraint = CallConstraint((ToolSchema("go", json.dumps(schema)),))
+    right, wrong = {"n": {"v": 1, "next": {"v": 2}}}, {"n": {"v": 1, "next": {"v": "2"}}}
+    assert matches(model, matcher_of(grammars, None, constraint), call("go", right))
+    assert not matches(model, matcher_of(grammars, None, constraint), call("go", wrong))
+
+
+# --- calls, or an answer that matches -----------------------------------------------------------
+
+EITHER: list[tuple[Kind, Any, list[str], list[str]]] = [
+    (Kind.JSON, GO, ['{"n": 1}', '{"n":22}'], ['{"n": "x"}', "Hello."]),
+    (Kind.REGEX, "a+/b", ["a/b", "aaa/b"], ["ab", "<tool_call>"]),
+    (Kind.CHOICE, ["yes", "no"], ["yes", "no"], ["maybe", "yes "]),
+    (Kind.GRAMMAR, 'root ::= "<" ("a" | root)* ">"', ["<a>", "<<>a>"], ["<", "b"]),
+    (Kind.GRAMMAR, 'start: "one" | N\nN: /[0-9]+/', ["one", "42"], ["two", ""]),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "right", "wrong"), EITHER)
+def test_an_answer_is_calls_or_a_text_that_matches(
+    model: LoadedModel,
+    grammars: Grammars,
+    kind: Kind,
+    text: Any,
+    right: list[str],
+    wrong: list[str],
+):
+    answer = constraint_of(kind, text)
+    assert isinstance(answer, TextConstraint)
+    constraint = replace(CALLS, is_forced=False, answer=answer)
+    for whole in (call(), call("stay", {}) + call(), *right):
+        assert matches(model, matcher_of(grammars, None, constraint), whole), whole
+    for bad in (call("go", {}), f"{right[0]}{call()}", *wrong):
+        assert not matches(model, matcher_of(grammars, None, constraint), bad), bad
 
 
 # Grammars whose cost is in their use: either refused, or each mask is made within the fuel, and

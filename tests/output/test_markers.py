@@ -837,12 +837,10 @@ FORMATS["laguna"] = FORMATS["glm47"]
 def parsed(parser: Callable[..., Any], text: str) -> list[tuple[str, Mapping[str, Any]]]:
     """What `Tokenizer.parse_calls` makes of a parser's result."""
     from mlxlite.models.tokenizer import Tokenizer
-
-    class Wrapper:
-        tool_parser = staticmethod(parser)
+    from mlxlite.models.tool_probe import CallParser
 
     class Stand:
-        wrapper = Wrapper()
+        call_parser = CallParser(parser, "", "")
 
     return Tokenizer.parse_calls(Stand(), text, TOOLS)  # type: ignore[arg-type]
 

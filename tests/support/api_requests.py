@@ -19,7 +19,7 @@ from mlxlite.api.tools import MAX_TOOLS, Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import MAX_CONTEXT_SIZE
 from mlxlite.http.errors import APIError
-from mlxlite.output.grammar import CallConstraint, Constraint, Kind, TextConstraint, ToolSchema
+from mlxlite.output.constraint import CallConstraint, Constraint, Kind, TextConstraint, ToolSchema
 
 HELLO = [{"role": "user", "content": "hello"}]
 BEGUN = [*HELLO, {"role": "assistant", "content": "Once"}]

@@ -27,8 +27,8 @@ from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, Sequence
 from mlxlite.engine.step import Admission, Launched, Outcome, Part, Runner, Step
 from mlxlite.http.connection import Client
 from mlxlite.models.interface import Model, PromptError
+from mlxlite.output.constraint import Constraint
 from mlxlite.output.formats import OutputFormat
-from mlxlite.output.grammar import Constraint
 from mlxlite.output.markers import MarkerFormat
 from mlxlite.server import Load, Server
 
