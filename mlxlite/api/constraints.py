@@ -36,7 +36,7 @@ def json_schema(value: Any, param: str) -> Constraint:
             value = parse(value.encode())
         except ValueError:
             raise bad_request(f"'{param}' is no JSON, or of too many values.", param) from None
-    return TextConstraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode())
+    return TextConstraint(Kind.JSON, orjson.dumps(shallow(value, param)).decode(), param)
 
 
 def regex(value: Any, param: str) -> Constraint:

@@ -18,10 +18,10 @@ from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import MAX_VALUES, Text
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.config.options import Config
-from mlxlite.engine.sequence import Prompt
+from mlxlite.engine.sequence import Grammar, Prompt
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported
 from mlxlite.models.interface import Model, PromptError, PromptTooLong
-from mlxlite.output.constraint import ConstraintError
+from mlxlite.output.constraint import CallConstraint, ConstraintError
 from mlxlite.output.parser import OutputParser, ParserOptions
 from mlxlite.prefix_cache.hashing import blocks_of
 from mlxlite.vision.fetch import Limits
@@ -115,21 +115,35 @@ def complete(
 
     Raises APIError for a constraint that cannot be enforced.
     """
-    grammar, blocks = None, None
-    if request.constraint is not None or request.thinking_budget is not None:
-        constraint, param = request.constraint or (None, "thinking_budget")
-        try:
-            grammar = model.compile(
-                constraint, is_thinking=prompt.starts_in_reasoning, budget=request.thinking_budget
-            )
-        except ConstraintError as error:
-            raise bad_request(f"'{param}': {error}", param) from error
+    grammar, blocks = _grammar(model, prompt, request), None
     if config.enable_prefix_caching and request.cache_prompt:
         scope = _cache_scope(model, tenant, request.cache_salt, config)
         blocks = blocks_of(
             prompt.cache_tokens(), scope, config.kv_block_size, prompt.message_starts
         )
     return replace(prompt, grammar=grammar, blocks=blocks)
+
+
+def _grammar(model: Model, prompt: Prompt, request: Request) -> Grammar | None:
+    """The grammar of an answer; names what it does not enforce. Raises APIError."""
+    constraint, param = request.constraint or (None, "thinking_budget")
+    budget, is_thinking = request.thinking_budget, prompt.starts_in_reasoning
+    if isinstance(constraint, CallConstraint) and constraint.strict:
+        try:
+            model.compile(constraint, is_thinking=is_thinking, budget=budget)
+        except ConstraintError:  # the client loses nothing that it cannot check
+            for name in constraint.strict:
+                leave_out(name)
+            constraint = constraint.unenforced()
+    if constraint is None and budget is None:
+        return None
+    try:
+        grammar = model.compile(constraint, is_thinking=is_thinking, budget=budget)
+    except ConstraintError as error:
+        raise bad_request(f"'{param}': {error}", param) from error
+    for name in grammar.left_out:
+        leave_out(name)
+    return grammar
 
 
 def encode(model: Model, texts: Sequence[Text], param: str) -> list[tuple[int, ...]]:

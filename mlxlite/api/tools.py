@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import orjson
@@ -22,11 +22,18 @@ from mlxlite.api.readers import (
     text,
 )
 from mlxlite.http.errors import bad_request, truncate
-from mlxlite.output.constraint import CallConstraint, Constraint, ToolSchema
+from mlxlite.output.constraint import (
+    ANY_ARGUMENTS,
+    CallConstraint,
+    Constraint,
+    TextConstraint,
+    ToolSchema,
+)
 
 MAX_TOOLS = 1024  # OpenAI's bound is 128, vLLM has none: agents with MCP servers bring hundreds
 FREE_TEXT: Final = "input"  # the argument of a function that stands for a tool of free text
 _MAX_TOOL_DEPTH = MAX_DEPTH + 8  # of a tool, whatever holds its schema
+# OpenAI has 64 letters, digits, _ and -; no other signs, for a name is part of prompts and marks.
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _SCHEMA_ORDER = ("type", "title", "description", "enum", "properties", "required", "items")
 
@@ -45,6 +52,11 @@ class Tool:
     is_strict: bool = False  # its arguments must match, whenever it is called
     namespace: str = ""
     is_free_text: bool = False
+    path: str = field(default="", compare=False)  # of its schema, in the request
+
+    @property
+    def strict_path(self) -> str:
+        return f"{self.path.rpartition('.')[0]}.strict"
 
     @property
     def own_name(self) -> str:
@@ -57,8 +69,8 @@ class Tool:
 
     def schema(self, *, is_strict: bool) -> ToolSchema:
         """Its arguments as a grammar enforces them; any object unless they must match."""
-        parameters = self.parameters if is_strict else {"type": "object"}
-        return ToolSchema(self.name, orjson.dumps(parameters).decode())
+        written = orjson.dumps(self.parameters).decode() if is_strict else ANY_ARGUMENTS
+        return ToolSchema(self.name, written, self.path)
 
     def in_namespace(self, namespace: str, description: str) -> "Tool":
         text = "\n".join(filter(None, (description, self.description)))
@@ -75,9 +87,11 @@ def function_of(value: Any, param: str, schema_name: str = "parameters") -> Tool
     """A function's definition. Raises APIError 400."""
     function = members(value, param)
     is_strict = flag(function.get("strict") or False, f"{param}.strict")
-    schema = shallow(function.get(schema_name) or {}, f"{param}.{schema_name}")
+    path = function.path_of(schema_name)
+    schema = shallow(function.get(schema_name) or {}, path)
     parameters = {"type": "object", "properties": {}} | stable(schema)
-    return Tool(_name_of(function), function.text("description", ""), parameters, is_strict)
+    description = function.text("description", "")
+    return Tool(_name_of(function), description, parameters, is_strict, path=path)
 
 
 def free_text_of(tool: Members) -> Tool:
@@ -93,7 +107,8 @@ def free_text_of(tool: Members) -> Tool:
         "properties": {FREE_TEXT: {"type": "string"}},
         "required": [FREE_TEXT],
     }
-    return Tool(_name_of(tool), description, parameters, is_free_text=True)
+    path = tool.path_of("format")
+    return Tool(_name_of(tool), description, parameters, is_free_text=True, path=path)
 
 
 def _name_of(tool: Members) -> str:
@@ -200,17 +215,24 @@ class ToolUse:
     def max_calls(self) -> int | None:
         return None if self.is_parallel else 1
 
-    def constraints(self) -> list[tuple[Constraint, str]]:
-        """The constraint on calls, where they are forced or strict, and the field it is from."""
+    def constraints(self, formats: list[tuple[Constraint, str]]) -> list[tuple[Constraint, str]]:
+        """What an answer must match and the field it is from; `formats` are those of its text.
+
+        Where tools may be called it is calls, or a text that matches; of forced calls there is no
+        text.
+        """
         tools = self.callable
-        if not self.is_forced and not any(tool.is_strict for tool in tools):
-            return []
+        strict = tuple(tool.strict_path for tool in tools if tool.is_strict)
+        if len(formats) > 1 or not tools or not (self.is_forced or formats or strict):
+            return formats
         schemas = tuple(tool.schema(is_strict=self.is_forced or tool.is_strict) for tool in tools)
-        is_single = not self.is_parallel or (
-            isinstance(self.choice, dict) and "name" in self.choice
-        )
-        constraint = CallConstraint(schemas, is_single, self.is_forced)
-        return [(constraint, self.param if self.is_forced else "tools")]
+        is_named = isinstance(self.choice, dict) and "name" in self.choice
+        calls = CallConstraint(schemas, not self.is_parallel or is_named, self.is_forced)
+        if self.is_forced:
+            return [(calls, self.param)]
+        answer, param = formats[0] if formats else (None, "tools")
+        assert answer is None or isinstance(answer, TextConstraint)
+        return [(replace(calls, answer=answer, strict=strict), param)]
 
 
 def _function(tool: Members) -> Iterable[Tool]:

@@ -28,6 +28,13 @@ class PromptTooLong(PromptError):
         self.num_tokens = num_tokens
 
 
+class CompiledGrammar(Grammar, Protocol):
+    """A grammar, and what of its constraint it does not enforce: paths and keywords."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
+
+
 class Model(Protocol):
     """A loaded checkpoint without its network. Immutable; safe to use from any thread."""
 
@@ -57,7 +64,7 @@ class Model(Protocol):
 
     def compile(
         self, constraint: Constraint | None, *, is_thinking: bool, budget: int | None = None
-    ) -> Grammar:
+    ) -> CompiledGrammar:
         """The grammar of an answer, which applies after at most `budget` tokens of reasoning.
 
         Raises ConstraintError.

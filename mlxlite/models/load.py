@@ -8,13 +8,16 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
+from mlx_lm import tokenizer_utils
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from mlxlite.config.options import Config
@@ -25,6 +28,7 @@ from mlxlite.models.fingerprint import fingerprint_of
 from mlxlite.models.interface import LoadError, PromptError
 from mlxlite.models.locate import locate, read_json, read_settings, read_template
 from mlxlite.models.tokenizer import Tokenizer, make_grammars
+from mlxlite.models.tool_probe import CallParser, templates_of
 
 if TYPE_CHECKING:
     from mlxlite.vision.processor import Reader
@@ -93,7 +97,8 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
     has_vision = not isinstance(processor, str)
     context_size = _context_size(settings, config.ctx_size)
     # A prompt that is too long is counted to the end, for the client to shorten it, up to a bound.
-    template = ChatTemplate(Tokenizer(wrapper, 2 * context_size, source), source)
+    tokenizer = Tokenizer(wrapper, 2 * context_size, source, _call_parser(wrapper, source))
+    template = ChatTemplate(tokenizer, source)
     if has_vision:
         template = replace(template, needs_parts=template.omits_strings())
         processor = _make_reader(network, processor, template)
@@ -110,6 +115,16 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
         defaults=_sampling_defaults(generation),
         chat_template=template,
     )
+
+
+def _call_parser(wrapper: Any, source: str | None) -> CallParser | None:
+    """mlx-lm's parser for the operator's template, or for one of several: it looks at neither."""
+    for template in templates_of(wrapper, source):
+        seen = SimpleNamespace(chat_template=template, get_vocab=wrapper.get_vocab)
+        if template and (name := tokenizer_utils._infer_tool_parser(seen)) is not None:
+            found = import_module(f"mlx_lm.tool_parsers.{name}")
+            return CallParser(found.parse_tool_call, found.tool_call_start, found.tool_call_end)
+    return None
 
 
 def _load_parts(

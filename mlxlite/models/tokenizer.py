@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxlite import wanted
 from mlxlite.models.interface import PromptError, PromptTooLong
-from mlxlite.models.tool_probe import CallParser, call_form, call_parser
+from mlxlite.models.tool_probe import CallParser, call_form, own_parser, templates_of
 from mlxlite.output.call_syntax import syntax_of
 from mlxlite.output.formats import OutputFormat, format_of
 from mlxlite.output.grammar import Grammars
@@ -31,16 +31,23 @@ class Tokenizer:
 
     `wrapper` is mlx-lm's TokenizerWrapper, `own` transformers' tokenizer in it. `shown` are the
     special tokens that are part of the text, because markers consist of them. Texts of more than
-    `max_tokens` are refused. `source` is the operator's chat template, None for the checkpoint's.
+    `max_tokens` are refused. `source` is the operator's chat template, None for the checkpoint's;
+    `parser` reads calls where mlx-lm has found none for the tokenizer.
     """
 
-    def __init__(self, wrapper: Any, max_tokens: int, source: str | None = None) -> None:
+    def __init__(
+        self,
+        wrapper: Any,
+        max_tokens: int,
+        source: str | None = None,
+        parser: CallParser | None = None,
+    ) -> None:
         self.wrapper = wrapper
         self.max_tokens = max_tokens
         self.own = wrapper.get_chat_template.__self__
         self.eos_tokens: frozenset[int] = frozenset(wrapper.eos_token_ids)
         self.added_tokens: frozenset[int] = frozenset(wrapper.added_tokens_decoder)
-        self.call_parser = call_parser(wrapper, _templates(self.own, source))
+        self.call_parser = own_parser(wrapper) or parser
         self.output_format = _output_format(wrapper, source, self.call_parser)
         self.shown = _shown(wrapper, self.output_format)
         self._decode = self._decoder()
@@ -171,15 +178,8 @@ def _output_format(wrapper: Any, source: str | None, parser: CallParser | None) 
         )
         return format_of(added, MarkerFormat(*think), form)
     is_json = parser.name == "json_tools"
-    syntax = syntax_of(parser.name, "\n".join(_templates(own, source)))
+    syntax = syntax_of(parser.name, "\n".join(templates_of(wrapper, source)))
     return format_of(added, MarkerFormat(*think, parser.start, parser.end, is_json, syntax))
-
-
-def _templates(own: Any, source: str | None) -> tuple[str, ...]:
-    """The texts of the templates, the one for tools first."""
-    given = own.chat_template if source is None else source
-    named = given if isinstance(given, dict) else {"default": given or ""}
-    return tuple(map(str, (named.get("tool_use", ""), *named.values())))
 
 
 def _shown(wrapper: Any, output_format: OutputFormat) -> dict[int, str]:

@@ -4,13 +4,9 @@ The template is untrusted: each rendering is bounded in time, and one that fails
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
-
-from mlx_lm import tokenizer_utils
 
 from mlxlite.models.time_limit import TookTooLong, run_with_timeout
 from mlxlite.output.call_forms import CallForm, form_of
@@ -71,13 +67,15 @@ class CallParser:
         return str(self.parse.__module__).rpartition(".")[2]
 
 
-def call_parser(wrapper: Any, templates: Iterable[str]) -> CallParser | None:
-    """mlx-lm's parser of a tokenizer, or the first that one of these templates is known for."""
-    if wrapper.tool_parser is not None:
-        return CallParser(wrapper.tool_parser, wrapper.tool_call_start, wrapper.tool_call_end)
-    for template in templates:
-        seen = SimpleNamespace(chat_template=template, get_vocab=wrapper.get_vocab)
-        if (name := tokenizer_utils._infer_tool_parser(seen)) is not None:
-            found = import_module(f"mlx_lm.tool_parsers.{name}")
-            return CallParser(found.parse_tool_call, found.tool_call_start, found.tool_call_end)
-    return None
+def own_parser(wrapper: Any) -> CallParser | None:
+    """The parser that mlx-lm has found for its tokenizer."""
+    if wrapper.tool_parser is None:
+        return None
+    return CallParser(wrapper.tool_parser, wrapper.tool_call_start, wrapper.tool_call_end)
+
+
+def templates_of(wrapper: Any, source: str | None) -> tuple[str, ...]:
+    """The texts of a tokenizer's chat templates, or of the operator's; the one for tools first."""
+    given = wrapper.get_chat_template.__self__.chat_template if source is None else source
+    named = given if isinstance(given, dict) else {"default": given or ""}
+    return tuple(map(str, (named.get("tool_use", ""), *named.values())))

@@ -57,15 +57,26 @@ class CallSyntax:
         """True if the beginning of a call is a mark that a text can be kept from writing."""
         return bool(self.begin)
 
-    def calls(self, tools: SequenceOf[ToolSchema], lark: Lark, *, is_single: bool) -> str:
-        """The expression of one or more calls without the first `begin`. Raises Unwritable."""
-        bodies = []
-        lark.forbidden = (self.end,)
+    def calls(
+        self,
+        tools: SequenceOf[ToolSchema],
+        lark: Lark,
+        *,
+        is_single: bool,
+        is_each_needed: bool = False,
+    ) -> str:
+        """The expression of one or more calls without the first `begin`.
+
+        Raises Unwritable if no tool can be called, or where each is needed one cannot.
+        """
+        bodies, lark.forbidden = [], (self.end,)
         for lark.place, tool in enumerate(tools):
             try:
                 bodies.append(lark.rule(self.call(tool, lark)))
             except Unwritable as error:
-                raise Unwritable(f"the tool {tool.name!r}: {error}") from None
+                if is_each_needed or (not bodies and tool is tools[-1]):
+                    raise Unwritable(f"the tool {tool.name!r}: {error}") from None
+                lark.leave_out(f"no call of {tool.name}")
         one, gap = f"({' | '.join(bodies)})", " gap " if self.is_loose else " "
         is_single = is_single or self.is_single
         several = one

@@ -182,7 +182,11 @@ class Grammars:
         if (syntax := self._syntax) is None:
             raise ConstraintError("the format of this model's tool calls cannot be enforced")
         lark = Lark(self._special)
-        calls = lark.rule(syntax.calls(wanted.tools, lark, is_single=wanted.is_single))
+        is_optional = not wanted.is_forced and wanted.answer is None
+        several = syntax.calls(
+            wanted.tools, lark, is_single=wanted.is_single, is_each_needed=is_optional
+        )
+        calls = lark.rule(several)
         first = f"gap {lark.literal(syntax.begin)} {calls}"
         start, answer = first, None
         before_text = lark.literal(syntax.before_text)

@@ -387,14 +387,22 @@ def test_two_constraints_exclude_each_other(name: str):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_constraint_excludes_tools_that_are_enforced(name: str):
-    fields = {name: WAYS[name][0]}
-    error = refusal(**fields, tools=TWO, tool_choice="required")
-    assert error.param == "tool_choice"
-    error = refusal(**fields, tools=[function(strict=True)])
-    assert error.param == "tools"
-    assert chat(**fields, tools=TWO).tools  # a format of the answer, where it calls no tool
-    assert chat(**fields, tools=TWO, tool_choice="none").constraint == (WAYS[name][1], name)
+def test_with_tools_an_answer_is_calls_or_matches(name: str):
+    fields, answer = {name: WAYS[name][0]}, WAYS[name][1]
+    for tools, strict in ((TWO, ()), ([function(strict=True)], ("tools[0].function.strict",))):
+        constraint, field = enforced(**fields, tools=tools)
+        assert (constraint.answer, constraint.is_forced, field) == (answer, False, name)
+        assert constraint.strict == strict
+        assert [tool.name for tool in constraint.tools] == [
+            tool["function"]["name"] for tool in tools
+        ]
+    assert chat(**fields, tools=TWO, tool_choice="none").constraint == (answer, name)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_of_forced_calls_there_is_no_text_that_could_match(name: str):
+    constraint, field = enforced(**{name: WAYS[name][0]}, tools=TWO, tool_choice="required")
+    assert (constraint.answer, constraint.is_forced, field) == (None, True, "tool_choice")
 
 
 @pytest.mark.parametrize("other", [{"ignore_eos": True}, {"min_tokens": 3}])

@@ -61,7 +61,7 @@ from mlxlite.api.request import ChatRequest
 from mlxlite.api.shared_fields import GENERATION_FIELDS
 from mlxlite.api.tools import MAX_TOOLS
 from mlxlite.api.writers import StreamOptions
-from mlxlite.output.constraint import Constraint, Kind, TextConstraint
+from mlxlite.output.constraint import CallConstraint, Constraint, Kind, TextConstraint
 from mlxlite.output.events import Done
 
 CHAT_TOOL = {"type": "function", "function": {**ABOUT, "parameters": SCHEMA}}
@@ -652,14 +652,14 @@ def test_what_a_format_excludes_is_refused_in_the_clients_words(
 ) -> None:
     is_response = parse is response
     tool = RESPONSES_TOOL if is_response else MESSAGES_TOOL
-    choice = "required" if is_response else {"type": "any"}
-    error = refusal(parse, **asked, tools=[tool], tool_choice=choice)
-    assert error.message == f"'{name}' and 'tool_choice' exclude each other."
-    assert error.param == "tool_choice"
     error = refusal(parse, **asked, ignore_eos=True)
     assert error.message == f"'ignore_eos' cannot be had with '{name}'."
     assert error.param == "ignore_eos"
-    assert parse(**asked, tools=[tool]).constraint == (SCHEMA_CONSTRAINT, name)
+    found = parse(**asked, tools=[tool]).constraint
+    assert found is not None
+    constraint, field = found
+    assert isinstance(constraint, CallConstraint)
+    assert (constraint.answer, constraint.is_forced, field) == (SCHEMA_CONSTRAINT, False, name)
 
 
 def test_tools_are_counted_unless_tool_choice_is_none() -> None:

@@ -37,12 +37,11 @@ ASKS: dict[str, Any] = {
     "guided_regex": "a+",
     "guided_choice": ["a"],
     "guided_grammar": GBNF,
-    "tools": [function_tool("f", strict=True)],
 }
 
 
 def test_every_constraint_field_has_a_case() -> None:
-    assert ASKS.keys() == {*CONSTRAINT_FIELDS, "tools"}
+    assert ASKS.keys() == set(CONSTRAINT_FIELDS)
 
 
 @pytest.mark.parametrize("one", ASKS)
@@ -53,14 +52,9 @@ def test_an_answer_can_match_only_one_thing(one: str) -> None:
         assert f"'{one}'" in error.message
         assert f"'{other}'" in error.message
         assert "exclude" in error.message
-    if one != "tools":
-        error = refusal(**{one: ASKS[one]}, tools=[function_tool("f")], tool_choice="required")
-        assert error.param == "tool_choice"
-        assert parse(**{one: ASKS[one]}, tools=[function_tool("f")]).tools == (TOOL_F,), (
-            "but both are possible"
-        )
-        both = {"response_format": {"type": "text"}} | {one: ASKS[one]}
-        assert parse(**both).constraint == parse(**{one: ASKS[one]}).constraint
+    assert parse(**{one: ASKS[one]}, tools=[function_tool("f")]).tools == (TOOL_F,)
+    both = {"response_format": {"type": "text"}} | {one: ASKS[one]}
+    assert parse(**both).constraint == parse(**{one: ASKS[one]}).constraint
 
 
 @pytest.mark.parametrize("name", ASKS)

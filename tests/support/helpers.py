@@ -318,6 +318,7 @@ class FakeGrammar:
     constraint: Constraint | None
     is_thinking: bool
     budget: int | None
+    left_out: tuple[str, ...] = ()
 
     def matcher(self) -> Matcher:
         raise AssertionError("only a device matches")

@@ -276,7 +276,7 @@ def _request(body: bytes, table: fields.Table) -> ChatRequest:
         lead = (Message(Role.SYSTEM, system),) if system else ()
         return ChatRequest(
             **options,
-            constraint=sole_constraint(options, formats + use.constraints()),
+            constraint=sole_constraint(options, use.constraints(formats)),
             messages=lead + tuple(one for one in turns if isinstance(one, Message)),
             template_kwargs=template_kwargs(given, output.get("effort"), is_thinking),
             tools=use.callable,

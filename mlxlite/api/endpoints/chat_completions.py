@@ -56,7 +56,7 @@ FIELDS: Final[fields.Table] = {
     "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"0 to {shared_fields.MAX_TOP_LOGPROBS}"),
     "tools": supported(tool_list, "how they are called is the model's own format"),
     "tool_choice": supported(
-        tool_choice, "`required` and a name are enforced where the model's calls are JSON"
+        tool_choice, "`required` and a name are enforced; needs the extra `grammar`"
     ),
     "functions": supported(function_list, "the older form of `tools`"),
     "function_call": supported(tool_choice, "the older form of `tool_choice`"),
@@ -76,7 +76,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
         request = ChatRequest(
             **options,
-            constraint=sole_constraint(options, take_constraints(given) + use.constraints()),
+            constraint=sole_constraint(options, use.constraints(take_constraints(given))),
             messages=given.take("messages"),
             template_kwargs=template_kwargs(
                 given, given.take("reasoning_effort"), given.take("thinking")

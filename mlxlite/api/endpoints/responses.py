@@ -368,7 +368,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
         known = [piece for piece in asked.pieces if isinstance(piece, Message)]
         request = ResponsesRequest(
             **options,
-            constraint=sole_constraint(options, formats + use.constraints()),
+            constraint=sole_constraint(options, use.constraints(formats)),
             messages=lead + _turns(known, lambda id: None),
             pieces=asked.pieces,
             template_kwargs=template_kwargs(given, effort),
