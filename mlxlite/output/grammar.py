@@ -187,7 +187,8 @@ class Grammars:
             wanted.tools, lark, is_single=wanted.is_single, is_each_needed=is_optional
         )
         calls = lark.rule(several)
-        first = f"gap {lark.literal(syntax.begin)} {calls}"
+        gap = "" if syntax.before_text else "gap"  # where a message has a header, it is text
+        first = f"{gap} {lark.literal(syntax.begin)} {calls}"
         start, answer = first, None
         before_text = lark.literal(syntax.before_text)
         if wanted.answer is not None:

@@ -237,6 +237,46 @@ async def test_what_must_match_is_compiled_before_the_answer_begins() -> None:
         assert len(served.model.compiled) == 3, "nothing has to match"
 
 
+STRICT = [{"function": {"name": "f", "strict": True}}, {"function": {"name": "g"}}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_strict_tool_that_cannot_be_enforced_is_served_and_named(stream: bool) -> None:
+    @in_a_loop
+    async def test() -> None:
+        model = marked(compile_error=ConstraintError("no such thing"))
+        async with serving(model) as served, await served.wire() as wire:
+            answer = await wire.chat("x", stream=stream, tools=STRICT)
+            assert answer.status == 200
+            assert answer["x-mlxlite-ignored"] == "tools[0].function.strict"
+        async with serving(model, strict_fields=True) as served, await served.wire() as wire:
+            answer = await wire.chat("x", stream=stream, tools=STRICT)
+            assert (answer.status, answer.error["param"]) == (400, "tools[0].function.strict")
+
+    test()
+
+
+def test_what_a_grammar_leaves_out_is_named() -> None:
+    class Leaves(FakeModel):
+        def compile(self, *args: Any, **more: Any) -> Any:
+            left_out = ("response_format.json_schema.schema: not",)
+            return replace(super().compile(*args, **more), left_out=left_out)
+
+    @in_a_loop
+    async def test() -> None:
+        schema = {"type": "object", "not": {}}
+        asked = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        async with serving(Leaves()) as served, await served.wire() as wire:
+            answer = await wire.chat("x", response_format=asked)
+            assert answer.status == 200
+            assert "json_schema.schema" in answer["x-mlxlite-ignored"]
+            assert "not" in answer["x-mlxlite-ignored"]
+        async with serving(Leaves(), strict_fields=True) as served, await served.wire() as wire:
+            assert (await wire.chat("x", response_format=asked)).status == 400
+
+    test()
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -245,7 +285,6 @@ async def test_what_must_match_is_compiled_before_the_answer_begins() -> None:
         ({"guided_choice": ["a"]}, "guided_choice"),
         ({"grammar": "?"}, "grammar"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"function": {"name": "f", "strict": True}}]}, "tools"),
         ({"thinking_budget": 5}, "thinking_budget"),
         ({"thinking_budget_tokens": 5}, "thinking_budget"),
     ],

@@ -765,7 +765,6 @@ def test_a_strict_tool_may_be_left_alone_and_matches_when_it_is_called(client: O
         ({"guided_regex": "a", "min_tokens": 2}, "min_tokens"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'}, "grammar"),
-        ({"tools": [WEATHER], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_json": {"not": {"type": "null"}}}, "guided_json"),
@@ -774,7 +773,6 @@ def test_a_strict_tool_may_be_left_alone_and_matches_when_it_is_called(client: O
             "response_format",
         ),
         ({"grammar": "root ::= nothing"}, "grammar"),
-        ({"tools": [strict({"type": "object", "propertyNames": {}})]}, "tools"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -100,7 +100,7 @@ HARMONY: list[Step] = [
     *_each(_message, "a message", "think", "call", "preamble"),
     *_each(_response, "a response", "think", "call", "preamble"),
     recite(chat, "a call without tools is text", "call", max_tokens=MOST),
-    recite(_chat, "harmony's forced calls are not enforced", "call", tool_choice="required"),
+    recite(_chat, "harmony's forced calls are enforced", "call", tool_choice="required"),
     recite(chat, "analysis in the content", "think", reasoning_format="none", max_tokens=MOST),
     chat(
         "a history with a call",
