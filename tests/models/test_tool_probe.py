@@ -10,6 +10,14 @@ from typing import Any
 
 import pytest
 from checkpoints import loaded, save_checkpoint
+from tool_templates import (
+    CALL_FUNCTION,
+    CALL_PARTS,
+    LLAMA3,
+    PYTHON_TAG,
+    PYTHONIC,
+    chatml,
+)
 from transformers import AutoTokenizer
 
 from mlxlite.models.tool_probe import call_form
@@ -19,70 +27,33 @@ from mlxlite.output.events import TextDelta, ToolCallEnd, ToolCallStart
 from mlxlite.output.markers import MarkerFormat
 from mlxlite.output.parser import ParserOptions
 
-LLAMA3 = r"""
-{%- if tools is defined and tools is not none %}<|start_header_id|>system<|end_header_id|>
-
-Respond with a JSON for a function call. {% for t in tools %}{{ t | tojson(indent=4) }}
-{% endfor %}<|eot_id|>{% endif %}
-{%- for message in messages %}{%- if 'tool_calls' in message %}
-{%- if not message.tool_calls|length == 1 %}{{- raise_exception("one call only") }}{% endif %}
-{%- set tool_call = message.tool_calls[0].function %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}
-{{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' }}
-{{- tool_call.arguments | tojson }}{{- "}" }}{{- "<|eot_id|>" }}
-{%- else %}
-{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
-{{- message['content'] | trim + '<|eot_id|>' }}
-{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
-PYTHON_TAG = LLAMA3.replace("""{{- '{"name": "'""", """{{- '<|python_tag|>{"name": "'""")
-PYTHONIC = r"""
-{%- if tools %}Functions: {{ tools | tojson }}
-{% endif %}
-{%- for message in messages %}<|header_start|>{{ message.role }}<|header_end|>
-
-{% if message.tool_calls %}[{% for call in message.tool_calls %}{{ call.function.name }}(
-{%- for key, value in call.function.arguments.items() %}{{ key }}={{ value | tojson }}
-{%- if not loop.last %}, {% endif %}{% endfor %}){% if not loop.last %}, {% endif %}{% endfor %}]
-{%- else %}{{ message.content }}{% endif %}<|eot|>{% endfor %}"""
-
-
-def chatml(call: str, shown: str = "{{ tools | tojson }}") -> str:
-    return (
-        "{%- if tools %}<|im_start|>system\nTools: " + shown + "<|im_end|>\n{% endif %}"
-        "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-        "{%- for call in message.tool_calls or [] %}" + call + "{% endfor %}<|im_end|>\n"
-        "{%- endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-
-
-_FUNCTION = "{{ call.function | tojson }}"
-_PARTS = '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
 TEMPLATES: dict[str, tuple[str, CallForm | None]] = {
     "llama 3": (LLAMA3, CallForm("parameters")),
     "llama 3 with a tag": (PYTHON_TAG, CallForm("parameters", "<|python_tag|>")),
     "llama 4": (PYTHONIC, CallForm(is_python=True)),
-    "bare": (chatml(_PARTS), CallForm()),
+    "bare": (chatml(CALL_PARTS), CallForm()),
     "of a whole call": (chatml("{{ call | tojson }}"), CallForm()),
-    "an array": (chatml("[" + _FUNCTION + "]"), CallForm(is_array=True)),
-    "a fence": (chatml(f"\n```json\n{_PARTS}\n```"), CallForm("arguments", "```json\n", "\n```")),
+    "an array": (chatml("[" + CALL_FUNCTION + "]"), CallForm(is_array=True)),
+    "a fence": (
+        chatml(f"\n```json\n{CALL_PARTS}\n```"),
+        CallForm("arguments", "```json\n", "\n```"),
+    ),
     "tags": (
-        chatml(f"\n<call>\n{_PARTS}\n</call>"),
+        chatml(f"\n<call>\n{CALL_PARTS}\n</call>"),
         CallForm("arguments", "<call>\n", "\n</call>"),
     ),
     "phi 4": (
-        chatml(f"<|tool_call|>[{_PARTS}]<|/tool_call|>"),
+        chatml(f"<|tool_call|>[{CALL_PARTS}]<|/tool_call|>"),
         CallForm("arguments", "<|tool_call|>", "<|/tool_call|>", is_array=True),
     ),
     "granite": (
-        chatml(f"<|tool_call|>[{_PARTS}]"),
+        chatml(f"<|tool_call|>[{CALL_PARTS}]"),
         CallForm("arguments", "<|tool_call|>", "", is_array=True),
     ),
     "calls that are not rendered": (chatml(""), CallForm()),
     "calls that are refused": (chatml("{{ raise_exception('no') }}"), CallForm()),
     "calls of another kind": (chatml("CALL {{ call.function.name }}"), CallForm()),
-    "no tools": (chatml(_PARTS, "none"), None),
+    "no tools": (chatml(CALL_PARTS, "none"), None),
     "nothing": ("{{ messages[0].content }}", None),
     "broken": ("{{ messages[", None),
     "endless": (
@@ -170,7 +141,7 @@ def test_a_model_of_such_a_template_can_call_tools(tmp_path: Path, name: str):
 
 
 def test_a_template_that_never_shows_tools_has_none(tmp_path: Path):
-    assert model_of(tmp_path, chatml(_PARTS, "none")).output_format == MarkerFormat()
+    assert model_of(tmp_path, chatml(CALL_PARTS, "none")).output_format == MarkerFormat()
 
 
 def test_the_operators_template_is_the_one_that_is_looked_at(folder: Path, tmp_path: Path):
