@@ -19,7 +19,7 @@ from mlxlite.output.call_syntax import CallSyntax
 from mlxlite.output.events import ParserEvent, TextDelta
 from mlxlite.output.markers import MAX_GAP, PARSE_ERRORS, MarkerFormat, MarkerParser
 from mlxlite.output.parser import MAX_CALL_CHARS, OutputParser, ParserOptions
-from mlxlite.output.tool_arguments import PYTHON, ObjectScan, ScanState, canonical
+from mlxlite.output.tool_arguments import MAX_HEAD, PYTHON, ObjectScan, ScanState, canonical
 
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters")
@@ -38,6 +38,7 @@ _OPENER = re.compile(rf"(?:({'|'.join(map(re.escape, _TAGS))}|{_FENCE})\s*)?\Z")
 # What the end of a text may be the beginning of.
 _HALF_FENCE = re.compile(r"(?:`{1,3}|" + _FENCE + r")\s*\Z")
 _SPACE = re.compile(r"\s*\Z")
+_BRACE = re.compile(r"[{\[]")
 _AFTER = re.compile(r"[\s;]*")
 
 Call = tuple[str, Mapping[str, Any]]
@@ -169,25 +170,26 @@ class BareParser(OutputParser):
             return self._continue(self._scan)
         if self._follows_call:
             return self._leave_call()
-        at = min((i for char in "{[" if (i := self._held.find(char)) >= 0), default=-1)
-        if at < 0:
-            self._release(len(self._held) - self._num_held(self._held))
-            return False
-        match self._begins_call(self._held[at:]):
-            case "maybe":
+        for brace in _BRACE.finditer(self._held):
+            at = brace.start()
+            head = self._held[at : at + MAX_HEAD]
+            kind = self._begins_call(head)
+            if kind == "maybe" and len(head) < MAX_HEAD:
                 self._release(at - _num_opener(self._held[:at]))
                 return False
-            case "no":
-                self._release(at + 1)
+            if kind in ("json", "python"):
+                self._begin(at, is_python=kind == "python")
                 return True
-            case kind:
-                num = _num_opener(self._held[:at])
-                self._release(at - num)
-                self._opener, self._held = self._held[:num], self._held[num:]
-                self._is_python = kind == "python"
-                self._scan = ObjectScan(PYTHON) if self._is_python else ObjectScan()
-                self._num_scanned = 0
-                return True
+        self._release(len(self._held) - self._num_held(self._held))
+        return False
+
+    def _begin(self, at: int, *, is_python: bool) -> None:
+        """A call may begin at this place of the held text."""
+        num = _num_opener(self._held[:at])
+        self._release(at - num)
+        self._opener, self._held = self._held[:num], self._held[num:]
+        self._is_python, self._num_scanned = is_python, 0
+        self._scan = ObjectScan(PYTHON) if is_python else ObjectScan()
 
     def _release(self, num: int) -> None:
         """Emit held text that is no part of a call."""

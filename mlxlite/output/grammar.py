@@ -32,9 +32,12 @@ from mlxlite.output.lark import JSON_OPTIONS, Lark
 from mlxlite.output.schemas import relaxed
 
 MAX_GRAMMAR_CHARS = 256 << 10
+MAX_TOOLS_CHARS = 1 << 20  # of all tools: some 800 of them, which compile within seconds
 MAX_COMPILED = 64  # grammars; each takes from a few KB to some MB
 # A mask may cost this much work, in llguidance's units.
 _FUEL = 150_000
+_TOOLS_PER_FUEL = 64  # tools for whose schemas as much again may be spent at the start
+_ROW_ITEMS = 2_000  # llguidance's default; each tool's name is a few
 _TRIAL_TOKENS = 4
 MISSING = "structured output needs llguidance: pip install 'mlxlite[grammar]'"
 
@@ -114,8 +117,9 @@ class Grammars:
             import llguidance  # noqa: F401
         except ImportError:
             raise ConstraintError(MISSING) from None
-        if constraint.num_chars > MAX_GRAMMAR_CHARS:
-            raise ConstraintError(f"it is longer than {MAX_GRAMMAR_CHARS} characters")
+        most = MAX_TOOLS_CHARS if isinstance(constraint, CallConstraint) else MAX_GRAMMAR_CHARS
+        if constraint.num_chars > most:
+            raise ConstraintError(f"it is longer than {most} characters")
         matcher, left_out, error = self._try(constraint)
         if error is None and not matcher.get_grammar_warnings():
             return _Compiled(matcher, left_out)
@@ -134,13 +138,18 @@ class Grammars:
         Raises ConstraintError for a constraint that cannot be written as a grammar.
         """
         source, left_out = self._source(constraint)
-        matcher = self._matcher(source)
+        num_tools = len(constraint.tools) if isinstance(constraint, CallConstraint) else 0
+        matcher = self._matcher(source, 1 + num_tools // _TOOLS_PER_FUEL)
         return matcher, left_out, _error_in_use(matcher)
 
-    def _matcher(self, source: str) -> Any:
+    def _matcher(self, source: str, fuels: int = 1) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(initial_lexer_fuel=_FUEL, step_lexer_fuel=_FUEL)
+        limits = LLParserLimits(
+            initial_lexer_fuel=fuels * _FUEL,
+            step_lexer_fuel=_FUEL,
+            max_items_in_row=fuels * _ROW_ITEMS,
+        )
         return LLMatcher(self._words, source, log_level=0, limits=limits)
 
     def _check(self, schema: str) -> tuple[str | None, list[str]]:
@@ -343,4 +352,6 @@ def _first_line(error: str) -> str:
     """The part of llguidance's report that a client can use."""
     if error.startswith("NoExtension"):  # the name of an internal state
         return "nothing can match it"
+    if error.startswith("panic"):
+        return "it has too many rules"
     return " ".join(error.partition("<state>")[0].split())[:300]

@@ -234,3 +234,9 @@ def test_an_answer_is_complete_with_as_many_calls_as_it_may_have():
 def test_without_tools_calls_are_text():
     parser = FORMAT.parser(ParserOptions())
     assert [e.text for e in parser.push(call()) if isinstance(e, TextDelta)] == [call()]
+
+
+def test_a_million_braces_are_read_in_one_pass():
+    for brace in ("{", "[", '{"', "```{"):
+        text = brace * (1_000_000 // len(brace))
+        assert told([text]) == [text]
