@@ -98,12 +98,14 @@ def _with_tools(model: Model, request: ChatRequest) -> Mapping[str, Any]:
 def output_parser(model: Model, request: ChatRequest, prompt: Prompt) -> Callable[[], OutputParser]:
     """The factory of the parsers of a chat's answers."""
     tools = [tool.as_template() for tool in request.tools]
+    constraint, _ = request.constraint or (None, "")
     options = ParserOptions(
         starts_in_reasoning=prompt.starts_in_reasoning,
         splits_reasoning=request.splits_reasoning,
         schemas={tool.name: tool.parameters for tool in request.tools} or None,
         parse_calls=partial(model.parse_calls, tools=tools),
         max_calls=request.max_calls,
+        is_strict=isinstance(constraint, CallConstraint) and bool(constraint.strict),
     )
     return partial(model.output_format.parser, options)
 

@@ -116,7 +116,8 @@ class BareFormat:
 
     def parser(self, options: ParserOptions) -> OutputParser:
         inner = self.markers.parser(options)
-        return inner if options.schemas is None else BareParser(inner, options)
+        has_only_marks = options.is_strict and bool(self.markers.call_start)
+        return inner if options.schemas is None or has_only_marks else BareParser(inner, options)
 
 
 class BareParser(OutputParser):

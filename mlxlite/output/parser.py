@@ -32,6 +32,7 @@ class ParserOptions:
     schemas: Mapping[str, Any] | None = None
     parse_calls: ParseCalls | None = None
     max_calls: int | None = None
+    is_strict: bool = False  # only calls that a grammar can hold to their schemas are read
 
 
 class OutputParser(ABC):

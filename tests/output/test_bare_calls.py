@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlxlite.output.bare_calls import BareFormat
+from mlxlite.output.bare_calls import BareFormat, json_calls
 from mlxlite.output.events import ReasoningDelta, TextDelta, ToolCallEnd, ToolCallStart
 from mlxlite.output.markers import MAX_GAP, MarkerFormat
 from mlxlite.output.parser import MAX_CALL_CHARS, ParserOptions
@@ -240,3 +240,16 @@ def test_a_million_braces_are_read_in_one_pass():
     for brace in ("{", "[", '{"', "```{"):
         text = brace * (1_000_000 // len(brace))
         assert told([text]) == [text]
+
+
+def test_a_strict_tool_is_called_only_where_a_grammar_holds_it_to_its_schema():
+    """Text before marks is free: a call in it would be one that nothing has held to its schema."""
+    markers = MarkerFormat(call_start="<call>", call_end="</call>", parse=json_calls)
+    for is_strict in (False, True):
+        parser = BareFormat(markers, None).parser(
+            ParserOptions(schemas=SCHEMAS, is_strict=is_strict)
+        )
+        events = parser.push(f"{call()}<call>{call()}</call>") + parser.flush()
+        assert parser.num_calls == (1 if is_strict else 2)
+        assert isinstance(events[0], TextDelta) is is_strict
+    assert told([call()], is_strict=True) == [LOOK], "without marks there is no other way to call"

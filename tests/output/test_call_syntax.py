@@ -6,6 +6,7 @@ tokens and with one that has none, are read by the format's own parser.
 
 import importlib
 import json
+import pkgutil
 import random
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 import jsonschema
+import mlx_lm.tool_parsers
 import pytest
 from checkpoints import save_tokenizer
 from tokenizers import AddedToken
@@ -41,6 +43,14 @@ NAMES = (
     *("function_gemma", "gemma4", "glm47", "json_tools", "kimi_k2", "kimi_k3", "laguna", "longcat"),
     *("minicpm5", "minimax_m2", "mistral", "muse_spark", "pythonic", "qwen3_coder"),
 )
+
+
+def test_every_parser_of_mlx_lm_has_a_syntax() -> None:
+    modules = [module.name for module in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__)]
+    assert sorted(modules) == sorted(NAMES)
+    assert all(syntax(name) for name in NAMES)
+
+
 FLAT: dict[str, Any] = {
     "type": "object",
     "properties": {
