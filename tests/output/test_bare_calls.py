@@ -236,9 +236,9 @@ def test_without_tools_calls_are_text():
     assert [e.text for e in parser.push(call()) if isinstance(e, TextDelta)] == [call()]
 
 
-def test_a_million_braces_are_read_in_one_pass():
+def test_many_braces_are_read_in_one_pass():
     for brace in ("{", "[", '{"', "```{"):
-        text = brace * (1_000_000 // len(brace))
+        text = brace * (200_000 // len(brace))
         assert told([text]) == [text]
 
 
