@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
 from mlxlite.api.left_out import collecting
+from mlxlite.api.raw_strings import MAX_RAW_BYTES, too_long
 from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
@@ -44,6 +45,7 @@ class Dialect:
     parse: Callable[[bytes], Any]
     writer: Callable[[Envelope, Any, Model, Sequence[Prompt]], Writer]
     id_prefix: str
+    prompt_field: str = "messages"  # in the error about a body that is not decoded
     render: Callable[[Model, Any, Config], Sequence[Prompt]] = render_chat
     resume: Callable[[Service, Exchange, Any], Any] | None = None
     ended: Callable[[Service, Exchange, str, Any, Any], None] | None = None
@@ -86,7 +88,9 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
         prompts = dialect.render(model, request, config)
         return [complete(model, prompt, request, tenant, config) for prompt in prompts]
 
-    request, prompts = await parse_and_render(service, exchange, body, parse, render)
+    request, prompts = await parse_and_render(
+        service, exchange, body, parse, render, dialect.prompt_field
+    )
     if exchange.is_lost or exchange.is_answered:
         return
     if dialect.resume is None:  # else the messages are stored
@@ -104,6 +108,7 @@ async def parse_and_render(
     body: bytes,
     parse: Callable[[bytes], R],
     render: Callable[[R], T],
+    prompt_field: str = "messages",
 ) -> tuple[R, T]:
     """Read and render a body in the service's threads. Raises APIError, Dropped.
 
@@ -118,6 +123,7 @@ async def parse_and_render(
         return replace(request, ignored=(*request.ignored, *left_out)), rendered
 
     def work() -> tuple[R, T | None]:
+        check_strings(model, body, prompt_field)
         request = parse(body)
         return (request, None) if slow_work(model, request) else render_all(request)
 
@@ -126,6 +132,14 @@ async def parse_and_render(
         return request, rendered
     kind = slow_work(model, request) or Work.GRAMMAR  # compiled in the meantime
     return await service.in_thread(exchange, kind, render_all, request)
+
+
+def check_strings(model: Model, body: bytes, field: str) -> None:
+    """Raises APIError for a body with a text that no prompt can hold, before it is decoded."""
+    most = MAX_RAW_BYTES * model.max_chars
+    if num_bytes := too_long(body, most):
+        least = model.context_size * num_bytes // most
+        raise context_exceeded(least, model.context_size, field, is_least=True)
 
 
 def slow_work(model: Model, request: Request) -> Work | None:

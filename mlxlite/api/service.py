@@ -101,6 +101,7 @@ class Service:
         self._lanes: dict[Work, Lane] = {}
         self._ignored_names: set[str] = set()
         self._priority_limits = config.priority_limits()
+        self._first_key = config.api_keys()[:1]
 
     def need_model(self) -> Ready:
         """The loaded model. Raises APIError 503 where there is none (yet)."""
@@ -155,6 +156,12 @@ class Service:
     def priority_limit(self, exchange: Exchange) -> int:
         """The best priority that a request of this key may have."""
         return self._priority_limits[exchange.key.decode()]
+
+    def check_first_key(self, exchange: Exchange) -> None:
+        """Raises APIError 403 for what concerns all keys, if a key but the first asks for it."""
+        if exchange.key.decode() not in (self._first_key or ("",)):
+            message = "only the first of this server's API keys may do this: it concerns all keys"
+            raise APIError(ErrorKind.NOT_FIRST_KEY, message, hint="the first of --api-key")
 
     def cancel(self, running: Running) -> None:
         if self.ready is not None:

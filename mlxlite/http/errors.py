@@ -22,6 +22,7 @@ class ErrorKind(Enum):
     CONTEXT_EXCEEDED = (400, "exceed_context_size_error", "context_length_exceeded")
     UNAUTHORIZED = (401, "authentication_error", "unauthorized")
     HOST = (403, "permission_error", "host_not_allowed")
+    NOT_FIRST_KEY = (403, "permission_error", "not_the_first_key")
     NOT_FOUND = (404, "not_found_error", "not_found")
     NO_MODEL = (404, "not_found_error", "model_not_found")
     METHOD = (405, "invalid_request_error", "method_not_allowed")

@@ -41,6 +41,7 @@ class Model(Protocol):
     id: str
     fingerprint: str  # 16 hexadecimal digits, for the weights, the configuration and the adapter
     context_size: int  # most tokens of prompt and output together
+    max_chars: int  # of a text: a longer one is PromptTooLong
     num_vocab: int  # width of the output layer, which may exceed the tokenizer's vocabulary
     eos_tokens: frozenset[int]
     defaults: SamplingParams  # the publisher's, for the fields that a request leaves out

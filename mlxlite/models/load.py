@@ -70,6 +70,7 @@ class LoadedModel:
         self.tokenizer = tokenizer = chat_template.tokenizer
         self.eos_tokens = tokenizer.eos_tokens
         self.output_format = tokenizer.output_format
+        self.max_chars = tokenizer.max_chars
         self.encode = tokenizer.encode
         self.detokenize = tokenizer.detokenize
         self.token_bytes = tokenizer.token_bytes

@@ -55,6 +55,7 @@ class Tokenizer:
         # Of the vocabulary; transformers' method builds a dict of all added tokens at each call.
         self._piece = wrapper.convert_ids_to_tokens if backend is None else backend.id_to_token
         self._longest = max(map(len, wrapper.get_vocab()), default=1)  # characters of one token
+        self.max_chars = self._longest * (max_tokens + 1)  # of any text that is not refused
         is_byte_level = "ByteLevel" in str(getattr(backend, "decoder", ""))
         self._byte_alphabet = _byte_alphabet() if is_byte_level else None
 

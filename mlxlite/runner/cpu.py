@@ -196,7 +196,11 @@ _NUM_QUERIES = 128  # of a chunk that are computed together, up to the keys that
 
 
 def _attention(q: mx.array, k: Any, v: Any, cache: Any, scale: Any, mask: Any, **more: Any) -> Any:
-    """mlx-lm's function, without most of the scores that a causal mask hides."""
+    """mlx-lm's function, without most of the scores that a causal mask hides.
+
+    OpenBLAS sums a product of more than some 300 inner terms in two parts: with it preloaded, the
+    weighted values of more keys differ in their last bit, for fewer keys are split elsewhere.
+    """
     whole = partial(scaled_dot_product_attention, cache=cache, scale=scale, mask=mask, **more)
     num_queries = q.shape[2]
     is_causal = isinstance(mask, str) and not hasattr(cache, "bits")

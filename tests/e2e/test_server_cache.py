@@ -264,6 +264,16 @@ async def test_without_keys_the_key_scope_is_shared_by_all_requests() -> None:
         assert await cached(wire, key="any") == 39
 
 
+@in_a_loop
+async def test_only_the_first_key_may_forget_the_prefixes_of_all() -> None:
+    async with caching(api_key=KEYS) as served, await served.wire() as wire:
+        await cached(wire, key=KEYS[0])
+        for key, status, num_cached in ((KEYS[1], 403, 36), (KEYS[0], 200, 0)):
+            answer = await wire.ask("DELETE", CACHE, authorization=f"Bearer {key}")
+            assert answer.status == status
+            assert await cached(wire, key=KEYS[0]) == num_cached
+
+
 # --- the route ----------------------------------------------------------------------------------
 
 
@@ -349,7 +359,7 @@ async def test_the_cache_endpoint_requires_a_key() -> None:
                 answer = await wire.ask(method, CACHE, **headers)
                 assert answer.status == 401
                 assert answer["www-authenticate"] == "Bearer"
-            answer = await wire.ask(method, CACHE, authorization=f"Bearer {KEYS[1]}")
+            answer = await wire.ask(method, CACHE, authorization=f"Bearer {KEYS[0]}")
             assert answer.status == 200
 
 

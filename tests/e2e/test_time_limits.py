@@ -5,7 +5,10 @@ refuses tasks, transports and errors that are left behind. Times are moved by ha
 `perf_counter` is a `Clock`.
 """
 
+import ast
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +42,61 @@ from mlxlite.http.connection import (
     WRITE_TIMEOUT_S,
 )
 
+PACKAGE = Path(connection.__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("no_server_thread_is_left")
+
+
+@pytest.mark.parametrize("step_s", [-1e6, 1e6])
+def test_a_step_of_the_wall_clock_ends_nothing(
+    step_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle connection, a head and a body that are not complete, and a stream."""
+    head, body = chat_request("x").split(b"\r\n\r\n")
+
+    @in_a_loop
+    async def test() -> None:
+        async with (
+            serving(request_timeout_s=30) as served,
+            await served.wire() as idle,
+            await served.wire() as begun,
+            await served.wire() as stream,
+        ):
+            await begun.send(head[:20])
+            served.runner.hold()
+            await stream.send(chat_request("abc", stream=True))
+            await until(lambda: served.num_clients == 3)
+            wall = time.time
+            monkeypatch.setattr(time, "time", lambda: wall() + step_s)
+            swept = served.server.metrics.lag_s
+            seen = swept.count
+            await until(lambda: swept.count >= seen + 5, "the sweep")
+            served.runner.release()
+            await begun.send(head[20:] + b"\r\n\r\n" + body)
+            assert (await stream.head()).status == 200
+            assert text_of(await stream.rest()) == "abc"
+            assert (await begun.answer()).status == 200
+            assert (await idle.ask("GET", "/health")).status == 200
+
+    test()
+
+
+def test_only_dates_come_from_the_wall_clock() -> None:
+    """`created` of an answer and of a model, and when the process started; no time limit."""
+    wall = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        found += [
+            path.name
+            for node in froms
+            if node.module == "time"
+            for n in node.names
+            if n.name.startswith("time")
+        ]
+        named = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        found += [path.name for name in named if name in wall]
+    assert found == ["generate.py", "server.py"]
 
 
 # --- peers, requests, the device ----------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Abuse of resources, attempted against the demo in a process of its own; one table of results.
 
-    python -m tests.robustness.abuse                  # all, about four minutes on two cores
+    python -m tests.robustness.abuse                  # all, about ten minutes on two cores
     python -m tests.robustness.abuse bodies shares    # some; --help lists them
 
 Each attempt has a bound; the exit code is 1 if one is broken. Seeded. Linux only (/proc).
@@ -8,31 +8,45 @@ Each attempt has a bound; the exit code is 1 if one is broken. Seeded. Linux onl
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from PIL import Image
 
-from bench.serving import HOST, free_port, rss_bytes
+from bench.serving import HOST
+from tests.robustness import crowds
+from tests.robustness.demo import CHAT, MIB, Report, Streams, Watch, ask, chat, is_text, served
 from tests.support import bombs
 
-CHAT = "/v1/chat/completions"
-MIB = 1 << 20
 KEPT_IMAGES = 128 * MIB  # processed images that the server keeps, beside a request's
 BODY_BYTES = 60 * MIB  # the default limit is 64 MB
-TEXTS = {"a b": "a ", "blanks": " ", "digits": "7", "CJK": "模型", "marks": "!?"}
+DEMO, LAST_TOKEN = Path("mlxlite/demo"), 1151
+TEXTS = (  # in JSON: what is repeated, and an end, which may make all of a Python string wide
+    *(("a ", ""), (" ", ""), ("7", ""), ("模型", ""), ("!?", "")),
+    *(
+        ("a ", "\U0001f600"),
+        ("a", '\\"\U0001f600'),
+        ("7,", "模"),
+        ("\\ud83d\\ude00", ""),
+        ('\\"', "é"),
+    ),
+)
 PATHS: dict[str, Callable[[str], str]] = {  # endpoint: a body around a JSON string
     CHAT: '{{"messages": [{{"role": "user", "content": {0}}}]}}'.format,
     "/v1/messages": '{{"max_tokens": 5, "messages": [{{"role": "user", "content": {0}}}]}}'.format,
@@ -41,110 +55,17 @@ PATHS: dict[str, Callable[[str], str]] = {  # endpoint: a body around a JSON str
     "/v1/embeddings": '{{"input": {0}}}'.format,
     "/tokenize": '{{"content": {0}}}'.format,
 }
-WORDS = "river window python banana little house garden table story winter".split()  # noqa: SIM905
 
 
-@dataclass
-class Server:
-    port: int
-    process: asyncio.subprocess.Process
-
-    def rss_bytes(self) -> int:
-        return rss_bytes(self.process.pid)
+def write_body(file: Path, path: str, string: str, end: str) -> None:
+    """A body of `BODY_BYTES` with a JSON string that is one text again and again, and `end`."""
+    num = (BODY_BYTES - len(end)) // len(string.encode())
+    file.write_text(PATHS[path](f'"{string * num}{end}"'))
 
 
-@dataclass
-class Report:
-    """The table: an attempt, what was measured, its bound, and whether it held."""
-
-    rows: list[tuple[str, str, str, bool]] = field(default_factory=list)
-
-    def add(self, attempt: str, value: float, most: float, unit: str = "") -> None:
-        """A measurement that must be at most `most`."""
-        self.rows.append((attempt, f"{value:.3g}{unit}", f"≤ {most:.3g}{unit}", value <= most))
-        print(" | ".join(map(str, self.rows[-1])), flush=True)
-
-
-@asynccontextmanager
-async def served(*flags: str, output: int = asyncio.subprocess.DEVNULL) -> AsyncIterator[Server]:
-    """The demo, ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlxlite", "--port", str(port), *flags]
-    process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
-    try:
-        while True:
-            with contextlib.suppress(ConnectionError):
-                if await ask(port, "/health") == 200:
-                    break
-            await asyncio.sleep(0.1)
-        yield Server(port, process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
-async def ask(
-    port: int,
-    path: str,
-    body: bytes = b"",
-    key: str = "",
-    on_line: Callable[[bytes], None] | None = None,
-) -> int:
-    """One request on its own connection, to its end; the status. Lines go to `on_line`."""
-    reader, writer = await asyncio.open_connection(HOST, port)
-    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    writer.write((head + (f"x-api-key: {key}\r\n" if key else "") + "\r\n").encode())
-    writer.write(body)
-    try:
-        status = int((await reader.readline()).split()[1])
-        while line := await reader.readline():
-            if on_line is not None:
-                on_line(line)
-        return status
-    finally:
-        writer.close()
-
-
-def chat(rng: random.Random, num_words: int, **fields: Any) -> bytes:
-    text = " ".join(rng.choice(WORDS) for _ in range(num_words))
-    body = {"messages": [{"role": "user", "content": text}], "ignore_eos": True, **fields}
-    return json.dumps(body).encode()
-
-
-class Watch:
-    """The most memory of a process, and the longest answer of /health, while it is entered."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.peak_bytes, self.health_s = 0, 0.0
-
-    async def __aenter__(self) -> "Watch":
-        self._tasks = [asyncio.create_task(self._memory()), asyncio.create_task(self._health())]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _memory(self) -> None:
-        while True:
-            self.peak_bytes = max(self.peak_bytes, self._server.rss_bytes())
-            await asyncio.sleep(0.005)
-
-    async def _health(self) -> None:
-        while True:
-            began_at = perf_counter()
-            reader, writer = await asyncio.open_connection(HOST, self._server.port)
-            writer.write(
-                f"GET /health HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n\r\n".encode()
-            )
-            await reader.read()
-            writer.close()
-            self.health_s = max(self.health_s, perf_counter() - began_at)
-            await asyncio.sleep(0.02)
+async def apart(pool: ProcessPoolExecutor, work: Callable[..., None], *args: Any) -> None:
+    """Work in another process: this one's must not delay the measurements."""
+    await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
 # --- the attempts -----------------------------------------------------------------------------
@@ -152,25 +73,27 @@ class Watch:
 
 async def bodies(report: Report) -> None:
     """The largest bodies of the densest texts, at every endpoint that takes text."""
-    async with served() as server:
-        start = server.rss_bytes()
-        worst = {"growth": 0.0, "health": 0.0, "accepted": 0.0}
-        for text in TEXTS.values():
-            string = json.dumps(text * (BODY_BYTES // len(text.encode())), ensure_ascii=False)
-            for path, around in PATHS.items():
-                body = around(string).encode()
+    streams, num = Streams(), len(TEXTS) * len(PATHS)
+    worst = {"growth": 0.0, "health": 0.0, "accepted": 0.0}
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        file = Path(folder, "body")
+        async with served() as server, streams.beside(server.port):
+            start = server.rss_bytes()
+            for path, (string, end) in product(PATHS, TEXTS):
+                await apart(pool, write_body, file, path, string, end)
                 async with Watch(server) as watch:
-                    status = await ask(server.port, path, body)
-                worst["accepted"] += status != 400
-                growth = (watch.peak_bytes - start) / len(body)
+                    worst["accepted"] += await ask(server.port, path, file) != 400
+                growth = (watch.peak_bytes - start) / BODY_BYTES
                 worst["growth"] = max(worst["growth"], growth)
                 worst["health"] = max(worst["health"], watch.health_s)
-        await asyncio.sleep(2)
-        report.add("60 MiB of text: memory, in bodies", worst["growth"], 3.2)
-        report.add("60 MiB of text: /health", worst["health"], 0.5, " s")
-        report.add("60 MiB of text: answers but 400", worst["accepted"], 0)
-        left = (server.rss_bytes() - start) / MIB
-        report.add("60 MiB of text: memory afterwards", left, 50, " MiB")
+            await asyncio.sleep(2)
+            left = (server.rss_bytes() - start) / MIB
+    name = f"{num} bodies of 60 MiB"
+    report.add(f"{name}: memory, in bodies", worst["growth"], 3.2)
+    report.add(f"{name}: /health", worst["health"], 0.2, " s")
+    report.add(f"{name}: answers but 400", worst["accepted"], 0)
+    report.add(f"{name}: memory afterwards", left, 50, " MiB")
+    report.add(f"{name}: of {streams.num_whole} streams beside them, not whole", streams.num_cut, 0)
 
 
 @dataclass
@@ -192,7 +115,7 @@ class Clients:
 
         def line(data: bytes) -> None:
             nonlocal is_first
-            if (b'"content":"' in data and b'"content":""' not in data) or b'"text":"' in data:
+            if is_text(data):
                 self.num_tokens[key] += 1
                 if is_first and key == "few":
                     self.first_s.append(perf_counter() - began_at)
@@ -250,24 +173,65 @@ async def memory(report: Report) -> None:
         report.add("a burst under --memory-limit 200MB: by the limit", taken, 1.15)
 
 
-async def readers(report: Report) -> None:
-    """A million tokens as text, in one answer, to a reader of 10 MB a second."""
-    async with served("--ctx-size", "8192") as server:
-        ids = list(range(600, 1100)) * 2000  # with its text twice, about 10 MB
-        body = json.dumps({"tokens": ids}).encode()
-        reader, writer = await asyncio.open_connection(HOST, server.port, limit=1 << 16)
+def wordy_demo(folder: str) -> Path:
+    """A copy of the demo that has one token of 100 characters."""
+    copy = Path(shutil.copytree(DEMO, Path(folder, "wordy")))
+    tokenizer = json.loads((copy / "tokenizer.json").read_bytes())
+    tokenizer["added_tokens"][-1]["content"] = "x" * 100
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return copy
+
+
+@dataclass
+class Slow:
+    """A client of one large answer."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    num_bytes: int
+
+    @classmethod
+    async def ask(cls, port: int, num_mb: int, token: int) -> "Slow":
+        body = json.dumps({"tokens": [token] * (num_mb * 5000)}).encode()  # its text twice
+        reader, writer = await asyncio.open_connection(HOST, port, limit=1 << 16)
         head = f"POST /detokenize HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         answer = await reader.readuntil(b"\r\n\r\n")
-        wanted = int(answer.lower().partition(b"content-length:")[2].split()[0])
-        got = 0
-        while data := await reader.read(1 << 16):
-            got += len(data)
-            await asyncio.sleep(len(data) / 10e6)
-        writer.close()
-        report.add(
-            f"an answer of {wanted / 1e6:.0f} MB, read slowly: bytes missing", wanted - got, 0
-        )
+        return cls(reader, writer, int(answer.lower().partition(b"content-length:")[2].split()[0]))
+
+    async def read(self, bytes_per_s: float) -> int:
+        """All that arrives, at a steady pace; its bytes."""
+        began_at, num_read = perf_counter(), 0
+        while data := await self.reader.read(1 << 16):
+            num_read += len(data)
+            await asyncio.sleep(max(0, began_at + num_read / bytes_per_s - perf_counter()))
+        self.writer.close()
+        return num_read
+
+
+async def readers(report: Report) -> None:
+    """Answers of 5, 50 and 200 MB to readers of 10 MB a second; one that stops."""
+    with TemporaryDirectory() as folder:
+        flags = ("--model", str(wordy_demo(folder)), "--log-level", "warning")
+        async with served(*flags) as server:
+            for num_mb in (5, 50, 200):
+                slow = await Slow.ask(server.port, num_mb, LAST_TOKEN)
+                began_at = perf_counter()
+                missing = slow.num_bytes - await slow.read(10e6)
+                name = f"an answer of {slow.num_bytes / 1e6:.0f} MB at 10 MB/s"
+                report.add(f"{name}: bytes missing", missing, 0)
+                seconds = perf_counter() - began_at
+                report.add(
+                    f"{name}: by the time at that pace", seconds * 10e6 / slow.num_bytes, 1.2
+                )
+            slow = await Slow.ask(server.port, 200, LAST_TOKEN)
+            began_at = perf_counter()
+            while not await server.sample("mlxlite:connections_cut_total"):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+            report.add(
+                "a client that stops reading: cut after", perf_counter() - began_at, 35, " s"
+            )
+            slow.writer.transport.abort()
 
 
 def pictures(*images: bytes) -> bytes:
@@ -335,7 +299,8 @@ async def logs(report: Report) -> None:
 
 
 ATTEMPTS: dict[str, Callable[[Report], Awaitable[None]]] = {
-    attempt.__name__: attempt for attempt in (bodies, shares, memory, readers, images, logs)
+    attempt.__name__: attempt
+    for attempt in (bodies, shares, memory, readers, images, logs, *crowds.ATTEMPTS)
 }
 
 

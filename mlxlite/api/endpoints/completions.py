@@ -150,6 +150,7 @@ ENDPOINTS: Final = (
             parse=parse_completion,
             writer=_writer,
             id_prefix="cmpl-",
+            prompt_field="prompt",
             render=_render,
             resume=_with_echoes,
         ).handle,

@@ -13,7 +13,7 @@ import orjson
 
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Table, no_op, reading, required, supported
-from mlxlite.api.generate import in_task
+from mlxlite.api.generate import check_strings, in_task
 from mlxlite.api.readers import Text, integer, one_of, parse_object, text, texts
 from mlxlite.api.render import context_exceeded, encode
 from mlxlite.api.service import Service
@@ -64,6 +64,7 @@ def parse_embedding(body: bytes) -> EmbeddingRequest:
 
 
 def _prepare(model: Model, body: bytes) -> tuple[EmbeddingRequest, list[tuple[int, ...]]]:
+    check_strings(model, body, "input")
     request = parse_embedding(body)
     return request, encode(model, request.inputs, "input")
 

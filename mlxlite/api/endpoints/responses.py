@@ -474,6 +474,7 @@ ENDPOINTS: Final = (
                 envelope, model.token_bytes, request.echo, request.tools
             ),
             id_prefix="resp_",
+            prompt_field="input",
             resume=_resume,
             ended=_store,
         ).handle,

@@ -9,7 +9,7 @@ import orjson
 
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Table, reading, required, supported, unsupported
-from mlxlite.api.generate import in_task, parse_and_render
+from mlxlite.api.generate import check_strings, in_task, parse_and_render
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
 from mlxlite.api.render import prompt_error, render_chat
@@ -120,6 +120,7 @@ def detokenized(text: str) -> bytes:
 
 
 def _detokenize(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
+    check_strings(model, body, "tokens")
     request = parse_detokenize(body)
     for token in request.tokens:
         if token >= model.num_vocab:
@@ -130,7 +131,9 @@ def _detokenize(model: Model, body: bytes) -> tuple[DetokenizeRequest, str]:
 async def _answer_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
     ready = service.need_model()
     tokens_of = partial(_tokens, ready.model, service.config)
-    request, tokens = await parse_and_render(service, exchange, body, parse_tokenize, tokens_of)
+    request, tokens = await parse_and_render(
+        service, exchange, body, parse_tokenize, tokens_of, "content"
+    )
     service.note_ignored(exchange, request.ignored)
     work = partial(tokenized, request, tokens, ready.card.context_size, ready.model.token_bytes)
     exchange.respond(200, await service.in_thread(exchange, Work.of(len(body)), work))
