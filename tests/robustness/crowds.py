@@ -174,8 +174,8 @@ async def grammars(report: Report) -> None:
         return chat(random.Random(1), 4, max_tokens=2, ignore_eos=False, response_format=form)
 
     def large(seed: int) -> bytes:
-        names = [f"p{seed}_{i}" for i in range(1500)]
-        return wanting({"type": "object", "properties": {key: {"type": "string"} for key in names}})
+        each = {"type": "string", "pattern": "^([a-z]|[0-9][A-F]){1,2000}x$"}
+        return wanting({"type": "object", "properties": {f"p{seed}_{i}": each for i in range(300)}})
 
     async with served(*QUIET) as server:
         await ask(server.port, CHAT, wanting(A_SCHEMA))
@@ -185,8 +185,8 @@ async def grammars(report: Report) -> None:
         worst_s = 0.0
         while not all(task.done() for task in others):
             worst_s = max(worst_s, await timed(ask(server.port, CHAT, wanting(A_SCHEMA))))
-        odd = sum(task.result() != 200 for task in others)
-        report.add("12 large grammars: not answered", odd, 0)
+        odd = sum(task.result() not in (200, 400) for task in others)
+        report.add("12 large grammars: neither compiled nor refused", odd, 0)
         report.add(f"a cached grammar beside them ({alone_s:.2f} s alone)", worst_s, 1, " s")
 
 
