@@ -193,9 +193,11 @@ async def grammars(report: Report) -> None:
 async def templates(report: Report) -> None:
     """Templates that a request's fields make loop or grow, then a chat."""
     loop = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
-    grow = "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-    grow += "{% endfor %}{{ ns.x }}"
-    swell = "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}"
+    each = "{% for i in range(30000) %}"
+    grow = (
+        "{% set ns = namespace(x='') %}" + each + "{% set ns.x = ns.x ~ 'a' * 9999 %}{% endfor %}"
+    )
+    swell = each + "{{ 'a' * 9999 }}{% endfor %}"
     source = "{% for m in messages %}{% if m.content == 'LOOP' %}" + loop
     source += "{% elif m.content == 'GROW' %}" + grow + "{% elif m.content == 'SWELL' %}" + swell
     source += "{% else %}{{ m.content }}{% endif %}{% endfor %}"
