@@ -1,6 +1,7 @@
 """Text to tokens and back, their bytes, and what a tokenizer marks in an answer."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,43 @@ def test_a_sentencepiece_tokenizer_streams_with_the_right_spaces(copy: Path) -> 
     assert streamed(tokens, []) == "Hello, there!  a🙂b"  # a text begins without its space
     assert streamed(tokens, ["▁a", "."]) == " Hello, there!  a🙂b"  # within one it stays
     assert streamed(["▁there", "<|im_end|>", "▁a"], ["▁Hello"]) == " there a"
+
+
+def save_with_odd_pieces(path: Path) -> None:
+    """Byte-level pieces that are empty, or hold characters which stand for no byte."""
+    settings = json.loads((path / "tokenizer.json").read_text())
+    odd = ("", "\u2603", "\ufffd", "\ud7ff", "\U0001f600\u0120")
+    for piece in odd:
+        settings["model"]["vocab"][piece] = len(settings["model"]["vocab"])
+    settings["added_tokens"] = [
+        token | {"id": token["id"] + len(odd)} for token in settings["added_tokens"]
+    ]
+    (path / "tokenizer.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("save", [None, save_metaspace_tokenizer, save_with_odd_pieces])
+def test_any_ids_stream_as_text_and_as_they_are_decoded_at_once(copy: Path, save: Any) -> None:
+    """Bytes that are no UTF-8, empty pieces, special tokens, ids beyond the tokenizer.
+
+    Only a tokenizer with a token for each byte takes back what it decoded: one invalid byte makes
+    the whole run of bytes around it invalid.
+    """
+    if save is not None:
+        save(copy)
+    model, rng = loaded(copy), random.Random(1)
+    odd = [
+        id
+        for id in range(NUM_TOKENS)
+        if b"\x80" <= model.token_bytes(id)[:1] or not model.token_bytes(id)
+    ]
+    for _ in range(200):
+        ids = rng.choices(odd, k=6) + rng.choices(range(NUM_TOKENS + 9), k=14)
+        rng.shuffle(ids)
+        stream = Detokenizer(model.detokenize, [])
+        text = "".join([*(stream.push(id) for id in ids), stream.flush()])
+        assert text.encode().decode() == text
+        assert text == model.detokenize(ids) or save is save_metaspace_tokenizer
+        assert all(isinstance(model.token_bytes(id), bytes) for id in ids)
 
 
 # --- tokens to bytes --------------------------------------------------------------------------

@@ -208,7 +208,7 @@ async def templates(report: Report) -> None:
             async with Watch(server) as watch:
                 status, _ = await asked(server.port, CHAT, bad)
             report.add(f"template {word}: answered but with 400", float(status != 400), 0)
-            report.add(f"template {word}: /health", watch.health_s, 0.2, " s")
+            report.add(f"template {word}: /health", watch.health_s, 0.5, " s")
             after_s = await timed(ask(server.port, CHAT, good))
             report.add(f"template {word}: the next chat", after_s, 0.5, " s")
         report.add("templates: memory", (server.rss_bytes() - start) / MIB, 100, " MiB")
