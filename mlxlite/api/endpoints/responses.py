@@ -259,6 +259,7 @@ def _format(value: Any, param: str) -> dict[str, Any]:
     return wanted
 
 
+_MAX_ECHO_DEPTH = readers.MAX_DEPTH + 10  # of a schema, in a tool, in a namespace
 FIELDS: Final[fields.Table] = {
     **shared_fields.GENERATION_FIELDS,
     **shared_fields.TEMPLATE_FIELDS,
@@ -379,6 +380,8 @@ def parse_responses(body: bytes) -> ResponsesRequest:
             previous_response_id=given.take("previous_response_id"),
             is_stored=given.take("store", True),
         )
+        for name in ("tools", "tool_choice"):  # repeated in the answer, unread members too
+            readers.shallow({name: value.get(name)}, name, _MAX_ECHO_DEPTH)
         own = {
             "parallel_tool_calls": is_parallel,
             "reasoning": {"effort": effort, "summary": None},

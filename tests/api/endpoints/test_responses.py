@@ -172,6 +172,8 @@ def test_new_instructions_precede_the_history_and_are_not_stored() -> None:
     assert response().after(history).messages == request.conversation
 
 
+F = {"type": "function", "name": "f"}
+
 # --- depth --------------------------------------------------------------------------------------
 
 
@@ -180,6 +182,11 @@ def test_new_instructions_precede_the_history_and_are_not_stored() -> None:
     [
         ({"tools": [{"type": "function", "name": "f", "else": DEEP}]}, "tools[0]"),
         ({"text": {"format": {"type": "text", "schema": DEEP}}}, "text.format.schema"),
+        ({"tool_choice": {"type": "web_search", "else": DEEP}}, "tool_choice.type"),
+        (
+            {"tools": [F], "tool_choice": {"type": "function", "name": "f", "x": DEEP}},
+            "tool_choice",
+        ),
     ],
 )
 def test_what_responses_repeat_is_never_too_deep_to_write(
