@@ -46,7 +46,8 @@ WAITING, CONNECTIONS = "vllm:num_requests_waiting", "mlxlite:connections"
 GAUGES = (WAITING, CONNECTIONS, "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
 _SLOW = re.compile(r"Executing .* took \d")  # a busy machine causes it too: counted, no failure
 _EXPECTED = re.compile(
-    r"^\[mlx\] |request field ignored|the built-in demo|^\s*$|^(check|rest): |model is loading"
+    r"^\[mlx\] |left out of a request|the built-in demo|^\s*$|^(check|rest): |model is loading"
+    r"|mlxlite\.http: (POST '\S+' 4\d\d |\d+ more requests were refused)"
 )
 _ENDS = (b"data: [DONE]", b"event: message_stop", b"response.completed", b"response.incomplete")
 _ERRORS = (b"event: error", b'data: {"error"', b"event: response.failed")
