@@ -26,7 +26,7 @@ from mlxlite.errors import reason_of
 from mlxlite.models.chat_template import NO_VISION, ChatTemplate
 from mlxlite.models.fingerprint import fingerprint_of
 from mlxlite.models.interface import LoadError, PromptError
-from mlxlite.models.locate import locate, read_json, read_settings, read_template
+from mlxlite.models.locate import locate, read_json, read_settings, read_sidecar, read_template
 from mlxlite.models.tokenizer import Tokenizer, make_grammars
 from mlxlite.models.tool_probe import CallParser, templates_of
 
@@ -101,7 +101,6 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
     tokenizer = Tokenizer(wrapper, 2 * context_size, source, _call_parser(wrapper, source))
     template = ChatTemplate(tokenizer, source)
     if has_vision:
-        template = replace(template, needs_parts=template.omits_strings())
         processor = _make_reader(network, processor, template)
     template = replace(template, image_reader=processor)
     template.check()
@@ -140,9 +139,13 @@ def _load_parts(
         if network is None:
             network, _ = load_model(path)
         eos = generation.get("eos_token_id")
+        # Without the first, transformers may prompt on the terminal.
+        extra: dict[str, Any] = {"trust_remote_code": False}
+        if template := read_sidecar(path):
+            extra["chat_template"] = template
         tokenizer = load_tokenizer(
             path,
-            {"trust_remote_code": False},  # else transformers may prompt on the terminal
+            extra,
             eos_token_ids=settings.get("eos_token_id") if eos is None else eos,
         )
     except Exception as error:  # of any kind: tokenizers raises a bare Exception

@@ -120,6 +120,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def read_sidecar(path: Path) -> str | dict[str, str] | None:
+    """The chat templates of a checkpoint that transformers does not find by itself, else None.
+
+    It reads tokenizer_config.json, or instead of it chat_template.jinja and the named ones of
+    additional_chat_templates/, but no chat_template.json. Raises LoadError.
+    """
+    if (path / "chat_template.jinja").is_file():
+        return None
+    given = (read_json(path / "tokenizer_config.json") or {}).get("chat_template")
+    named = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
+    if given and not named:
+        return None
+    given = given or (read_json(path / "chat_template.json") or {}).get("chat_template")
+    if isinstance(given, list):
+        given = {one["name"]: one["template"] for one in given}
+    if not named:
+        return given
+    default = {"default": given} if isinstance(given, str) else given or {}
+    return default | {name: file.read_text(encoding="utf-8") for name, file in named.items()}
+
+
 def read_template(given: str | None) -> str | None:
     """The text of --chat-template, which is a path or the template itself (it contains braces).
 
