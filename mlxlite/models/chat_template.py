@@ -196,7 +196,9 @@ class ChatTemplate:
                 return None
 
         try:
-            return run_with_timeout(PROBE_TIMEOUT_S, partial(probe, render))
+            has_pictures = self.vision_unavailable_reason is None
+            call = partial(probe, render, has_pictures=has_pictures)
+            return run_with_timeout(PROBE_TIMEOUT_S, call)
         except TookTooLong as error:
             log.warning("the probes of the chat template were %s", error)
             return Bridge()

@@ -145,17 +145,27 @@ def _one_call_each(messages: Messages) -> Messages:
 
 
 def _single_calls(message: Message, calls: Any, results: list[Message]) -> list[Message]:
-    """Results belong to the call of their id, those of no known id to the next one."""
+    """Each call before its result, in the results' order; one of no known id is the next call's."""
     done: list[Message] = []
-    ids = {call.get("id") for call in calls}
-    rest = {"role": "assistant", "content": ""}
-    for call in calls:
-        done.append({**(rest if done else message), "tool_calls": [call]})
-        mine = [r for r in results if r.get("tool_call_id") == call.get("id")]
-        mine = mine or [r for r in results if r.get("tool_call_id") not in ids][:1]
-        results = [r for r in results if not any(r is one for one in mine)]
-        done += mine
-    return done + results
+    left = list(calls)
+    answered = {result.get("tool_call_id") for result in results}
+
+    def add(call: Any) -> None:
+        left.remove(call)
+        turn = {"role": "assistant", "content": ""} if done else message
+        done.append({**turn, "tool_calls": [call]})
+
+    for result in results:
+        id = result.get("tool_call_id")
+        found = [call for call in left if call.get("id") == id]
+        if not found and all(call.get("id") != id for call in calls):
+            found = [call for call in left if call.get("id") not in answered]
+        for call in (found or ([] if done else left))[:1]:
+            add(call)
+        done.append(result)
+    for call in tuple(left):
+        add(call)
+    return done
 
 
 def _calls_as_text(messages: Messages) -> Messages:
@@ -174,6 +184,23 @@ def _calls_as_text(messages: Messages) -> Messages:
 
 def _results_as_users(messages: Messages) -> Messages:
     return [_as_user(m) if m["role"] == "tool" else m for m in messages]
+
+
+def _pictures_in_users(messages: Messages) -> Messages:
+    """Pictures of results as a user's turn after these, and the results' text as a string."""
+    done: list[Message] = []
+    held: list[Any] = []
+    for message in messages:
+        content = message.get("content")
+        if message["role"] != "tool" and held:
+            done.append(user_turn(held))
+            held = []
+        if message["role"] == "tool" and isinstance(content, list):
+            texts = [part["text"] for part in content if "text" in part]
+            held = held + [part for part in content if "text" not in part]
+            message = {**message, "content": "\n".join(texts)}
+        done.append(message)
+    return [*done, user_turn(held)] if held else done
 
 
 def _orphans_as_users(messages: Messages) -> Messages:
@@ -391,6 +418,7 @@ def _in_parts(messages: Messages) -> Messages:
 
 ONE_CALL: Final = Step("one call a turn", _one_call_each)
 TEXT_CALLS: Final = Step("calls as text", _calls_as_text)
+PICTURES: Final = Step("pictures of tool results in user turns", _pictures_in_users)
 ORPHANS: Final = Step("results without a call as user turns", _orphans_as_users)
 USER_RESULTS: Final = Step("tool results as user turns", _results_as_users)
 THOUGHTS: Final = Step("reasoning beside calls as text", _reasoning_in_text)
@@ -409,7 +437,7 @@ NOT_ALONE: Final = Step("an empty user turn after system messages alone", _not_a
 CLOSED: Final = Step("an empty answer after tool results", _closed_calls)
 PARTS: Final = Step("content in parts", _in_parts)
 STEPS: Final = (
-    *(ONE_CALL, TEXT_CALLS, ORPHANS, USER_RESULTS, THOUGHTS, IDS, NAMES),
+    *(ONE_CALL, TEXT_CALLS, PICTURES, ORPHANS, USER_RESULTS, THOUGHTS, IDS, NAMES),
     *(TEXT_ARGUMENTS, NO_CONTENT, SYSTEMS, LATE_SYSTEMS, ONE_SYSTEM),
     *(ONE_USER, ONE_ASSISTANT, USER_FIRST, ANY_USER, NOT_ALONE, CLOSED, PARTS),
 )

@@ -7,7 +7,7 @@ raises, or leaves a word out, and the outcome with it is better. Raises what the
 import string
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from itertools import chain, combinations
+from itertools import chain, combinations, takewhile
 from typing import Any, Final, TypeAlias
 
 from mlxlite.models import template_bridge as bridge
@@ -46,7 +46,7 @@ _PROBES: Final[tuple[tuple[str, tuple[Steps, ...]], ...]] = (
 _REFUSED: Final = 1000  # more words than any talk has
 
 
-def probe(render: Render) -> Bridge:
+def probe(render: Render, *, has_pictures: bool = False) -> Bridge:
     """The bridge of a template, by some fifty renderings of a few words each.
 
     Without any step for one that cannot render a single message of the user's.
@@ -59,7 +59,37 @@ def probe(render: Render) -> Bridge:
             return Bridge()
     for talks, forms in _PROBES:
         steps = _extended(missing, talks.split(), steps, forms)
-    return Bridge(steps, _losses(missing, steps))
+    found = Bridge(steps, _losses(missing, steps))
+    return _with_pictures(render, found) if has_pictures else found
+
+
+def _with_pictures(render: Render, found: Bridge) -> Bridge:
+    """For the results of tools, in which templates may leave out what they show in questions."""
+    talk, _ = _conversation("uct")
+    picture = [{"type": "image"}, {"type": "text", "text": "mlxlite"}]
+
+    def shown(known: Bridge, *messages: Message) -> str | None:
+        return render(known.apply(messages))
+
+    mark = _inserted(shown(found, user_turn(picture[1:])), shown(found, user_turn(picture)))
+    more = Bridge((*found.steps, bridge.PICTURES), (*found.losses, bridge.PICTURES))
+    results = [shown(known, *talk[:2], {**talk[2], "content": picture}) for known in (found, more)]
+    was_lost, is_lost = (text is None or mark not in text for text in results)
+    return more if mark and was_lost and not is_lost else found
+
+
+def _inserted(short: str | None, long: str | None) -> str:
+    """What a text has in one place more than another."""
+    if short is None or long is None:
+        return ""
+    start = _num_equal(short, long)
+    end = _num_equal(short[start:][::-1], long[start:][::-1])
+    return long[start : len(long) - end]
+
+
+def _num_equal(one: str, other: str) -> int:
+    """The length of what two texts begin with."""
+    return len(list(takewhile(bool, map(str.__eq__, one, other))))
 
 
 class _Missing:
