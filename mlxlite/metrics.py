@@ -166,6 +166,9 @@ class Metrics:
         self.prompt_s = total("llamacpp:prompt_seconds_total", "Spent on prompts.")
         self.output_s = total("llamacpp:tokens_predicted_seconds_total", "Spent on outputs.")
         self.num_decodes = total("llamacpp:n_decode_total", "Steps that ran the model.")
+        self.prompt_rate = gauge("llamacpp:prompt_tokens_seconds", "Mean rate on prompts.")
+        self.output_rate = gauge("llamacpp:predicted_tokens_seconds", "Mean rate on outputs.")
+        self.busy_rows = gauge("llamacpp:n_busy_slots_per_decode", "Mean rows of a step.")
 
     def _add_histograms(self, tokens: Bounds) -> None:
         add = partial(self._add, "histogram")
@@ -316,8 +319,14 @@ class Metrics:
     def ignored_fields(self, num: int) -> None:
         self.num_ignored.number += num
 
+    def _set_means(self) -> None:
+        self.prompt_rate.number = self.computed_tokens.number / (self.prompt_s.number or 1)
+        self.output_rate.number = self.output_tokens.number / (self.output_s.number or 1)
+        self.busy_rows.number = self.batch_rows.number / (self.num_decodes.number or 1)
+
     def render_prometheus(self) -> bytes:
         """The Prometheus text format, version 0.0.4, in UTF-8."""
+        self._set_means()
         lines: list[str] = []
         for name, instrument in self._page.items():
             lines += instrument.lines(name, self._vllm_labels if name.startswith("vllm:") else ())

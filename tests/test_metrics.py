@@ -350,6 +350,9 @@ OTHERS = {
     "llamacpp:requests_processing": "gauge",
     "llamacpp:requests_deferred": "gauge",
     "llamacpp:n_decode_total": "counter",
+    "llamacpp:prompt_tokens_seconds": "gauge",
+    "llamacpp:predicted_tokens_seconds": "gauge",
+    "llamacpp:n_busy_slots_per_decode": "gauge",
     "mlxlite:step_seconds": "histogram",
     "mlxlite:batch_rows": "histogram",
     "mlxlite:loop_lag_seconds": "histogram",
@@ -396,6 +399,8 @@ def test_the_times_of_ended_sequences_preemptions_and_memory_are_counted() -> No
     assert number("vllm:request_params_max_tokens_sum") == 107
     assert number("llamacpp:prompt_seconds_total") == 0.75
     assert number("llamacpp:tokens_predicted_seconds_total") == 2.0
+    rates = ("prompt_tokens_seconds", "predicted_tokens_seconds", "n_busy_slots_per_decode")
+    assert all(number(f"llamacpp:{name}") >= 0 for name in rates)
     assert number("vllm:num_preemptions_total") == 1
     assert number("vllm:kv_cache_usage_perc") == 0.25
     metrics.memory(25, None)

@@ -11,7 +11,7 @@ from functools import partial
 
 from mlxlite.api.writers import Collected, Writer
 from mlxlite.engine.engine import QUEUE_FULL
-from mlxlite.engine.sequence import FinishReason, Usage
+from mlxlite.engine.sequence import FinishReason, PromptLogprobs, Usage
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, retry_later
 from mlxlite.output.events import Done, Event
@@ -58,6 +58,8 @@ class Answer:
             self._done(index, event)
         elif self._is_stream:
             self._exchange.write(self._writer.event(index, event))
+        elif isinstance(event, PromptLogprobs):
+            self._writer.event(index, event)  # which keeps them as JSON
         else:
             self._choices[index].take(event)
 

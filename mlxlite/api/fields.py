@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any
 
 from mlxlite.api.left_out import collecting
-from mlxlite.api.readers import Reader, hinted, integer, json_object, number, only
+from mlxlite.api.readers import Reader, hinted, integer, json_object, number, only, token_ids
 from mlxlite.engine.sampling_params import Param
 from mlxlite.http.errors import bad_request, truncate
 
@@ -117,6 +117,8 @@ def _reader_of(type_: Any, param: Param) -> Reader:
         return plain
     if type_ is int:
         return _converted(integer(param.low, param.high), param)
+    if type_ == tuple[int, ...]:
+        return _some_ids
     assert type_ == tuple[tuple[int, float], ...], f"no reader for parameters of type {type_}"
     return _token_map(plain)
 
@@ -132,6 +134,12 @@ def _converted(read_number: Reader, param: Param) -> Reader:
             raise bad_request(f"'{name}' {error}", name) from None
 
     return read
+
+
+def _some_ids(value: Any, param: str) -> tuple[int, ...]:
+    if not (ids := token_ids(value, param)):
+        raise bad_request(f"'{param}' must not be empty.", param)
+    return tuple(dict.fromkeys(ids))
 
 
 def _token_map(read_number: Reader) -> Reader:

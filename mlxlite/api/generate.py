@@ -15,7 +15,14 @@ from mlxlite.api.answer import Answer, queue_full
 from mlxlite.api.endpoint import Handler
 from mlxlite.api.left_out import collecting
 from mlxlite.api.raw_strings import MAX_RAW_BYTES, too_long
-from mlxlite.api.render import complete, context_exceeded, output_parser, render_chat
+from mlxlite.api.readers import MAX_VALUES
+from mlxlite.api.render import (
+    complete,
+    context_exceeded,
+    output_parser,
+    render_chat,
+    with_bad_words,
+)
 from mlxlite.api.request import ChatRequest, Request
 from mlxlite.api.service import Ready, Running, Service
 from mlxlite.api.threads import Work
@@ -27,7 +34,7 @@ from mlxlite.engine.sequence import Sequence as EngineSequence
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, internal_error, retry_later
 from mlxlite.models.interface import Model
-from mlxlite.output.generation import Generation
+from mlxlite.output.generation import Generation, GenerationOptions
 from mlxlite.wanted import Dropped
 
 T = TypeVar("T")
@@ -81,7 +88,7 @@ async def _generate(dialect: Dialect, service: Service, exchange: Exchange, body
     model, config, tenant = ready.model, service.config, service.tenant(exchange)
 
     def parse(body: bytes) -> Any:
-        request = dialect.parse(body)
+        request = with_bad_words(model, dialect.parse(body))
         return request if dialect.resume is None else dialect.resume(service, exchange, request)
 
     def render(request: Any) -> list[Prompt]:
@@ -169,15 +176,17 @@ def _start(
     )
     is_chat = isinstance(request, ChatRequest)
     make_parser = output_parser(model, request, prompts[0]) if is_chat else None
+    options = _generation_options(request)
     generations = [
         Generation(
             sequence,
-            detokenize=model.detokenize,
+            detokenize=model.detokenize_all if request.shows_special else model.detokenize,
             write=answer.choice(i),
             finish=partial(ready.engine.finish, sequence.id),
             stop=request.stop,
             parser=make_parser() if make_parser is not None else None,
             guard=service.config.repetition_guard,
+            options=options,
         )
         for i, sequence in enumerate(sequences)
     ]
@@ -198,6 +207,33 @@ def _start(
     answer.start()
 
 
+def _generation_options(request: Request) -> GenerationOptions:
+    limit_ms = request.max_predict_ms
+    return GenerationOptions(
+        is_silent=request.max_tokens == 0,
+        reports_end=request.reports_end,
+        reports_tokens=request.returns_tokens,
+        shows_stop=request.shows_stop,
+        min_tokens=request.sampling.get("min_tokens", 0),
+        max_decode_s=None if limit_ms is None else limit_ms / 1000,
+        stop_tokens=frozenset(request.stop_tokens),
+    )
+
+
+def _check_likelihoods(request: Request, prompts: Sequence[Prompt]) -> None:
+    """Raises APIError 400 where those of the prompts cannot be had."""
+    if request.prompt_top is None:
+        return
+    param = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+    if any(prompt.images for prompt in prompts):
+        raise bad_request(f"'{param}': an image has no likelihood.", param)
+    num_places = sum(len(prompt.tokens) for prompt in prompts)
+    num_numbers = num_places * (request.prompt_top + 1)
+    if num_numbers * (request.num_choices if request.is_stream else 1) > MAX_VALUES:
+        message = f"'{param}': at most {MAX_VALUES} likelihoods in an answer, rivals counted."
+        raise bad_request(message, param)
+
+
 def _sequences(
     service: Service,
     exchange: Exchange,
@@ -209,18 +245,24 @@ def _sequences(
     if request.num_choices * len(prompts) > config.max_queue:
         raise bad_request(f"at most {config.max_queue} choices on this server", "n")
     sampling = request.sampling_params(model.defaults, secrets.randbits(64))
-    for id, _ in sampling.logit_bias:
-        if id >= model.num_vocab:
-            raise bad_request(f"the model has no token {id}", "logit_bias")
+    biased = {"logit_bias": [id for id, _ in sampling.logit_bias]}
+    for param, ids in (biased | {"allowed_token_ids": sampling.allowed_token_ids}).items():
+        for id in ids:
+            if id >= model.num_vocab:
+                raise bad_request(f"the model has no token {id}", param)
     eos_tokens = frozenset(request.stop_tokens)
     eos_tokens |= frozenset() if request.ignore_eos else model.eos_tokens
+    if request.fills_in and model.fill_marks is not None and not request.ignore_eos:
+        eos_tokens |= model.fill_marks.ends
+    _check_likelihoods(request, prompts)
     priority = max(request.priority, service.priority_limit(exchange))
     sequences: list[EngineSequence] = []
     for prompt in prompts:
         num_left = size - len(prompt.tokens)
         if num_left < 1:
             raise context_exceeded(len(prompt.tokens), size, request.prompt_field)
-        wanted = request.max_tokens or config.max_tokens or num_left
+        wanted = config.max_tokens or request.default_max_tokens or num_left
+        wanted = wanted if request.max_tokens is None else max(1, request.max_tokens)
         first = service.num_sequences + 1
         sequences += [
             EngineSequence(
@@ -233,7 +275,8 @@ def _sequences(
                 tenant=exchange.key,
                 number=len(sequences) + i,
                 wants_progress=request.is_stream and request.return_progress and i == 0,
-                wants_usage=request.stream_options.has_extras,
+                wants_usage=request.needs_usage,
+                prompt_top=request.prompt_top if i == 0 or request.is_stream else None,
             )
             for i in range(request.num_choices)
         ]

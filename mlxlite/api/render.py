@@ -16,7 +16,7 @@ from mlxlite.api.content_parts import BAD_IMAGE, IMAGE_OMITTED, TEXT_ONLY, TOO_M
 from mlxlite.api.conversation import Message
 from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import MAX_VALUES, Text
-from mlxlite.api.request import ChatRequest, Request
+from mlxlite.api.request import ChatRequest, R, Request
 from mlxlite.config.options import Config
 from mlxlite.engine.sequence import Grammar, Prompt
 from mlxlite.http.errors import APIError, ErrorKind, bad_request, not_supported
@@ -117,6 +117,7 @@ def complete(
 
     Raises APIError for a constraint that cannot be enforced.
     """
+    prompt = _cut(prompt, request, model.context_size)
     grammar, blocks = _grammar(model, prompt, request), None
     if config.enable_prefix_caching and request.cache_prompt:
         scope = _cache_scope(model, tenant, request.cache_salt, config)
@@ -146,6 +147,41 @@ def _grammar(model: Model, prompt: Prompt, request: Request) -> Grammar | None:
     for name in grammar.left_out:
         leave_out(name)
     return grammar
+
+
+def last_tokens(tokens: tuple[int, ...], num: int | None, context_size: int) -> tuple[int, ...]:
+    """The last `num` tokens, None for all; -1 leaves room for one more in the context."""
+    num = context_size - 1 if num == -1 else num
+    return tokens if num is None else tokens[max(0, len(tokens) - num) :]
+
+
+def _cut(prompt: Prompt, request: Request, context_size: int) -> Prompt:
+    tokens = last_tokens(prompt.tokens, request.num_last, context_size)
+    if len(tokens) == len(prompt.tokens):
+        return prompt
+    if prompt.images:
+        message = "'truncate_prompt_tokens': a prompt with images is not cut."
+        raise bad_request(message, "truncate_prompt_tokens")
+    return replace(prompt, tokens=tokens, message_starts=())
+
+
+def with_bad_words(model: Model, request: R) -> R:
+    """A request with its bad words as tokens, with a space before them and without, as vLLM."""
+    if not (texts := request.sampling.get("bad_words")):
+        return request
+    found: dict[tuple[int, ...], None] = {}
+    try:
+        for word in texts:
+            bare, spaced = (
+                model.encode(space + word.lstrip(), add_special=False) for space in ("", " ")
+            )
+            found[bare] = None
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+                found[spaced] = None
+    except PromptError as error:
+        raise prompt_error(model, error, "bad_words") from error
+    words = tuple(word for word in found if word)
+    return replace(request, sampling={**request.sampling, "bad_words": words})
 
 
 def encode(model: Model, texts: Sequence[Text], param: str) -> list[tuple[int, ...]]:

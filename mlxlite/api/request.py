@@ -6,9 +6,9 @@ keys until an answer is built, except `sampling`, which only `SamplingParams` re
 of the model's own template (`Message.as_template`, `template_kwargs`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self, TypeVar
 
 from mlxlite.api.conversation import Message, Role
 from mlxlite.api.fields import Given
@@ -17,6 +17,7 @@ from mlxlite.api.shared_fields import SAMPLING_FIELDS
 from mlxlite.api.tools import Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.engine.sequence import Prompt
 from mlxlite.http.errors import bad_request
 from mlxlite.output.constraint import Constraint
 from mlxlite.vision.images import Source
@@ -30,6 +31,7 @@ class Request:
     """
 
     prompt_field: ClassVar[str] = "messages"  # the field that an error about the prompt names
+    default_max_tokens: ClassVar[int | None] = None  # None: what is left of the context
     model: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
@@ -45,6 +47,13 @@ class Request:
     cache_salt: str = ""
     constraint: tuple[Constraint, str] | None = None  # and its field
     thinking_budget: int | None = None  # tokens of reasoning, after which it is closed
+    prompt_logprobs: int | None = None  # of each of the prompt's tokens, with so many rivals
+    shows_stop: bool = False  # the stop string is a part of the text
+    shows_special: bool = False  # special tokens too
+    has_ids: bool = False  # logprobs name tokens by their ids
+    returns_tokens: bool = False
+    num_last: int | None = None  # the prompt's tokens that are used: the last ones
+    max_predict_ms: int | None = None  # after which an answer of more than a line ends
     ignored: tuple[str, ...] = ()
 
     @property
@@ -58,6 +67,38 @@ class Request:
     @property
     def has_logprobs(self) -> bool:
         return self.sampling.get("top_logprobs") is not None
+
+    @property
+    def prompt_top(self) -> int | None:
+        """How many of the best tokens are wanted at each place of the prompt; None: no place."""
+        return self.prompt_logprobs
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether the answer is the middle of a text."""
+        return False
+
+    @property
+    def reports_end(self) -> bool:
+        """Whether the token that ends an answer is among those with logprobs."""
+        return False
+
+    @property
+    def needs_usage(self) -> bool:
+        """Whether the usage is wanted with every token."""
+        return self.stream_options.has_extras or self.max_predict_ms is not None
+
+    def writer_options(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The arguments of OpenAI's writers that requests set alike."""
+        needs_prompts = self.returns_tokens or self.stream_options.continuous_usage
+        return {
+            "num_per_prompt": self.num_choices,
+            "has_logprobs": self.has_logprobs,
+            "has_prompt_logprobs": self.prompt_logprobs is not None,
+            "has_ids": self.has_ids,
+            "prompts": prompts if needs_prompts else (),
+            "returns_tokens": self.returns_tokens,
+        }
 
     def sampling_params(self, defaults: SamplingParams, seed: int) -> SamplingParams:
         """The model's defaults with the request's parameters; `seed` where it sets none."""
@@ -75,6 +116,7 @@ class ChatRequest(Request):
     max_calls: int | None = None
     has_functions: bool = False  # tools in OpenAI's older form, which calls are answered in
     splits_reasoning: bool = True
+    shows_reasoning: bool = True
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -101,6 +143,17 @@ class ChatRequest(Request):
         return is_open if self.continue_final is None else self.continue_final
 
 
+# Fields whose attributes have other names, and what is as good as none.
+_ATTRIBUTES: Final = {
+    "include_stop_str_in_output": ("shows_stop", False),
+    "skip_special_tokens": ("shows_special", False),
+    "return_tokens_as_token_ids": ("has_ids", False),
+    "return_token_ids": ("returns_tokens", False),
+    "truncate_prompt_tokens": ("num_last", None),
+    "t_max_predict_ms": ("max_predict_ms", None),
+}
+
+
 def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[str, Any]:
     """The arguments of `Request` that all dialects read alike, but `ignored`.
 
@@ -113,9 +166,13 @@ def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[st
     max_tokens, sampling = given.take("max_tokens"), given.take_each(SAMPLING_FIELDS)
     if max_tokens is not None and sampling.get("min_tokens", 0) > max_tokens:
         raise bad_request(f"'min_tokens' must not be more than '{max_tokens_name}'.", "min_tokens")
+    if words := given.take("bad_words"):
+        sampling["bad_words"] = words  # as texts; `render.with_bad_words` makes them tokens
     same = ("model", "ignore_eos", "priority", "return_progress", "cache_prompt", "cache_salt")
+    given_as_named = given.take_each(dict.fromkeys((*same, "thinking_budget", "prompt_logprobs")))
     return {
-        **given.take_each(dict.fromkeys((*same, "thinking_budget"))),
+        **given_as_named,
+        **{attribute: given.take(name, off) for name, (attribute, off) in _ATTRIBUTES.items()},
         "sampling": sampling,
         "max_tokens": max_tokens,
         "stop": given.take("stop", ()),
@@ -127,6 +184,19 @@ def shared_options(given: Given, max_tokens_name: str = "max_tokens") -> dict[st
             timings_per_token=given.take("timings_per_token", False),
         ),
     }
+
+
+R = TypeVar("R", bound=Request)
+
+
+def checked(request: R) -> R:
+    """A request whose answer can be given. Raises APIError 400."""
+    if request.max_tokens == 0 and request.prompt_top is None:
+        message = "'max_tokens' must be at least 1, but for the likelihoods of a prompt."
+        raise bad_request(message, "max_tokens")
+    if request.is_stream and request.prompt_logprobs is not None:
+        raise bad_request("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+    return request
 
 
 def logprobs_option(given: Given, *, is_wanted: bool, needed: str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any, Final
 import orjson
 
 from mlxlite.api.conversation import Message, Role, ToolCall
+from mlxlite.api.likelihoods import TokenBytes
 from mlxlite.api.tools import Tool, free_text
-from mlxlite.api.writers import Collected, Envelope, TokenBytes, logprobs_json
+from mlxlite.api.writers import Collected, Envelope, Shown, logprobs_json
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import sse_event
@@ -182,9 +183,9 @@ class ResponsesWriter:
         kinds = ("response.created", "response.in_progress")
         return b"".join(self._event(k, response=self._response("in_progress")) for k in kinds)
 
-    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
-        if isinstance(event, events.Progress):
-            return b""  # the dialect has no event for it
+    def event(self, index: int, event: Shown) -> bytes:
+        if not isinstance(event, events.Delta):
+            return b""  # the dialect has no event for progress
         self._logprobs += logprobs_json(event.logprobs, self._token_bytes)
         match event:
             case events.TextDelta(text) if text:

@@ -17,7 +17,19 @@ from mlxlite.api.fields import (
     unsupported_each,
 )
 from mlxlite.api.left_out import leave_out
-from mlxlite.api.readers import flag, integer, json_object, nested, one_of, text, token_ids, wrong
+from mlxlite.api.readers import (
+    array,
+    describes,
+    flag,
+    integer,
+    json_object,
+    nested,
+    number,
+    one_of,
+    text,
+    token_ids,
+    wrong,
+)
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.http.errors import bad_request, truncate
@@ -27,6 +39,7 @@ MAX_SALT = 128  # characters, as in vLLM
 MAX_STOP_STRINGS = 64  # vLLM has no bound; each is looked for at every token
 MAX_STOP_BYTES = 1024  # each; bounds the text a stream holds back
 MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 256
 MAX_CHOICES = 128  # OpenAI's
 MAX_TOP_LOGPROBS = 20  # OpenAI's and vLLM's
 _MAX_INT = 2**31 - 1
@@ -34,10 +47,16 @@ _MAX_INT = 2**31 - 1
 
 def _max_tokens(value: Any, param: str) -> int | None:
     """-1 is llama-server's «no limit»."""
-    number: int = integer(-1, _MAX_INT)(value, param)
-    if number == 0:
+    found: int = integer(-1, _MAX_INT)(value, param)
+    if found == 0:
         raise bad_request(f"'{param}' must be at least 1.", param)
-    return None if number == -1 else number
+    return None if found == -1 else found
+
+
+def _max_tokens_or_none(value: Any, param: str) -> int | None:
+    """0 is an answer without output, for the likelihoods of its prompt."""
+    is_none = not isinstance(value, bool) and value == 0
+    return 0 if is_none else _max_tokens(value, param)
 
 
 def _salt(value: Any, param: str) -> str:
@@ -64,6 +83,36 @@ def _stop(value: Any, param: str) -> tuple[str, ...]:
 
 def _stop_tokens(value: Any, param: str) -> tuple[int, ...]:
     return token_ids(value, param, MAX_STOP_TOKENS)
+
+
+def _bad_words(value: Any, param: str) -> tuple[str, ...]:
+    words = array(value, param, " of strings")
+    if len(words) > MAX_BAD_WORDS:
+        raise bad_request(f"'{param}' may hold at most {MAX_BAD_WORDS} strings.", param)
+    for word in words:
+        if not text(word, param).strip() or len(word.encode()) > MAX_STOP_BYTES:
+            message = f"a string in '{param}' must have 1 to {MAX_STOP_BYTES} bytes, not all blank."
+            raise bad_request(message, param)
+    return tuple(dict.fromkeys(words))
+
+
+@describes(type="boolean")
+def _negated(value: Any, param: str) -> bool:
+    return not flag(value, param)
+
+
+@describes(type="integer", minimum=-1)
+def _num_last(value: Any, param: str) -> int:
+    found: int = integer(-1, _MAX_INT)(value, param)
+    if found == 0:
+        raise bad_request(f"'{param}' must be at least 1, or -1.", param)
+    return found
+
+
+@describes(type="integer", minimum=-1)
+def _milliseconds(value: Any, param: str) -> int | None:
+    found: int = integer(-1, _MAX_INT)(value, param)
+    return found if found > 0 else None
 
 
 # The last is OpenAI's padding against eavesdroppers, of no use on loopback.
@@ -148,8 +197,13 @@ GENERATION_FIELDS: Final[Table] = {
 # Of OpenAI's older dialects: chat and text completions.
 COMPLETION_FIELDS: Final[Table] = {
     **GENERATION_FIELDS,
-    "max_tokens": MAX_TOKENS,
+    "max_tokens": supported(
+        _max_tokens_or_none, "-1, and by default: what is left; 0 only for a prompt's likelihoods"
+    ),
     **aliases("max_tokens", MAX_TOKENS, _MAX_TOKENS_ELSEWHERE),
+    "prompt_logprobs": supported(
+        integer(0, MAX_TOP_LOGPROBS), "of the prompt's tokens, with their rivals; no stream"
+    ),
     "stop": STOP,
     "n": supported(
         integer(1, MAX_CHOICES), f"up to {MAX_CHOICES}; one prefill, with the prefix cache"
@@ -163,19 +217,34 @@ COMPLETION_FIELDS: Final[Table] = {
     **no_op_each("prompt_cache_key prompt_cache_retention", text),
     "metadata": no_op(json_object),
     "store": no_op(flag, "nothing is stored"),
+    "bad_words": supported(
+        _bad_words, f"up to {MAX_BAD_WORDS} strings that the output does not hold, as tokens"
+    ),
+    "include_stop_str_in_output": supported(flag, "true: the stop string is a part of the text"),
+    "skip_special_tokens": supported(_negated, "false: special tokens are a part of the text"),
+    "spaces_between_special_tokens": no_op(flag, "the tokenizer's own spaces"),
+    "return_token_ids": supported(flag, "`token_ids` and `prompt_token_ids`, as vLLM"),
+    "return_tokens_as_token_ids": supported(flag, "logprobs name tokens `token_id:5`"),
+    "truncate_prompt_tokens": supported(
+        _num_last, "only the last so many tokens of the prompt; -1: as many as fit"
+    ),
+    "t_max_predict_ms": supported(
+        _milliseconds, "an answer that has a line ends after so long; -1 and 0 are off"
+    ),
+    "n_keep": no_op(integer(-1, _MAX_INT), "a context is never shifted"),
     "id_slot": no_op(integer(-1, _MAX_INT)),
 }
 # Fields of other servers that are refused or left out where they ask for something.
 UNSUPPORTED_FIELDS: Final[Table] = {
-    **unsupported_each("typical_p", 1),
     **hint_each("length_penalty", 1),  # of beam search alone
     **hint_each("prediction web_search_options moderation"),
-    **unsupported_each("mirostat dry_multiplier dynatemp_range n_probs n_keep", 0),
-    **unsupported_each("use_beam_search include_stop_str_in_output post_sampling_probs", False),
-    **unsupported_each("return_token_ids return_tokens_as_token_ids return_tokens", False),
-    **unsupported_each("skip_special_tokens spaces_between_special_tokens", True),
-    **unsupported_each("include_reasoning", True),
+    "mirostat": unsupported(0, note="its state is no function of the seed and the tokens"),
+    "dry_multiplier": unsupported(0, note="its breakers are texts, which tokens do not end with"),
+    **no_op_each("dry_base dry_allowed_length dry_penalty_last_n", number(-1, _MAX_INT)),
+    "dry_sequence_breakers": no_op(array),
+    **no_op_each("mirostat_tau mirostat_eta", number(0, _MAX_INT)),
+    "use_beam_search": unsupported(False),
+    "post_sampling_probs": unsupported(False, note="likelihoods are the model's own"),
+    "return_tokens": unsupported(False, note="vLLM's `return_token_ids` works"),
     **unsupported_each("audio logits_processors"),
-    **unsupported_each("bad_words allowed_token_ids prompt_logprobs truncate_prompt_tokens"),
-    **unsupported_each("top_n_sigma t_max_predict_ms", -1),
 }

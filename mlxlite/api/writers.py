@@ -6,19 +6,18 @@ model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
 from mlxlite.api.conversation import ToolCall
-from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
+from mlxlite.api.likelihoods import MIN_LOGPROB, JSONList, TokenBytes, by_token, token_id
+from mlxlite.engine.sequence import FinishReason, Logprobs, Prompt, PromptLogprobs, Usage
 from mlxlite.http.errors import APIError
 from mlxlite.http.sse import SSE_DONE, sse_comment, sse_data, sse_field
 from mlxlite.output import events
-
-MIN_LOGPROB = -9999.0  # for tokens that are impossible: JSON has no infinity (vLLM's figure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +81,17 @@ def timings_json(usage: Usage) -> dict[str, Any]:
     }
 
 
-TokenBytes = Callable[[int], bytes]
-
-
 def logprobs_json(
-    logprobs: Iterable[tuple[int, Logprobs]], token_bytes: TokenBytes
+    logprobs: Iterable[tuple[int, Logprobs]], token_bytes: TokenBytes, *, has_ids: bool = False
 ) -> list[dict[str, Any]]:
-    """OpenAI's `logprobs.content`: each token as text, as bytes, and with its rivals."""
+    """OpenAI's `logprobs.content`: each token as text, as bytes, and with its rivals.
+
+    With `has_ids` tokens are named by their ids instead.
+    """
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = token_bytes(token)
-        text = raw.decode("utf-8", "replace")
+        text = token_id(token) if has_ids else raw.decode("utf-8", "replace")
         return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
     return [
@@ -109,6 +108,7 @@ class Collected:
     thoughts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     drawn: list[tuple[int, Logprobs]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     done: events.Done | None = None
     _open: events.ToolCallStart | None = None
 
@@ -135,6 +135,10 @@ class Collected:
                 self.done = event
         if isinstance(event, events.Delta):
             self.drawn += event.logprobs
+            self.tokens += event.tokens
+
+
+Shown = events.ParserEvent | events.Progress | PromptLogprobs
 
 
 class Writer(Protocol):
@@ -148,8 +152,11 @@ class Writer(Protocol):
         """A frame that shows a client that a silent stream lives: its dialect's own, if any."""
         ...
 
-    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
-        """The frames of one event of the choice `index`; may be empty."""
+    def event(self, index: int, event: Shown) -> bytes:
+        """The frames of one event of the choice `index`; may be empty.
+
+        It keeps `PromptLogprobs` for an answer that does not stream.
+        """
         ...
 
     def done(self, index: int, done: events.Done, total: Usage | None) -> bytes:
@@ -187,7 +194,6 @@ class OpenAIWriter(ABC):
 
     object_name: ClassVar[str]  # of a whole answer
     chunk_name: ClassVar[str]
-    has_stop_reason: ClassVar[bool] = False  # vLLM's, in the finish chunk
 
     def __init__(
         self,
@@ -196,13 +202,25 @@ class OpenAIWriter(ABC):
         options: StreamOptions | None = None,
         *,
         num_choices: int = 1,
+        num_per_prompt: int | None = None,
         has_logprobs: bool = False,
+        has_prompt_logprobs: bool = False,
+        has_ids: bool = False,
+        prompts: Sequence[Prompt] = (),
+        returns_tokens: bool = False,
     ) -> None:
         self._envelope = envelope
         self._token_bytes = token_bytes
         self._options = options or StreamOptions()
         self._has_logprobs = has_logprobs  # a whole answer has them even where no token was drawn
         self._num_calls = [0] * num_choices  # so far
+        self._num_per_prompt = num_per_prompt or num_choices
+        self._has_prompt_logprobs = has_prompt_logprobs
+        self._has_ids = has_ids
+        self._prompt_tokens = [prompt.tokens for prompt in prompts]
+        self._returns_tokens = returns_tokens
+        # Of the first choice of each prompt; a prompt's first token has none.
+        self._prompts = {i: JSONList([None]) for i in range(0, num_choices, self._num_per_prompt)}
         mark = "\0"
         texts = (self._choice_delta(i, events.TextDelta(mark)) for i in range(num_choices))
         frames = (frame(self._chunk(i, text)) for i, text in enumerate(texts))
@@ -228,9 +246,25 @@ class OpenAIWriter(ABC):
     ) -> dict[str, Any]:
         reason = None if done is None else finish_reason(done)
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-        if done is not None and self.has_stop_reason:
-            choice["stop_reason"] = done.stop
+        if done is not None:  # vLLM's
+            choice["stop_reason"] = done.stop_token if done.stop is None else done.stop
         return choice
+
+    def _first_chunk(self, index: int, content: Mapping[str, Any]) -> dict[str, Any]:
+        """A choice's first chunk, with what is known of its prompt."""
+        chunk = self._chunk(index, content)
+        if self._prompt_tokens:
+            tokens = self._prompt_tokens[index // self._num_per_prompt]
+            if self._options.continuous_usage:
+                chunk["usage"] = usage_json(Usage(num_prompt=len(tokens)))
+            if self._returns_tokens:
+                chunk["choices"][0]["token_ids"] = []
+                self._prompt_ids_place(chunk)["prompt_token_ids"] = tokens
+        return chunk
+
+    def _prompt_ids_place(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The member of a chunk that vLLM gives the prompt's token ids."""
+        return answer
 
     def _chunk(
         self, index: int, content: Mapping[str, Any], done: events.Done | None = None
@@ -239,10 +273,12 @@ class OpenAIWriter(ABC):
         chunk["choices"] = [self._choice(index, content, done)]
         return chunk | {"usage": None} if self._options.include_usage else chunk
 
-    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+    def event(self, index: int, event: Shown) -> bytes:
+        if isinstance(event, PromptLogprobs):
+            return self._prompt(index, event)
         if isinstance(event, events.Progress):
             return self._progress(index, event)
-        if not event.logprobs:
+        if not event.logprobs and not event.tokens:
             if isinstance(event, events.TextDelta) and not self._options.has_extras:
                 head, tail = self._frames[index]
                 return head + orjson.dumps(event.text) + tail
@@ -253,11 +289,19 @@ class OpenAIWriter(ABC):
         chunk = self._chunk(index, self._choice_delta(index, event))
         if event.logprobs:
             chunk["choices"][0]["logprobs"] = self._logprobs(index, event.logprobs)
+        if self._returns_tokens:
+            chunk["choices"][0]["token_ids"] = event.tokens
         if event.usage is not None and self._options.continuous_usage:
             chunk["usage"] = usage_json(event.usage)
         if event.usage is not None and self._options.timings_per_token:
             chunk["timings"] = timings_json(event.usage)
         return frame(chunk)
+
+    def _prompt(self, index: int, part: PromptLogprobs) -> bytes:
+        """Keep the likelihoods of a prompt's next tokens."""
+        if self._has_prompt_logprobs:
+            self._prompts[index].extend(by_token(part, self._token_bytes))
+        return b""
 
     def _progress(self, index: int, progress: events.Progress) -> bytes:
         usage = progress.usage
@@ -277,6 +321,8 @@ class OpenAIWriter(ABC):
         count it twice; the timings stay.
         """
         chunk = self._chunk(index, self._choice_delta(index, None), done)
+        if self._options.continuous_usage:
+            chunk["usage"] = usage_json(done.usage)
         if total is None:
             return frame(chunk)
         chunk["timings"] = timings_json(total)
@@ -292,13 +338,21 @@ class OpenAIWriter(ABC):
     def whole(self, choices: Sequence[Collected], total: Usage) -> bytes:
         answer = self._envelope.as_json(self.object_name)
         answer["choices"] = [self._whole(i, choice) for i, choice in enumerate(choices)]
+        answer |= self._more()
         answer |= {"usage": usage_json(total), "timings": timings_json(total)}
         return orjson.dumps(answer)
+
+    def _more(self) -> dict[str, Any]:
+        """Further members of a whole answer."""
+        return {}
 
     def _whole(self, index: int, choice: Collected) -> dict[str, Any]:
         has_logprobs = self._has_logprobs or choice.drawn
         logprobs = self._logprobs(index, choice.drawn) if has_logprobs else None
-        return self._choice(index, self._content(index, choice), choice.done, logprobs)
+        whole = self._choice(index, self._content(index, choice), choice.done, logprobs)
+        if self._returns_tokens:
+            whole["token_ids"] = choice.tokens
+        return whole
 
 
 def stream_failure(error: APIError) -> bytes:

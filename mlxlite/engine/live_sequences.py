@@ -21,6 +21,7 @@ from mlxlite.engine.step import (
     Finish,
     Finished,
     Prefilled,
+    Scored,
     Sink,
     SinkFailed,
     Token,
@@ -156,6 +157,10 @@ class LiveSequences:
                 case Token():
                     num_tokens += 1
                     self._token(event, now)
+                case Scored():
+                    live = self._lives.get(event.id)
+                    if live is not None and live.stopping is None:
+                        self._deliver(live, event, now)
                 case Finished():
                     self._finished(event, now)
         if num_tokens:
@@ -178,7 +183,7 @@ class LiveSequences:
             token.usage = live.usage(now)
         self._deliver(live, token, now)
 
-    def _deliver(self, live: _Live, output: Token | Prefilled, now: float) -> None:
+    def _deliver(self, live: _Live, output: Token | Scored | Prefilled, now: float) -> None:
         if (error := _error_of(live, output)) is not None:
             self.fail(live.sequence.id, error, now)
 
@@ -203,7 +208,7 @@ class LiveSequences:
             self._observer.times(event.usage, live.sequence.max_tokens)
 
 
-def _error_of(live: _Live, output: Token | Prefilled | Finished) -> str | None:
+def _error_of(live: _Live, output: Token | Scored | Prefilled | Finished) -> str | None:
     """Call a sink; the error for its client if it raised."""
     try:
         live.sink(output)

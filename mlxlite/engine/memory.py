@@ -4,6 +4,9 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MAX_SCORED = 256  # places whose logits are in memory together; a larger pass is hardly faster
+_MIN_SCORED = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -13,6 +16,7 @@ class Memory:
     or None), the bytes of its tokens and, as mlx-lm's caches grow by blocks, of up to `block` more.
     `budget_bytes` is the limit for all sequences, without weights and reserve; None is no limit.
     `work_bytes` is the reserve, for the intermediate results of a step; 0 is no limit.
+    `logit_bytes` are what a step's logits of one place take while likelihoods are computed.
     """
 
     budget_bytes: int | None = None
@@ -20,6 +24,7 @@ class Memory:
     layers: tuple[tuple[int, int | None], ...] = ()
     block: int = 256
     work_bytes: int = 0
+    logit_bytes: int = 0
 
     @property
     def has_state(self) -> bool:
@@ -30,6 +35,13 @@ class Memory:
     def token_bytes(self) -> int:
         """Bytes of one token in the layers that keep all tokens."""
         return sum(token_bytes for token_bytes, most in self.layers if most is None)
+
+    @property
+    def max_scored(self) -> int:
+        """Prompt tokens of one step whose logits are computed: half the reserve of two steps."""
+        if not (self.work_bytes and self.logit_bytes):
+            return MAX_SCORED
+        return max(_MIN_SCORED, min(MAX_SCORED, self.work_bytes // 4 // self.logit_bytes))
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes of the windows and states after `num_tokens` tokens."""

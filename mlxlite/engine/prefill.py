@@ -5,6 +5,8 @@ image that has not been encoded. An image is work of its own kind: the vision to
 into pieces, so while rows decode a step has one image or chunks, never both. Where attention inside
 of images looks ahead, all tokens up to the last image are one chunk.
 
+A chunk whose likelihoods are wanted has logits, so a step has few tokens of such chunks.
+
 The shortest prompt goes first, but none is passed over more often than `MAX_DEFERRALS`. The last
 chunk of a long prompt is a short one, because the decoding rows wait in its step for the copy of a
 batch that is padded to its length.
@@ -13,6 +15,7 @@ batch that is padded to its length.
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
+from mlxlite.engine.memory import MAX_SCORED
 from mlxlite.engine.request_state import RequestState
 from mlxlite.engine.step import Chunk, EncodeImage
 
@@ -30,30 +33,38 @@ def prefill_order(states: Iterable[RequestState]) -> list[RequestState]:
 
 
 def share(
-    states: SequenceOf[RequestState], budget: int, *, has_rows: bool
+    states: SequenceOf[RequestState],
+    budget: int,
+    *,
+    has_rows: bool,
+    max_scored: int = MAX_SCORED,
 ) -> tuple[list[EncodeImage], list[Chunk]]:
     """The images and chunks of the next step for `states`, in their order; counted as computed.
 
-    `budget` is in tokens; `has_rows` if other requests decode in the step.
+    `budget` is in tokens, of which `max_scored` may be scored; `has_rows` if other requests decode
+    in the step.
     """
     images: list[EncodeImage] = []
     chunks: list[Chunk] = []
     most, most_last = budget, max(1, budget // 4) if has_rows else budget
+    max_scored = num_left = min(budget, max_scored)
     for state in states:
-        num_images = len(images)
+        num_images, is_scored = len(images), state.is_scored
         while state.needs_encoding and not (has_rows and (images or chunks)):
             images.append(EncodeImage(state.id, state.num_encoded))
             state.num_encoded += 1
         if has_rows and images:
             budget = 0
-        num_tokens = 0 if state.needs_encoding else state.num_ready(budget)
+        left, whole = (min(budget, num_left), max_scored) if is_scored else (budget, most)
+        num_tokens = 0 if state.needs_encoding else state.num_ready(left)
         if num_tokens == state.num_to_prefill > most_last and state.is_long:
             num_tokens -= most_last
-        elif num_tokens < state.num_to_prefill <= most and state.is_new and chunks:
+        elif num_tokens < state.num_to_prefill <= whole and state.is_new and chunks:
             num_tokens = 0  # one pass in the next step rather than one in this and one in that
         if num_tokens:
-            chunks.append(_launch(state, num_tokens))
+            chunks.append(_launch(state, num_tokens, is_scored=is_scored))
             budget = max(0, budget - num_tokens)
+            num_left -= num_tokens * is_scored
         if num_tokens or len(images) > num_images:
             state.num_deferred = 0
         elif state.num_to_prefill:
@@ -61,7 +72,7 @@ def share(
     return images, chunks
 
 
-def _launch(state: RequestState, num_tokens: int) -> Chunk:
+def _launch(state: RequestState, num_tokens: int, *, is_scored: bool) -> Chunk:
     start = state.num_computed
     state.num_computed += num_tokens
-    return Chunk(state.id, start, state.num_computed)
+    return Chunk(state.id, start, state.num_computed, is_scored)

@@ -36,7 +36,10 @@ class PrefixSharing:
         """Look up the cached prefix of an admitted request; call after preemption is final."""
         hit, blocks, least = Hit(), state.blocks(), state.sequence.prompt.min_first_chunk
         if blocks is not None:
-            hit = self._cache.enter(blocks, state.num_tokens - 1, least)
+            limit = state.num_tokens - 1
+            if state.is_scored:  # a place whose likelihoods are wanted must be computed
+                limit = min(limit, state.num_scored)
+            hit = self._cache.enter(blocks, limit, least)
         state.resume(hit.num_tokens)
         if blocks is not None and self._cache.has_checkpoints:
             positions = checkpoint_positions(blocks, state.num_tokens)
@@ -46,7 +49,7 @@ class PrefixSharing:
     def must_wait(self, state: RequestState, prefilling: Mapping[int, RequestState]) -> bool:
         """Whether another request is computing this prompt's prefix, or it is read from disk."""
         blocks = state.sequence.prompt.blocks
-        if blocks is None or not self._can_wait:
+        if blocks is None or not self._can_wait or state.is_scored:
             return False
         if state.waits_for is not None:
             id, num_tokens = state.waits_for

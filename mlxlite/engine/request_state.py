@@ -7,8 +7,8 @@ prefilled, because it is the input of the next row.
 
 from dataclasses import dataclass, field
 
-from mlxlite.engine.sequence import Sequence
-from mlxlite.engine.step import Status
+from mlxlite.engine.sequence import PromptLogprobs, Sequence
+from mlxlite.engine.step import Scored, Status
 from mlxlite.prefix_cache.hashing import Blocks, extended
 
 # A waiting request gains one priority level on newcomers in so many steps, so that low levels
@@ -40,6 +40,7 @@ class RequestState:
     outputs: list[int] = field(default_factory=list)
     stops: set[int] = field(default_factory=set)  # where a chunk ends, to store the prefix so far
     waits_for: tuple[int, int] | None = None  # (id, tokens that it will have computed)
+    num_scored: int = 0  # places of the prompt whose likelihoods have come back
 
     @property
     def id(self) -> int:
@@ -95,6 +96,11 @@ class RequestState:
         )
 
     @property
+    def is_scored(self) -> bool:
+        """Whether likelihoods are wanted of its next chunk."""
+        return max(self.num_computed, self.num_scored) < self.sequence.num_to_score
+
+    @property
     def is_new(self) -> bool:
         """Whether it has had no chunk, and one chunk can be all of it."""
         is_begun = self.num_computed > self.start
@@ -109,6 +115,12 @@ class RequestState:
         """The prefix cache's keys of prompt and outputs; None if the cache is not used."""
         blocks = self.sequence.prompt.blocks
         return extended(blocks, self.outputs) if blocks and self.outputs else blocks
+
+    def score(self, logprobs: PromptLogprobs) -> list[Scored]:
+        """Take a chunk's likelihoods; after a preemption some come again."""
+        new = logprobs.after(self.num_scored)
+        self.num_scored += len(new.tokens)
+        return [Scored(self.id, new)] if new.tokens else []
 
     def resume(self, num_computed: int) -> None:
         """Begin after the first `num_computed` tokens, which are in the cache."""

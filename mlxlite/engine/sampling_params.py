@@ -60,12 +60,13 @@ class SamplingParams:
     whatever else is in the batch.
 
     Repetition looks at prompt and output, presence and frequency at the output alone (vLLM), each
-    at the last `repetition_context_size` tokens of them; 0 is all. `top_logprobs` None asks for no
-    logprobs, 0 for the drawn token's alone; each dialect has its own fields for it.
+    at the last `repetition_context_size` tokens of them; 0 is all. `bad_words` are the tokens of
+    words that the output must not hold. `top_logprobs` None asks for no logprobs, 0 for the drawn
+    token's alone; each dialect has its own fields for it.
     """
 
     temperature: float = param(1.0, "0 is greedy; default: the model's, else 1", 0, 100)
-    top_p: float = param(1.0, "default: the model's, else 1 (off)", 0, 1, is_low_open=True)
+    top_p: float = param(1.0, "0 is greedy; default: the model's, else 1 (off)", 0, 1)
     top_k: int = param(
         0,
         "0 or -1 is off; default: the model's, else off",
@@ -100,10 +101,38 @@ class SamplingParams:
         aliases=("repeat_last_n",),
     )
     logit_bias: tuple[tuple[int, float], ...] = param((), "token id to -100..100", -100, 100)
+    typical_p: float = param(
+        1.0,
+        "keeps this share of the tokens whose surprise is nearest to the expected; 1 is off",
+        0,
+        1,
+        aliases=("typ_p",),
+    )
+    top_n_sigma: float = param(
+        0.0,
+        "keeps what is within so many standard deviations of the best; -1, 0: off",
+        -1,
+        100,
+    )
+    dynatemp_range: float = param(
+        0.0, "the temperature varies by this with the entropy over the vocabulary; 0 is off", 0, 100
+    )
+    dynatemp_exponent: float = param(1.0, "of the entropy's share", 0, 100)
     xtc_probability: float = param(0.0, "0 is off", 0, 1)
     xtc_threshold: float = param(0.1, "default 0.1", 0, 1)
-    min_tokens: int = param(0, "no end-of-sequence token before this many tokens", 0, _MAX_INT)
+    min_tokens: int = param(
+        0, "neither end-of-sequence token nor stop string before this many tokens", 0, _MAX_INT
+    )
+    allowed_token_ids: tuple[int, ...] = param(
+        (), "no other token is drawn, nor an end that is not among them", 0, _MAX_INT
+    )
+    bad_words: tuple[tuple[int, ...], ...] = ()
     top_logprobs: int | None = None
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether a cut or the temperature depends on the whole distribution."""
+        return self.typical_p < 1.0 or self.top_n_sigma > 0.0 or self.dynatemp_range > 0.0
 
     @property
     def has_penalty(self) -> bool:

@@ -261,7 +261,8 @@ class Scheduler:
         has_rows = any(state.has_row for state in self._requests.decoding.values())
         budget = min(self._chunk_budget, self._chunk_limit) if has_rows else self._chunk_limit
         states = prefill_order(self._requests.prefilling.values())
-        images, chunks = share(states, budget, has_rows=has_rows)
+        most = self._policy.memory.max_scored
+        images, chunks = share(states, budget, has_rows=has_rows, max_scored=most)
         has_chunk = {chunk.id for chunk in chunks}
         for chunk in chunks:
             state = self._requests.states[chunk.id]
@@ -297,6 +298,9 @@ class Scheduler:
             if state := self._requests.states.get(id):
                 events.append(self._fail(state, error))
         self.prefix.lose(outcome.lost)
+        for id, logprobs in outcome.scored.items():
+            if state := self._requests.states.get(id):
+                events += state.score(logprobs)
         assert len(outcome.tokens) == len(step.rows)
         for id, token in zip(step.rows, outcome.tokens, strict=True):
             if state := self._requests.states.get(id):

@@ -115,9 +115,15 @@ class Sequence:
     number: int = 0
     wants_progress: bool = False  # its sink gets `Prefilled`
     wants_usage: bool = False  # its sink gets the usage with every token
+    prompt_top: int | None = None  # its sink gets `PromptLogprobs`, with so many best tokens
 
     def __post_init__(self) -> None:
         assert self.max_tokens >= 1
+
+    @property
+    def num_to_score(self) -> int:
+        """Places of the prompt whose next token's likelihood is wanted: the first ones."""
+        return 0 if self.prompt_top is None else len(self.prompt.tokens) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,20 @@ class Logprobs:
 
     drawn: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    rank: int = 0  # of a prompt's token: how many are at least as likely, itself included
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The prompt's tokens from index `start` on (the first token has none), with their logprobs."""
+
+    start: int
+    tokens: tuple[tuple[int, Logprobs], ...]
+
+    def after(self, num_known: int) -> "PromptLogprobs":
+        """Without those of the first `num_known` places, which have been delivered."""
+        num = max(0, num_known + 1 - self.start)
+        return PromptLogprobs(self.start + num, self.tokens[num:])
 
 
 # --- what leaves the engine towards a request -------------------------------------------------

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Protocol
 
 from mlxlite.engine.memory import Memory
-from mlxlite.engine.sequence import FinishReason, Logprobs, Sequence, Usage
+from mlxlite.engine.sequence import FinishReason, Logprobs, PromptLogprobs, Sequence, Usage
 from mlxlite.prefix_cache.operations import CacheOp, Hit, Stored
 
 
@@ -142,11 +142,13 @@ class Chunk:
 
     A prompt of n tokens is prefilled up to n - 1: the last one is the input of the first decode
     row, so that sampling happens in one place and the output layer never runs over a whole prompt.
+    A chunk that `is_scored` returns the likelihoods of the prompt's tokens `[start + 1, stop]`.
     """
 
     id: int
     start: int
     stop: int
+    is_scored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ class Outcome:
     Times in seconds, 0 if not known: `device_s` is how long the device had this step to itself;
     the device thread spent `build_s` on the graph, `dispatch_s` on the dispatch and `wait_s`
     waiting for the tokens. `token_bytes` is the memory of a prompt token's intermediate results.
+    `scored` are the results of the scored chunks, by id.
     """
 
     tokens: tuple[int, ...] = ()
@@ -191,6 +194,7 @@ class Outcome:
     wait_s: float = 0.0
     token_bytes: float = 0.0
     lost: tuple[int, ...] = ()  # payloads of the prefix cache that turned out to be missing
+    scored: Mapping[int, PromptLogprobs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +266,14 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The likelihoods of a part of a prompt: in order, complete before the first `Token`."""
+
+    id: int
+    logprobs: PromptLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a sequence; `error` is set for FinishReason.ERROR and DISPLACED."""
 
@@ -271,7 +283,7 @@ class Finished:
     usage: Usage = field(default_factory=Usage)  # set for its sink
 
 
-Event = Token | Finished
+Event = Token | Scored | Finished
 
 
 # --- what the engine delivers -----------------------------------------------------------------
@@ -291,7 +303,7 @@ class Sink(Protocol):
     A sink that raises fails its sequence, and is called once more, with that `Finished`.
     """
 
-    def __call__(self, output: Token | Prefilled | Finished) -> None: ...
+    def __call__(self, output: "Token | Scored | Prefilled | Finished") -> None: ...
 
 
 class SinkFailed(Exception):

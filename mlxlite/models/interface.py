@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlxlite.engine.sampling_params import SamplingParams
@@ -35,6 +36,21 @@ class CompiledGrammar(Grammar, Protocol):
     def left_out(self) -> tuple[str, ...]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class FillMarks:
+    """The tokens around the parts of a prompt whose middle is to be filled in.
+
+    `ends` end such an answer too; `file` and `repository` precede the names of other files.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    ends: frozenset[int] = frozenset()
+    file: int | None = None
+    repository: int | None = None
+
+
 class Model(Protocol):
     """A loaded checkpoint without its network. Immutable; safe to use from any thread."""
 
@@ -46,6 +62,7 @@ class Model(Protocol):
     eos_tokens: frozenset[int]
     defaults: SamplingParams  # the publisher's, for the fields that a request leaves out
     output_format: OutputFormat
+    fill_marks: FillMarks | None  # None if the model fills in no middle
     vision_unavailable_reason: str | None  # None if the model takes images
 
     def load_images(
@@ -81,6 +98,9 @@ class Model(Protocol):
 
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         """The text of token ids, without special tokens; "" for ids without a text."""
+
+    def detokenize_all(self, tokens: SequenceOf[int]) -> str:
+        """The text of token ids, with the names of special tokens."""
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """A text's token ids. Raises PromptError when it cannot be encoded, PromptTooLong."""

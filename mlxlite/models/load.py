@@ -72,7 +72,9 @@ class LoadedModel:
         self.output_format = tokenizer.output_format
         self.max_chars = tokenizer.max_chars
         self.encode = tokenizer.encode
+        self.fill_marks = tokenizer.fill_marks
         self.detokenize = tokenizer.detokenize
+        self.detokenize_all = tokenizer.detokenize_all
         self.token_bytes = tokenizer.token_bytes
         self.parse_calls = tokenizer.parse_calls
         grammars = make_grammars(tokenizer, num_vocab)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from mlxlite import wanted
-from mlxlite.models.interface import PromptError, PromptTooLong
+from mlxlite.models.interface import FillMarks, PromptError, PromptTooLong
 from mlxlite.models.tool_probe import CallParser, call_form, own_parser, templates_of
 from mlxlite.output.call_syntax import syntax_of
 from mlxlite.output.formats import OutputFormat, format_of
@@ -50,25 +50,29 @@ class Tokenizer:
         self.call_parser = own_parser(wrapper) or parser
         self.output_format = _output_format(wrapper, source, self.call_parser)
         self.shown = _shown(wrapper, self.output_format)
-        self._decode = self._decoder()
+        self._decode = self._decoder(skip_special_tokens=True)
+        self._decode_all = self._decoder(skip_special_tokens=False)
         backend = getattr(wrapper, "backend_tokenizer", None)
         # Of the vocabulary; transformers' method builds a dict of all added tokens at each call.
         self._piece = wrapper.convert_ids_to_tokens if backend is None else backend.id_to_token
-        self._longest = max(map(len, wrapper.get_vocab()), default=1)  # characters of one token
+        vocab = wrapper.get_vocab()
+        self._longest = max(map(len, vocab), default=1)  # characters of one token
         self.max_chars = self._longest * (max_tokens + 1)  # of any text that is not refused
+        self.fill_marks = fill_marks_of(vocab)
         is_byte_level = "ByteLevel" in str(getattr(backend, "decoder", ""))
         self._byte_alphabet = _byte_alphabet() if is_byte_level else None
 
-    def _decoder(self) -> Callable[[list[int]], str]:
+    def _decoder(self, *, skip_special_tokens: bool) -> Callable[[list[int]], str]:
         """Token ids to text; by the Rust decoder directly if transformers adds nothing to it."""
         is_plain = isinstance(self.own, PreTrainedTokenizerFast) and all(
             getattr(type(self.own), name) is getattr(PreTrainedTokenizerFast, name)
             for name in ("decode", "_decode")
         )
         if is_plain:
-            return partial(self.own.backend_tokenizer.decode, skip_special_tokens=True)
-        decode = self.wrapper.decode
-        return partial(decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            decode = partial(self.own.backend_tokenizer.decode)
+        else:
+            decode = partial(self.wrapper.decode, clean_up_tokenization_spaces=False)
+        return partial(decode, skip_special_tokens=skip_special_tokens)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         """A text's token ids. Raises PromptError, PromptTooLong, Dropped."""
@@ -110,6 +114,10 @@ class Tokenizer:
                 plain.append(token)
         return "".join((*pieces, self._decode(plain)))
 
+    def detokenize_all(self, tokens: SequenceOf[int]) -> str:
+        """The text of token ids, with the names of special tokens."""
+        return self._decode_all(list(tokens))
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters; its name if it is special."""
         piece = self._piece(token)
@@ -133,6 +141,41 @@ class Tokenizer:
         found = self.call_parser.parse(text, list(tools))
         calls = found if isinstance(found, list) else [found]
         return [(str(call["name"]), _object(call.get("arguments") or {})) for call in calls]
+
+
+# The marks of a prefix, a suffix and a middle, in this order of the prompt, and those that may end
+# the middle or begin a file and a repository.
+_FILL_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # CodeLlama
+    ("<PRE>", "<SUF>", "<MID>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM
+)
+_FILL_ENDS = (
+    *("<|fim_pad|>", "<fim_pad>", "<|repo_name|>", "<repo_name>", "<reponame>", "<|file_sep|>"),
+    *("<file_sep>", "<|file_separator|>", "<EOT>", "\u2581<EOT>", "<|cursor|>"),
+)
+_FILE_MARKS = ("<|file_sep|>", "<file_sep>", "<|file_separator|>")
+_REPOSITORY_MARKS = ("<|repo_name|>", "<repo_name>", "<reponame>")
+
+
+def fill_marks_of(vocab: Mapping[str, int]) -> FillMarks | None:
+    """The marks of a vocabulary, by the names that models give them."""
+    for marks in _FILL_MARKS:
+        if all(mark in vocab for mark in marks):
+            prefix, suffix, middle = (vocab[mark] for mark in marks)
+            return FillMarks(
+                prefix,
+                suffix,
+                middle,
+                ends=frozenset(vocab[end] for end in _FILL_ENDS if end in vocab),
+                file=next((vocab[mark] for mark in _FILE_MARKS if mark in vocab), None),
+                repository=next((vocab[mark] for mark in _REPOSITORY_MARKS if mark in vocab), None),
+            )
+    return None
 
 
 def _object(arguments: Any) -> Mapping[str, Any]:

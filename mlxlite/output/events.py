@@ -7,7 +7,7 @@ of `ToolCallArguments`, and `ToolCallEnd` or `ToolCallInvalid`, with no other ev
 
 from dataclasses import dataclass, field
 
-from mlxlite.engine.sequence import FinishReason, Logprobs, Usage
+from mlxlite.engine.sequence import FinishReason, Logprobs, PromptLogprobs, Usage
 
 Drawn = tuple[tuple[int, Logprobs], ...]  # (token id, its logprobs), in order
 
@@ -16,11 +16,12 @@ Drawn = tuple[tuple[int, Logprobs], ...]  # (token id, its logprobs), in order
 class Delta:
     """The fields of every delta; each is filled only where the request asks for it.
 
-    `usage` is the current one. `logprobs` are those of the tokens drawn since the last delta; the
-    text of a token may still be held back.
+    `usage` is the current one. `logprobs` are those of the tokens drawn since the last delta, and
+    `tokens` are all of these; the text of a token may still be held back.
     """
 
     logprobs: Drawn = field(default=(), kw_only=True)
+    tokens: tuple[int, ...] = field(default=(), kw_only=True)
     usage: Usage | None = field(default=None, kw_only=True)
 
 
@@ -81,7 +82,8 @@ class Done:
     usage: Usage = field(default_factory=Usage)
     error: str | None = None
     stop: str | None = None  # the stop string that was met, or "repetition"
+    stop_token: int | None = None  # of the request's own, that ended it
     num_calls: int = 0
 
 
-Event = ParserEvent | Progress | Done
+Event = ParserEvent | Progress | PromptLogprobs | Done

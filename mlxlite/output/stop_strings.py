@@ -8,10 +8,12 @@ class StopStrings:
 
     `met` is the stop string that was found, perhaps only by `flush`: the one that begins first
     counts, so a complete one waits while another, begun before it, may be completed. Of those that
-    begin at the same place the shortest counts. None of them is empty.
+    begin at the same place the shortest counts. None of them is empty. If it `is_shown`, the stop
+    string is a part of the text.
     """
 
-    def __init__(self, strings: tuple[str, ...] = ()) -> None:
+    def __init__(self, strings: tuple[str, ...] = (), *, is_shown: bool = False) -> None:
+        self._is_shown = is_shown
         assert all(strings), "empty stop strings are refused at parsing"
         self.met: str | None = None
         self._searches = tuple(_StopSearch(string) for string in dict.fromkeys(strings))
@@ -45,7 +47,7 @@ class StopStrings:
         return ready
 
     def _cut(self, search: "_StopSearch") -> str:
-        text = self._release(search.start)
+        text = self._release(search.start + self._is_shown * len(search.string))
         self._held, self.met = "", search.string
         return text
 

@@ -36,11 +36,13 @@ from mlxlite.prefix_cache.operations import Stored
 from mlxlite.runner.decode_batch import DecodeBatch, Drawn
 from mlxlite.runner.embedder import Embedder
 from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layers
+from mlxlite.runner.likelihoods import ScoredChunk
 from mlxlite.runner.prefill import Failure, Prefills
 from mlxlite.runner.snapshots import CacheSnapshot, HeldCache, PendingWrite, Snapshots
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MIN_MEASURED = 32  # prompt tokens: the memory of fewer is mostly not theirs
+_LOGIT_BYTES = 16  # the logits, their logarithms, comparisons and the indices of a partition
 _MIN_TRIM_BYTES = 32 << 20  # of free buffers: trimming takes some milliseconds
 
 
@@ -54,6 +56,7 @@ class _InFlight:
     step: Step
     drawn: Drawn | None
     states: list[Any]
+    scored: list[ScoredChunk]
     failed: tuple[Failure, ...]
     lost: tuple[int, ...]
     writes: list[PendingWrite]  # to disk, once they are computed
@@ -98,7 +101,11 @@ class ModelRunner:
         cache = self._new_cache()
         model(mx.zeros((1, 2), mx.uint32), cache=cache)
         mx.eval([layer.state for layer in cache])
-        self.memory = replace(_memory_of(cache, memory_bytes), work_bytes=work_bytes)
+        self.memory = replace(
+            _memory_of(cache, memory_bytes),
+            work_bytes=work_bytes,
+            logit_bytes=_LOGIT_BYTES * self.num_vocab,
+        )
         self._snapshots = Snapshots(CacheSnapshot.of(cache, None, 0, 2, has_states=True), store)
         self._prefills = Prefills(model, self._new_cache, self._snapshots)
         self._batch = DecodeBatch(model, self.num_vocab)
@@ -191,6 +198,8 @@ class ModelRunner:
         work_bytes = mx.get_peak_memory() - mx.get_active_memory()
         mx.reset_peak_memory()
         self._most_work_bytes = max(self._most_work_bytes, work_bytes)
+        if any(chunk.is_scored for step in steps if step for chunk in step.chunks):
+            return 0.0  # logits are not a prompt token's
         num_tokens = max(step.num_prefill_tokens if step else 0 for step in steps)
         return work_bytes / num_tokens if num_tokens >= _MIN_MEASURED else 0.0
 
@@ -205,6 +214,8 @@ class ModelRunner:
         for encode in step.images:
             states += prefills.encode(encode, failed)
         states += prefills.compute(step.chunks, failed)
+        scored = prefills.take_scored()
+        states += [array for chunk in scored for array in chunk.arrays()]
         states += self._snapshots.execute(step.after, self._held)
         rows = step.rows
         if prefills.failed:
@@ -219,7 +230,7 @@ class ModelRunner:
             self._return_memory()
         lost, writes = self._snapshots.drain()
         times = began_at, built_at - began_at, dispatch_s
-        return _InFlight(step, drawn, states, tuple(failed), lost, writes, *times)
+        return _InFlight(step, drawn, states, scored, tuple(failed), lost, writes, *times)
 
     def _held(self, id: int) -> HeldCache | None:
         return self._prefills.held(id) or self._batch.held(id)
@@ -230,6 +241,7 @@ class ModelRunner:
         mx.eval(drawn.tokens if drawn else None, in_flight.states)
         tokens = drawn.token_list() if drawn else []
         logprobs = drawn.logprobs_by_id() if drawn else {}
+        scored = {chunk.id: chunk.read() for chunk in in_flight.scored}
         if drawn:
             self._batch.match(drawn, tokens, failed)
         if len(tokens) < len(rows):  # the rows of failed sequences have none
@@ -241,6 +253,7 @@ class ModelRunner:
         self._snapshots.write(in_flight.writes)
         # The handle goes back to the loop's thread; its arrays must not.
         in_flight.drawn, in_flight.states, in_flight.writes = None, [], []
+        in_flight.scored = []
         return Outcome(
             tuple(tokens),
             logprobs,
@@ -250,6 +263,7 @@ class ModelRunner:
             build_s=in_flight.build_s,
             dispatch_s=in_flight.dispatch_s,
             wait_s=self._done_at - began_at,
+            scored=scored,
         )
 
 

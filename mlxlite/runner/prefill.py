@@ -1,9 +1,10 @@
 """Prefill: admitted sequences on their way into the decode batch.
 
 Each has a cache of its own, which is filled from the prefix cache and then chunk by chunk; the
-output layer never runs. First chunks of like length run in one padded pass. A sequence that fails
-is given up alone: its id stays in `failed` until its release, and the others of its pass are run
-again without it. Nothing here waits for the device except where a cached prefix is lost.
+output layer runs only over chunks whose likelihoods are wanted. First chunks of like length run in
+one padded pass. A sequence that fails is given up alone: its id stays in `failed` until its
+release, and the others of its pass are run again without it. Nothing here waits for the device
+except where a cached prefix is lost.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from mlx import nn
 from mlxlite.engine.step import Admission, Chunk, EncodeImage
 from mlxlite.errors import FOREIGN, summary_of
 from mlxlite.runner.kv_cache import Cache, kind_of, layers_of
+from mlxlite.runner.likelihoods import ScoredChunk
 from mlxlite.runner.row_batch import merge
 from mlxlite.runner.sampler import SamplerRow
 from mlxlite.runner.snapshots import HeldCache, Snapshots
@@ -86,6 +88,7 @@ class Prefills:
         self._can_pack = all(kind_of(layer).can_pack for layer in layers_of(new_cache()))
         self._rows: dict[int, Row] = {}
         self.failed: set[int] = set()  # given up, and not released yet
+        self._scored: list[ScoredChunk] = []  # since `take_scored`
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -93,6 +96,7 @@ class Prefills:
     def clear(self) -> None:
         self._rows.clear()
         self.failed.clear()
+        self._scored.clear()
 
     def release(self, ids: Iterable[int]) -> None:
         for id in ids:
@@ -104,6 +108,10 @@ class Prefills:
         rows = [self._rows.pop(id) for id in ids if id in self._rows]
         assert all(row.num_computed == len(row.tokens) - 1 for row in rows)
         return rows
+
+    def take_scored(self) -> list[ScoredChunk]:
+        scored, self._scored = self._scored, []
+        return scored
 
     def held(self, id: int) -> HeldCache | None:
         """A sequence's own cache; None if it is not here."""
@@ -179,36 +187,52 @@ class Prefills:
         if len(group) == 1:
             images = rows[0].images
             inputs = {} if images is None else images.window(start, stop)
-            self._model(mx.array(tokens), cache=rows[0].cache, **inputs)
+            logits = self._model(mx.array(tokens), cache=rows[0].cache, **inputs)
         else:
-            self._forward_padded(rows, tokens, [chunk.stop for chunk in group])
-        for chunk, row in zip(group, rows, strict=True):
+            logits = self._forward_padded(rows, tokens, [chunk.stop for chunk in group])
+        for i, (chunk, row) in enumerate(zip(group, rows, strict=True)):
             row.num_computed = chunk.stop
+            if chunk.is_scored:
+                self._score(chunk, row, logits[i])
         return [layer.state for row in rows for layer in row.cache]
+
+    def _score(self, chunk: Chunk, row: Row, logits: mx.array) -> None:
+        """Logits `[T, V]` of the chunk's places, of which those within the prompt count."""
+        sequence = row.admission.sequence
+        stop = min(chunk.stop, sequence.num_to_score)
+        tokens = row.tokens[chunk.start + 1 : stop + 1]
+        logits = logits[: stop - chunk.start]
+        num_top = min(sequence.prompt_top or 0, logits.shape[-1])
+        self._scored.append(ScoredChunk.of(row.id, chunk.start + 1, tokens, logits, num_top))
 
     def _forward_padded(
         self, rows: list[Row], tokens: npt.NDArray[np.uint32], lengths: list[int]
-    ) -> None:
-        """Tokens `[B, T]`, padded on the right, where causal layers do not see the padding."""
+    ) -> mx.array:
+        """The logits of tokens `[B, T]`, padded on the right, which causal layers do not see."""
         cache = merge([row.cache for row in rows])
         padding = [tokens.shape[1] - length for length in lengths]
         for layer in cache:
             layer.prepare(lengths=lengths, right_padding=padding)
-        self._model(mx.array(tokens), cache=cache)
+        logits: mx.array = self._model(mx.array(tokens), cache=cache)
         for layer in cache:
             layer.finalize()
         for i, row in enumerate(rows):
             row.cache = [layer.extract(i) for layer in cache]
+        return logits
 
 
 def packed(chunks: SequenceOf[Chunk], alone: set[int]) -> list[list[Chunk]]:
-    """Chunks that run in one pass: first chunks of like length, with at most a quarter padding."""
+    """Chunks that run in one pass: first chunks of like length, with at most a quarter padding.
+
+    Scored chunks are apart from the others, whose logits are not computed.
+    """
     first = [chunk for chunk in chunks if chunk.start == 0 and chunk.id not in alone]
     groups = [[chunk] for chunk in chunks if chunk not in first]
     group: list[Chunk] = []
-    for chunk in sorted(first, key=lambda chunk: chunk.stop, reverse=True):
+    for chunk in sorted(first, key=lambda chunk: (chunk.is_scored, chunk.stop), reverse=True):
         num_tokens = sum(member.stop for member in group) + chunk.stop
-        if group and num_tokens >= (1 - MAX_PADDING) * group[0].stop * (len(group) + 1):
+        is_alike = bool(group) and group[0].is_scored == chunk.is_scored
+        if is_alike and num_tokens >= (1 - MAX_PADDING) * group[0].stop * (len(group) + 1):
             group.append(chunk)
         else:
             group = [chunk]

@@ -1,14 +1,16 @@
 """Logits to tokens, all rows at once.
 
-A change of the batch splits its rows by their own settings into four groups, and each does no more
+A change of the batch splits its rows by their own settings into five groups, and each does no more
 than its rows ask for; nothing here loops over rows while tokens are drawn. In this order:
 temperature first, as vLLM has it, and the cuts as llama.cpp has them:
 
-    penalties, logit_bias, min_tokens     on the model's logits, whatever the row's group
+    penalties, logit_bias, min_tokens,
+    allowed_token_ids, bad_words          on the model's logits, whatever the row's group
     greedy    (also top_k 1)              the best token
     gumbel    (no top_k, no top_p)        temperature, min_p, xtc, argmax(scores + Gumbel noise)
     top-k     (top_k of at most 64)       temperature, top_k, top_p, min_p, xtc, one uniform number
     sorted    (the others)                as top-k, but sorts the row's whole vocabulary
+    shaped    (see `runner.shaping`)      as sorted, after cuts that look at the distribution
 
 A row's token does not depend on the other rows of the batch (tested): its group is its own, a
 stage that other rows need leaves its scores exactly as they are, and its random numbers are hashes
@@ -28,8 +30,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlite.engine.sampling_params import SamplingParams
+from mlxlite.runner.forbidden import Forbidden
+from mlxlite.runner.likelihoods import best, log_softmax
 from mlxlite.runner.penalties import PenaltyCounts
 from mlxlite.runner.random import RowRandom, negative_gumbel
+from mlxlite.runner.shaping import Shaping
 
 # Rows with a top_k of at most this are drawn from a head of it: a partition costs less than a sort.
 # The width is fixed: which of tied tokens it holds must not depend on other rows' top_k.
@@ -79,6 +84,7 @@ class Sampler:
         self._step = 0  # draws since the last change of the batch
         self._penalised: list[int] = []
         self._counts: PenaltyCounts | None = None
+        self._forbidden: Forbidden | None = None
 
     def regroup(self, keep: SequenceOf[int], joining: SequenceOf[SamplerRow]) -> None:
         """Keep the rows at these indices, which ascend, and append new ones."""
@@ -93,6 +99,7 @@ class Sampler:
         if len(self._penalised) < len(params):
             for offset, i in enumerate(self._penalised):
                 places[i] = len(params) + offset
+        self._set_forbidden(keep, joining, places)
         self._set_logit_stages(places)
         self._set_groups(places)
         self._asking = tuple(i for i, p in enumerate(params) if p.top_logprobs is not None)
@@ -118,6 +125,17 @@ class Sampler:
                 self._counts.extend(new, params)
         if self._counts is not None:
             self._penalised_rows = _index(self._penalised)
+
+    def _set_forbidden(
+        self, keep: SequenceOf[int], joining: SequenceOf[SamplerRow], places: list[int]
+    ) -> None:
+        params = [row.params for row in self._rows]
+        if not any(p.allowed_token_ids or p.bad_words for p in params):
+            self._forbidden = None
+            return
+        outputs = [row.tokens[len(row.tokens) - row.num_drawn :] for row in joining]
+        self._forbidden = self._forbidden or Forbidden(self._num_vocab)
+        self._forbidden.regroup(keep, params, outputs, places)
 
     def _set_logit_stages(self, places: list[int]) -> None:
         bias: dict[tuple[int, int], float] = {}
@@ -171,6 +189,8 @@ class Sampler:
         self._step += 1
         if self._counts is not None:
             self._counts.add(tokens[self._penalised_rows])
+        if self._forbidden is not None:
+            self._forbidden.add(tokens)
         return tokens, self._logprobs(logits, tokens) if self._asking else None
 
     def _masked(self, logits: mx.array, masks: mx.array) -> mx.array:
@@ -192,27 +212,14 @@ class Sampler:
             logits = logits.astype(mx.float32).at[rows, ids].add(values)
         if self._held is not None:
             logits = logits.at[self._held].minimum(-mx.inf)
-        return logits
+        return logits if self._forbidden is None else self._forbidden.apply(logits)
 
     def _logprobs(self, logits: mx.array, tokens: mx.array) -> LogprobArrays:
         rows = mx.array(self._asking)
-        asked = logits[rows].astype(mx.float32)
-        asked = asked - mx.logsumexp(asked, axis=-1, keepdims=True)
+        asked = log_softmax(logits[rows])
         drawn = mx.take_along_axis(asked, tokens[rows][:, None], axis=-1)[:, 0]
-        start = self._num_vocab - self._num_top
-        if not self._num_top:
-            ids = mx.zeros((len(self._asking), 0), mx.uint32)
-        else:
-            ids = mx.argpartition(asked, start, axis=-1)[:, start:]
-        top = mx.take_along_axis(asked, ids, axis=-1)
-        order = mx.argsort(-top, axis=-1)
-        return LogprobArrays(
-            self._asking,
-            tuple(self._rows[i].params.top_logprobs or 0 for i in self._asking),
-            drawn,
-            mx.take_along_axis(ids, order, axis=-1),
-            mx.take_along_axis(top, order, axis=-1),
-        )
+        num_top = tuple(self._rows[i].params.top_logprobs or 0 for i in self._asking)
+        return LogprobArrays(self._asking, num_top, drawn, *best(asked, self._num_top))
 
 
 # --- groups -----------------------------------------------------------------------------------
@@ -359,8 +366,7 @@ class _Sorted(_Cut):
     def _is_kept(self, ranked: mx.array) -> mx.array:
         """Which of the shares `[b, V]`, the best last, top_k and top_p let through."""
         if self._top_p is None:
-            assert self._is_within is not None
-            return self._is_within
+            return ranked >= 0.0 if self._is_within is None else self._is_within
         before = mx.cumsum(ranked, axis=-1, reverse=True, inclusive=False)
         if self._is_within is None:
             return before < self._top_p
@@ -369,10 +375,23 @@ class _Sorted(_Cut):
         return self._is_within & (before < limit)
 
 
+class _Shaped(_Sorted):
+    """Rows with a cut or a temperature that depends on their whole distribution."""
+
+    def __init__(self, rows: list[SamplerRow], num_vocab: int) -> None:
+        super().__init__(rows, num_vocab)
+        self._shaping = Shaping([row.params for row in rows])
+
+    def _heat(self, scores: mx.array) -> mx.array:
+        return self._shaping(scores)
+
+
 def _group_of(params: SamplingParams, num_vocab: int) -> type[_Greedy | _Gumbel | _TopK | _Sorted]:
     """The group of a row: its own settings decide, never other rows'."""
-    if params.temperature == 0.0 or params.top_k == 1:
+    if params.temperature == 0.0 or params.top_k == 1 or params.top_p == 0.0:
         return _Greedy
+    if params.is_shaped:
+        return _Shaped
     if 0 < params.top_k <= _HEAD_WIDTH:
         return _TopK
     return _Sorted if params.top_p < 1.0 or 0 < params.top_k < num_vocab else _Gumbel

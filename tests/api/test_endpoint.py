@@ -144,7 +144,7 @@ def test_every_declared_parameter_is_in_every_dialect_and_in_the_document(path: 
 
 def test_a_parameter_that_is_no_field_of_its_own_is_known_to_be_none() -> None:
     own = {item.name for item in fields(SamplingParams) if "param" not in item.metadata}
-    assert own == {"top_logprobs"}, "declare a Param, or requests can never set it"
+    assert own == {"top_logprobs", "bad_words"}, "declare a Param, or requests can never set it"
 
 
 # --- nothing is dropped in silence --------------------------------------------------------------

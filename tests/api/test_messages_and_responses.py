@@ -131,7 +131,7 @@ _REPETITION = Works("repetition_penalty", [(1.1, 1.1)], [0, "1", True])
 _FLAG_WRONG: list[Any] = [0, "true", [], {}]
 _TEXT_WRONG: list[Any] = [5, True, ["a"], {}]
 _STOP = Works("stop", [(["a", "b"], ("a", "b")), ([], ())], [5, [""], [5]])
-_TOP_P = Works("top_p", [(0.5, 0.5), (1, 1.0)], [0, 1.1, "1", True])
+_TOP_P = Works("top_p", [(0.5, 0.5), (1, 1.0), (0, 0.0)], [-1, 1.1, "1", True])
 _TOP_K = Works("top_k", [(20, 20), (0, 0), (-1, 0)], [-2, 1.5, "5"])
 _MODEL = Works("model", [("any", "any")], _TEXT_WRONG)
 _STREAM = Works("is_stream", [(True, True), (False, False)], _FLAG_WRONG)
@@ -155,6 +155,11 @@ OWN: dict[str, Works | Accepted | Refused] = {
     "logit_bias": Works("logit_bias", [({"5": 1}, ((5, 1.0),))], [{"x": 1}, 5, {"5": 101}]),
     "xtc_probability": _share("xtc_probability"),
     "xtc_threshold": _share("xtc_threshold"),
+    **dict.fromkeys(("typical_p", "typ_p"), _share("typical_p")),
+    "top_n_sigma": Works("top_n_sigma", [(-1, -1.0), (1.5, 1.5)], [-2, 101, "1", True]),
+    "dynatemp_range": Works("dynatemp_range", [(0.5, 0.5)], [-1, 101, "1", True]),
+    "dynatemp_exponent": Works("dynatemp_exponent", [(2, 2.0)], [-1, 101, "1", True]),
+    "allowed_token_ids": Works("allowed_token_ids", [([5], (5,))], [[], "5", True]),
     "min_tokens": Works("min_tokens", [(3, 3)], [-1, "3", True]),
     "ignore_eos": Works("ignore_eos", [(True, True)], _FLAG_WRONG),
     "stop_token_ids": Works("stop_tokens", [([1, 2], (1, 2))], [5, ["1"], [-1]]),

@@ -17,12 +17,14 @@ from api_requests import (
     parse,
     refusal,
 )
+from helpers import FakeModel
 from tables import with_value
 
 from mlxlite.api.constraints import CONSTRAINT_FIELDS
 from mlxlite.api.conversation import Role, ToolCall
 from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.readers import MAX_DEPTH, MAX_VALUES
+from mlxlite.api.render import with_bad_words
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.output.constraint import Constraint
 
@@ -560,6 +562,12 @@ def test_every_sampling_setting_reaches_the_sampler() -> None:
         logit_bias={"5": 1},
         xtc_probability=0.4,
         xtc_threshold=0.2,
+        typical_p=0.9,
+        top_n_sigma=1.5,
+        dynatemp_range=0.4,
+        dynatemp_exponent=2,
+        allowed_token_ids=[4],
+        bad_words=["x"],
         min_tokens=3,
         logprobs=True,
         top_logprobs=4,
@@ -577,9 +585,16 @@ def test_every_sampling_setting_reaches_the_sampler() -> None:
         logit_bias=((5, 1.0),),
         xtc_probability=0.4,
         xtc_threshold=0.2,
+        typical_p=0.9,
+        top_n_sigma=1.5,
+        dynatemp_range=0.4,
+        dynatemp_exponent=2.0,
+        allowed_token_ids=(4,),
+        bad_words=((120,),),
         min_tokens=3,
         top_logprobs=4,
     )
+    request = with_bad_words(FakeModel(), request)
     assert request.sampling_params(SamplingParams(), seed=5) == params
     names = {item.name for item in fields(SamplingParams)}
     default = SamplingParams()

@@ -25,7 +25,7 @@ def fold(chunks: SequenceOf[Any]) -> Any:
         own = choices.setdefault(choice["index"], silent)
         own["text"] += choice["text"]
         assert own["finish_reason"] is None, "a choice ends once"
-        own["finish_reason"] = choice["finish_reason"]
+        own |= {name: choice[name] for name in ("finish_reason", "stop_reason") if name in choice}
         for name, values in (choice["logprobs"] or {}).items():
             own["logprobs"] = own["logprobs"] or {}
             own["logprobs"].setdefault(name, []).extend(values)
@@ -168,13 +168,16 @@ async def test_running_usage_counts_the_tokens_of_its_own_choice() -> None:
     [
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": ["a"] * 257}, "prompt"),
+        ({"prompt": ["a"] * 2049}, "prompt"),
         ({"prompt": ["a", ""]}, "prompt[1]"),
         ({"prompt": [[]]}, "prompt[0]"),
         ({"prompt": [EOS + 1]}, "prompt"),
         ({"prompt": [[5], [EOS + 1]]}, "prompt"),
         ({}, "prompt"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "echo": True, "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x" * (1 << 18), "echo": True, "logprobs": 4}, "echo"),
+        ({"prompt": "x" * (1 << 18), "prompt_logprobs": 4, "max_tokens": 0}, "prompt_logprobs"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
         ({"prompt": "x", "logprobs": True}, "logprobs"),

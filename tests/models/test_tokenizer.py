@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 from mlxlite import wanted
 from mlxlite.config.options import Config
 from mlxlite.models import tokenizer
-from mlxlite.models.interface import PromptTooLong
+from mlxlite.models.interface import FillMarks, PromptTooLong
 from mlxlite.models.load import LoadedModel, load
 from mlxlite.models.tokenizer import Tokenizer as OwnTokenizer
+from mlxlite.models.tokenizer import fill_marks_of
 from mlxlite.output.bare_calls import BareFormat
 from mlxlite.output.call_syntax import JSON_TOOLS
 from mlxlite.output.constraint import CallConstraint, ConstraintError
@@ -311,3 +312,23 @@ def test_a_model_of_mlx_lms_calls_reads_them() -> None:
     for broken in ("", "{", '{"arguments": {}}', '{"name": "f", "arguments": [1]}'):
         with pytest.raises(PARSE_ERRORS):
             demo.parse_calls(broken, [])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("<|fim_prefix|> <|fim_suffix|> <|fim_middle|>", FillMarks(0, 1, 2)),
+        ("<fim_prefix> <fim_suffix> <fim_middle> <fim_pad>", FillMarks(0, 1, 2, frozenset({3}))),
+        (
+            "<|fim_suffix|> <|fim_prefix|> <|fim_middle|> <|file_sep|> <|repo_name|>",
+            FillMarks(1, 0, 2, frozenset({3, 4}), 3, 4),
+        ),
+        ("\u2581<PRE> \u2581<MID> \u2581<SUF>", FillMarks(0, 2, 1)),
+        ("<|fim_prefix|> <|fim_middle|> <fim_suffix>", None),
+        ("a b c", None),
+    ],
+)
+def test_the_marks_of_a_middle_are_found_by_their_names(
+    names: str, expected: FillMarks | None
+) -> None:
+    assert fill_marks_of({name: i for i, name in enumerate(names.split())}) == expected

@@ -715,6 +715,14 @@ OTHERS = (
     SamplingParams(0.0, min_tokens=3),
     SamplingParams(1.2, seed=24, xtc_probability=0.7, xtc_threshold=0.05),
     SamplingParams(0.9, seed=25, top_k=12, top_p=0.9, top_logprobs=4),
+    SamplingParams(0.9, seed=26, typical_p=0.6),
+    SamplingParams(1.4, seed=27, top_n_sigma=1.0, top_k=20),
+    SamplingParams(1.0, seed=28, dynatemp_range=0.5, dynatemp_exponent=2.0, top_p=0.9),
+    SamplingParams(1.0, seed=29, top_n_sigma=1.5, typical_p=0.8, xtc_probability=0.5, min_p=0.01),
+    SamplingParams(1.0, seed=30, allowed_token_ids=tuple(range(5, 25))),
+    SamplingParams(0.0, bad_words=((7,), (8, 9), (1, 2, 3))),
+    SamplingParams(2.0, seed=31, bad_words=((5,), *((i, j) for i in range(9) for j in range(9)))),
+    SamplingParams(1.0, top_p=0.0),
 )
 
 
@@ -750,6 +758,10 @@ GROUPS = (
     SamplingParams(1.0, top_p=0.8, min_p=0.02, frequency_penalty=0.7, repetition_context_size=6),
     SamplingParams(0.9, min_p=0.05, xtc_probability=0.9, xtc_threshold=0.03, min_tokens=4),
     SamplingParams(1.0, top_k=1, repetition_penalty=1.5, top_logprobs=2),
+    SamplingParams(1.2, top_n_sigma=1.2, typical_p=0.7, repetition_penalty=1.2),
+    SamplingParams(1.0, dynatemp_range=0.8, top_k=70, bad_words=((1,), (2, 3), (4, 5, 6, 7))),
+    SamplingParams(1.5, allowed_token_ids=(1, 2, 3, 5, 8, 13), bad_words=((1, 1), (2, 2, 2))),
+    SamplingParams(0.0, bad_words=tuple((i, i) for i in range(20)), presence_penalty=0.3),
 )
 
 

@@ -14,7 +14,12 @@ from mlxlite.api.conversation import Message, Role
 from mlxlite.api.endpoints.chat_completions import parse_chat
 from mlxlite.api.fields import MAX_TOKEN_MAP
 from mlxlite.api.request import ChatRequest
-from mlxlite.api.shared_fields import EFFORTS, MAX_STOP_BYTES, MAX_STOP_STRINGS
+from mlxlite.api.shared_fields import (
+    EFFORTS,
+    MAX_BAD_WORDS,
+    MAX_STOP_BYTES,
+    MAX_STOP_STRINGS,
+)
 from mlxlite.api.tools import MAX_TOOLS, Tool
 from mlxlite.api.writers import StreamOptions
 from mlxlite.engine.sampling_params import MAX_CONTEXT_SIZE
@@ -52,9 +57,10 @@ def refusal(body: bytes | None = None, **fields: Any) -> APIError:
 
 
 _TOKENS_RIGHT = [(1, 1), (4096, 4096), (20.0, 20), (-1, None), (2**31 - 1, 2**31 - 1)]
-_TOKENS_WRONG = [0, -2, 1.5, "5", True, [5], {}, 2**31, 2**70, 1e300]
+_TOKENS_WRONG = [-2, 1.5, "5", True, [5], {}, 2**31, 2**70, 1e300]
 _TEXT_WRONG: list[Any] = [5, 1.5, True, ["a"], {}]
 _FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
+_WORDS = [f"w{n}" for n in range(MAX_BAD_WORDS)]
 _BIASES = {str(id): 1 for id in range(MAX_TOKEN_MAP)}
 
 
@@ -89,8 +95,8 @@ class LeftOut(Refused):
     """A hint: a value that asks for something is left out by name."""
 
 
-def _tokens() -> Works:
-    return Works("max_tokens", _TOKENS_RIGHT, _TOKENS_WRONG)
+def _tokens(*wrong: int) -> Works:
+    return Works("max_tokens", _TOKENS_RIGHT, [*wrong, *_TOKENS_WRONG])
 
 
 def _stop() -> Works:
@@ -129,6 +135,15 @@ def _window() -> Works:
 
 def _share(attribute: str) -> Works:
     return Works(attribute, [(0, 0.0), (0.5, 0.5), (1, 1.0)], [-0.1, 1.1, "0", False, [], {}])
+
+
+def _numbers(attribute: str, low: float, high: float) -> Works:
+    right = [(low, float(low)), (0.5, 0.5), (high, float(high))]
+    return Works(attribute, right, [low - 0.1, high + 0.1, "0", False, [], {}])
+
+
+def _flag(attribute: str) -> Works:
+    return Works(attribute, [(True, True), (False, False)], _FLAG_WRONG)
 
 
 def _off_number(neutral: float, *asking: Any) -> Refused:
@@ -193,16 +208,23 @@ CASES: dict[str, Works | Accepted | Refused] = {
         [[], {}, "hello", 5, True],
     ),
     "max_tokens": _tokens(),
-    "max_completion_tokens": _tokens(),
-    "max_output_tokens": _tokens(),
-    **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens"), _tokens()),
+    **dict.fromkeys(
+        (
+            *("max_completion_tokens", "max_output_tokens"),
+            *("n_predict", "num_predict", "max_new_tokens"),
+        ),
+        _tokens(0),
+    ),
+    "prompt_logprobs": Works(
+        "prompt_logprobs", [(0, 0), (5, 5), (20.0, 20)], [-1, 21, 1.5, "5", True, [], {}]
+    ),
     "temperature": Works(
         "temperature",
         [(0, 0.0), (0.7, 0.7), (1, 1.0), (2.0, 2.0), (100, 100.0)],
         [-0.1, 100.1, 1e300, 2**70, "1", True, [1], {}],
     ),
     "top_p": Works(
-        "top_p", [(1, 1.0), (0.8, 0.8), (1e-9, 1e-9)], [0, 0.0, -0.5, 1.1, "1", True, [], {}]
+        "top_p", [(1, 1.0), (0.8, 0.8), (1e-9, 1e-9), (0, 0.0)], [-0.5, 1.1, "1", True, [], {}]
     ),
     "top_k": Works(
         "top_k",
@@ -309,7 +331,11 @@ CASES: dict[str, Works | Accepted | Refused] = {
     ),
     "xtc_probability": _share("xtc_probability"),
     "xtc_threshold": _share("xtc_threshold"),
-    "logprobs": Works("top_logprobs", [(True, 0), (False, None)], _FLAG_WRONG),
+    "logprobs": Works(
+        "top_logprobs",
+        [(True, 0), (False, None), (0, 0), (3, 3), (20.0, 20)],
+        [-1, 21, 1.5, "true", "", [], {}],
+    ),
     "top_logprobs": Works(
         "top_logprobs",
         [(0, 0), (1, 1), (20, 20), (5.0, 5)],
@@ -460,32 +486,49 @@ CASES: dict[str, Works | Accepted | Refused] = {
     "modalities": Refused([["text"]], [["text", "audio"], ["audio"], [], "text"]),
     "verbosity": LeftOut(["medium"], ["low", "high", "", 1]),
     "chat_template": _off_at_all(),
-    "typical_p": _off_number(1, 0.9, 0),
+    **dict.fromkeys(("typical_p", "typ_p"), _share("typical_p")),
+    "top_n_sigma": _numbers("top_n_sigma", -1, 100),
+    "dynatemp_range": _numbers("dynatemp_range", 0, 100),
+    "dynatemp_exponent": _numbers("dynatemp_exponent", 0, 100),
+    "allowed_token_ids": Works(
+        "allowed_token_ids",
+        [([5], (5,)), ([2, 1, 2], (2, 1)), ([0, 2**31 - 1], (0, 2**31 - 1)), ([5.0], (5,))],
+        [[], "5", 5, {}, True],
+    ),
+    "bad_words": Works(
+        "bad_words",
+        [(["a"], ("a",)), ([" a", "b c", " a"], (" a", "b c")), (_WORDS, tuple(_WORDS))],
+        ["a", 5, {}, True, [""], [" "], ["a" * (MAX_STOP_BYTES + 1)], [*_WORDS, "x"]],
+    ),
+    "include_stop_str_in_output": _flag("shows_stop"),
+    "return_token_ids": _flag("returns_tokens"),
+    "return_tokens_as_token_ids": _flag("has_ids"),
+    "skip_special_tokens": Works("shows_special", [(True, False), (False, True)], _FLAG_WRONG),
+    "spaces_between_special_tokens": Accepted([True, False], _FLAG_WRONG),
+    "include_reasoning": _flag("shows_reasoning"),
+    "truncate_prompt_tokens": Works(
+        "num_last", [(1, 1), (20.0, 20), (-1, -1)], [0, -2, 1.5, "5", True, [], {}]
+    ),
+    "t_max_predict_ms": Works(
+        "max_predict_ms", [(1, 1), (500.0, 500), (0, None), (-1, None)], [-2, 1.5, "5", True, []]
+    ),
+    "n_keep": Accepted([-1, 0, 5], [-2, 0.5, "0", True, [], {}]),
+    "n_probs": Works(
+        "top_logprobs", [(5, 5), (20, 20), (0, None)], [-1, 21, 1.5, "5", True, [], {}]
+    ),
+    **dict.fromkeys(
+        ("dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+        Accepted([0, 1.75, -1], ["1", True, [], {}]),
+    ),
+    "dry_sequence_breakers": Accepted([[], ["\n"]], ["x", 5, True, {}]),
+    **dict.fromkeys(("mirostat_tau", "mirostat_eta"), Accepted([0, 5.0], [-1, "1", True, [], {}])),
     "length_penalty": LeftOut([1, 1.0], [0.9, 0]),
     **dict.fromkeys(("prediction", "web_search_options", "moderation"), LeftOut([], [{}, "x"])),
+    **dict.fromkeys(("mirostat", "dry_multiplier"), _off_number(0, 0.5, False)),
     **dict.fromkeys(
-        ("mirostat", "dry_multiplier", "dynatemp_range", "n_probs", "n_keep"),
-        _off_number(0, 0.5, False),
+        ("echo", "use_beam_search", "post_sampling_probs", "return_tokens"), _off_flag()
     ),
-    **dict.fromkeys(
-        (
-            *("echo", "use_beam_search", "include_stop_str_in_output", "post_sampling_probs"),
-            *("return_token_ids", "return_tokens_as_token_ids", "return_tokens"),
-        ),
-        _off_flag(),
-    ),
-    **dict.fromkeys(
-        ("skip_special_tokens", "spaces_between_special_tokens", "include_reasoning"),
-        Refused([True], [False, 0, 1, "true", [], {}]),
-    ),
-    **dict.fromkeys(
-        (
-            *("audio", "logits_processors"),
-            *("bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens"),
-        ),
-        _off_at_all(),
-    ),
-    **dict.fromkeys(("top_n_sigma", "t_max_predict_ms"), _off_number(-1, 1, 0)),
+    **dict.fromkeys(("audio", "logits_processors"), _off_at_all()),
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.sampling_params import SamplingParams
 from mlxlite.engine.scheduler import Scheduler
-from mlxlite.engine.sequence import Image, Logprobs, Prompt, Sequence, Usage
+from mlxlite.engine.sequence import Image, Logprobs, Prompt, PromptLogprobs, Sequence, Usage
 from mlxlite.engine.step import (
     Admission,
     Chunk,
@@ -30,6 +30,7 @@ from mlxlite.engine.step import (
     Part,
     Prefilled,
     Runner,
+    Scored,
     Step,
     Token,
 )
@@ -104,6 +105,15 @@ def fake_logprobs(sequence: Sequence, num_drawn: int, token: int) -> Logprobs:
     return Logprobs(drawn, tuple(((token + i) % NUM_LETTERS, drawn - i) for i in range(num_top)))
 
 
+def fake_prompt_logprobs(sequence: Sequence, start: int, stop: int) -> PromptLogprobs:
+    """What the fake model reports for the prompt's tokens `[start, stop)`."""
+    tokens, num_top = sequence.prompt.tokens[start:stop], sequence.prompt_top or 0
+    rivals = [((token + i) % NUM_LETTERS, -i / 8) for token in tokens for i in range(num_top)]
+    tops = [tuple(rivals[i * num_top :][:num_top]) for i in range(len(tokens))]
+    places = [(t, Logprobs(-(start + i) / 8, tops[i], start + i)) for i, t in enumerate(tokens)]
+    return PromptLogprobs(start, tuple(places))
+
+
 def spell(tokens: SequenceOf[int]) -> str:
     """A `Detokenizer`: one letter a token, ids from 26 on are special and have no text."""
     return "".join(chr(ord("a") + token) for token in tokens if token < NUM_LETTERS)
@@ -116,6 +126,7 @@ class FakeLaunched:
     step: Step
     tokens: tuple[int, ...]
     logprobs: dict[int, Logprobs]
+    scored: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -365,7 +376,13 @@ class FakeRunner:
             self._drawn[id].append(token)
             known.has_row = True
         self._rows = step.rows
-        return FakeLaunched(step, tuple(tokens), logprobs)
+        scored = {c.id: self._score(c) for c in step.chunks if c.is_scored}
+        return FakeLaunched(step, tuple(tokens), logprobs, scored)
+
+    def _score(self, chunk: Chunk) -> PromptLogprobs:
+        sequence = self._known[chunk.id].sequence
+        assert chunk.start < sequence.num_to_score, "only a prompt is scored"
+        return fake_prompt_logprobs(sequence, chunk.start + 1, chunk.stop + 1)
 
     def _draw(self, sequence: Sequence, num_drawn: int) -> int:
         replaced = self._answers.get(sequence.id, ())
@@ -379,13 +396,14 @@ class FakeRunner:
             raise RuntimeError(f"step {step.number} was lost")
         failed = self._failing.get(step.number, ())
         device_s = self._device_s(step) if self._device_s else 0.0
-        return Outcome(in_flight.tokens, in_flight.logprobs, failed, device_s)
+        scored = in_flight.scored
+        return Outcome(in_flight.tokens, in_flight.logprobs, failed, device_s, scored=scored)
 
 
 # --- sinks ------------------------------------------------------------------------------------
 
 
-SinkOutput = Token | Prefilled | Finished
+SinkOutput = Token | Scored | Prefilled | Finished
 
 
 class RecordingSink:

@@ -16,17 +16,17 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxlite.config.options import Config
 from mlxlite.engine.engine import Engine
 from mlxlite.engine.memory import Memory
 from mlxlite.engine.sampling_params import SamplingParams
-from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, Sequence
-from mlxlite.engine.step import Admission, Launched, Outcome, Part, Runner, Step
+from mlxlite.engine.sequence import Logprobs, Matcher, Prompt, PromptLogprobs, Sequence
+from mlxlite.engine.step import Admission, Chunk, Launched, Outcome, Part, Runner, Step
 from mlxlite.http.connection import Client
-from mlxlite.models.interface import Model, PromptError
+from mlxlite.models.interface import FillMarks, Model, PromptError
 from mlxlite.output.constraint import Constraint
 from mlxlite.output.formats import OutputFormat
 from mlxlite.output.markers import MarkerFormat
@@ -347,6 +347,7 @@ class FakeModel:
     render_error: Exception | None = None
     compile_error: Exception | None = None
     output_format: OutputFormat = field(default_factory=MarkerFormat)
+    fill_marks: FillMarks | None = None
     is_thinking: bool = False  # its prompts end inside a block of reasoning
 
     def __post_init__(self) -> None:
@@ -356,6 +357,9 @@ class FakeModel:
 
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         return "".join(chr(token) * self.width for token in tokens if token != EOS)
+
+    def detokenize_all(self, tokens: SequenceOf[int]) -> str:
+        return "".join("<end>" if token == EOS else self.detokenize([token]) for token in tokens)
 
     def encode(self, text: str, *, add_special: bool) -> tuple[int, ...]:
         own = () if self.bos is None or not add_special else (self.bos,)
@@ -435,6 +439,7 @@ class ScriptedRunner:
         self.log: list[str] = []
         self.embedding: dict[int, list[float]] = {}  # inputs whose last part is to come
         self.before_embed: Callable[[], object] = lambda: None
+        self.num_scored = 0  # prompt tokens whose likelihoods were asked for
         self._scripts: dict[int, Sequence] = {}  # a preempted one's last row is drawn later
         self._num_to_prefill: dict[int, int] = {}
         self._gate = threading.Condition()
@@ -537,7 +542,21 @@ class ScriptedRunner:
             sequence = self._scripts.get(id)
             if sequence is not None and sequence.sampling.top_logprobs is not None:
                 logprobs[id] = _logprobs(token, at, sequence.sampling.top_logprobs)
-        return Outcome(tuple(tokens), logprobs, tuple(failed))
+        scored = {
+            c.id: self._score(c) for c in step.chunks if c.is_scored and c.id in self._scripts
+        }
+        return Outcome(tuple(tokens), logprobs, tuple(failed), scored=scored)
+
+    def _score(self, chunk: Chunk) -> PromptLogprobs:
+        """A token's logprob encodes its place in the prompt: -1, -2 and so on."""
+        sequence = self._scripts[chunk.id]
+        self.num_scored += chunk.stop - chunk.start
+        places: list[tuple[int, Logprobs]] = []
+        for place in range(chunk.start + 1, chunk.stop + 1):
+            token = sequence.prompt.tokens[place]
+            item = _logprobs(token, place - 0.5, sequence.prompt_top or 0)
+            places.append((token, replace(item, rank=1)))
+        return PromptLogprobs(chunk.start + 1, tuple(places))
 
     def _token(self, id: int) -> int:
         if id not in self._scripts:  # an overshoot row of a sequence forgotten in a reset
@@ -552,7 +571,7 @@ class ScriptedRunner:
         return prompt[at] if at < len(prompt) else EOS
 
 
-def _logprobs(token: int, at: int, num_top: int) -> Logprobs:
+def _logprobs(token: int, at: float, num_top: int) -> Logprobs:
     """The drawn token is the best, and the ones after it in Unicode are its rivals."""
     return Logprobs(-0.5 - at, tuple((token + n, -0.5 - at - n) for n in range(num_top)))
 

@@ -13,6 +13,7 @@ from mlxlite.api.endpoints import (
     completions,
     embeddings,
     home,
+    infill,
     responses,
     tokenize,
 )
@@ -20,6 +21,7 @@ from mlxlite.api.endpoints import (
 ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     *chat_completions.ENDPOINTS,
     *completions.ENDPOINTS,
+    *infill.ENDPOINTS,
     *responses.ENDPOINTS,
     *anthropic_messages.ENDPOINTS,
     *embeddings.ENDPOINTS,

@@ -34,7 +34,7 @@ from mlxlite.api.tools import (
     merged,
     read_tool,
 )
-from mlxlite.api.writers import Collected, Envelope
+from mlxlite.api.writers import Collected, Envelope, Shown
 from mlxlite.engine.sequence import FinishReason, Usage
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import APIError, ErrorKind, bad_request
@@ -396,7 +396,7 @@ class MessagesWriter:
     def beat(self) -> bytes:
         return _frame("ping")
 
-    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+    def event(self, index: int, event: Shown) -> bytes:
         """The end of a call that did not parse is the end of its block too."""
         match event:
             case events.TextDelta(text) if text:

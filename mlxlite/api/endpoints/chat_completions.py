@@ -11,9 +11,10 @@ from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import hint, required, supported, unsupported
 from mlxlite.api.generate import Dialect
 from mlxlite.api.openai_content import messages_of
-from mlxlite.api.readers import flag, one_of, parse_object
+from mlxlite.api.readers import describes, flag, one_of, parse_object, wrong
 from mlxlite.api.request import (
     ChatRequest,
+    checked,
     logprobs_option,
     shared_options,
     sole_constraint,
@@ -32,6 +33,17 @@ from mlxlite.engine.sequence import Logprobs, Prompt
 from mlxlite.http.errors import bad_request
 from mlxlite.models.interface import Model
 from mlxlite.output import events
+
+
+@describes(type=["boolean", "integer"], minimum=0, maximum=shared_fields.MAX_TOP_LOGPROBS)
+def _logprobs(value: Any, param: str) -> int | bool:
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, int | float):
+        raise wrong(param, "a boolean or an integer", value)
+    number: int = shared_fields.TOP_LOGPROBS(value, param)
+    return number
+
 
 FIELDS: Final[fields.Table] = {
     "messages": required(
@@ -52,7 +64,11 @@ FIELDS: Final[fields.Table] = {
     ),
     "continue_final_message": supported(flag, "a trailing assistant message is continued anyway"),
     "add_generation_prompt": supported(flag, "false only with `continue_final_message`"),
-    "logprobs": supported(flag, "of the drawn tokens, before any sampling setting"),
+    "logprobs": supported(
+        _logprobs, "of the drawn tokens, before any sampling setting; a number is `top_logprobs`"
+    ),
+    "n_probs": supported(shared_fields.TOP_LOGPROBS, "llama-server's `top_logprobs`; 0 is off"),
+    "include_reasoning": supported(flag, "false: reasoning is generated and not shown"),
     "top_logprobs": supported(shared_fields.TOP_LOGPROBS, f"0 to {shared_fields.MAX_TOP_LOGPROBS}"),
     "tools": supported(tool_list, "how they are called is the model's own format"),
     "tool_choice": supported(
@@ -72,8 +88,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     """Validate a chat completion's body. Raises APIError 400 naming the field at fault."""
     with fields.reading(parse_object(body), FIELDS) as given:
         options, (use, has_functions) = shared_options(given), _tool_use(given)
-        is_wanted, needed = given.take("logprobs", False), "'logprobs': true"
-        options["sampling"] |= logprobs_option(given, is_wanted=is_wanted, needed=needed)
+        options["sampling"] |= _logprobs_options(given)
         request = ChatRequest(
             **options,
             constraint=sole_constraint(options, use.constraints(take_constraints(given))),
@@ -85,13 +100,22 @@ def parse_chat(body: bytes) -> ChatRequest:
             tools=use.callable,
             max_calls=use.max_calls,
             has_functions=has_functions,
+            shows_reasoning=given.take("include_reasoning", True),
             splits_reasoning=given.take("reasoning_format") != "none",
             ignored=given.ignored,
         )
     if request.continue_final and request.messages[-1].role is not Role.ASSISTANT:
         message = "'continue_final_message' needs an assistant's message at the end."
         raise bad_request(message, "continue_final_message")
-    return request
+    return checked(request)
+
+
+def _logprobs_options(given: fields.Given) -> dict[str, Any]:
+    wanted, num_probs = given.take("logprobs", False), given.take("n_probs", 0)
+    is_wanted, needed = wanted is not False or num_probs > 0, "'logprobs': true"
+    options = logprobs_option(given, is_wanted=is_wanted, needed=needed)
+    numbers = [num for num in (wanted, num_probs) if not isinstance(num, bool)]
+    return {name: max(num, *numbers) for name, num in options.items()}
 
 
 def _tool_use(given: fields.Given) -> tuple[ToolUse, bool]:
@@ -135,26 +159,32 @@ class ChatWriter(writers.OpenAIWriter):
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
-    has_stop_reason = True
 
     def __init__(
         self,
         *args: Any,
         tools: Sequence[Tool] = (),
         has_functions: bool = False,
+        shows_reasoning: bool = True,
         num_choices: int = 1,
         **rest: Any,
     ) -> None:
         self._free_text = frozenset(tool.name for tool in tools if tool.is_free_text)
         self._has_functions = has_functions
+        self._shows_reasoning = shows_reasoning
         self._open_tools = [""] * num_choices  # of each choice, the tool called last
         super().__init__(*args, num_choices=num_choices, **rest)
 
     def begin(self) -> bytes:
         role = {"delta": {"role": "assistant", "content": ""}}
-        return b"".join(writers.frame(self._chunk(i, role)) for i in range(len(self._num_calls)))
+        choices = range(len(self._num_calls))
+        return b"".join(writers.frame(self._first_chunk(i, role)) for i in choices)
 
-    def event(self, index: int, event: events.ParserEvent | events.Progress) -> bytes:
+    def event(self, index: int, event: writers.Shown) -> bytes:
+        if isinstance(event, events.ReasoningDelta) and not (
+            self._shows_reasoning or event.logprobs or event.tokens
+        ):
+            return b""
         if isinstance(event, events.ToolCallStart):
             self._open_tools[index] = event.name
         if self._open_tools[index] not in self._free_text:
@@ -178,7 +208,7 @@ class ChatWriter(writers.OpenAIWriter):
         match event:
             case events.TextDelta(text):
                 delta = {"content": text}
-            case events.ReasoningDelta(text):
+            case events.ReasoningDelta(text) if self._shows_reasoning:
                 delta = {"reasoning_content": text, "reasoning": text}
             case events.ToolCallStart(id, name):
                 delta = self._call_delta(index, self._call(ToolCall(id, name, "")))
@@ -198,7 +228,8 @@ class ChatWriter(writers.OpenAIWriter):
         return {"id": call.id, "type": "custom", "custom": custom}
 
     def _logprobs(self, index: int, drawn: Sequence[tuple[int, Logprobs]]) -> dict[str, Any]:
-        return {"content": writers.logprobs_json(drawn, self._token_bytes)}
+        content = writers.logprobs_json(drawn, self._token_bytes, has_ids=self._has_ids)
+        return {"content": content}
 
     def _content(self, index: int, choice: writers.Collected) -> dict[str, Any]:
         message: dict[str, Any] = {
@@ -206,7 +237,7 @@ class ChatWriter(writers.OpenAIWriter):
             "content": choice.text if choice.text or not choice.calls else None,
             "refusal": None,
         }
-        if reasoning := choice.reasoning:
+        if (reasoning := choice.reasoning) and self._shows_reasoning:
             message |= {"reasoning_content": reasoning, "reasoning": reasoning}
         calls = [self._call(call) for call in choice.calls]
         if calls and self._has_functions:
@@ -214,6 +245,14 @@ class ChatWriter(writers.OpenAIWriter):
         elif calls:
             message["tool_calls"] = calls
         return {"message": message}
+
+    def _more(self) -> dict[str, Any]:
+        more: dict[str, Any] = {}
+        if self._has_prompt_logprobs:
+            more["prompt_logprobs"] = self._prompts[0].json()
+        if self._returns_tokens:
+            more["prompt_token_ids"] = self._prompt_tokens[0]
+        return more
 
 
 def _writer(
@@ -224,9 +263,10 @@ def _writer(
         model.token_bytes,
         request.stream_options,
         num_choices=request.num_choices,
-        has_logprobs=request.has_logprobs,
         tools=request.tools,
         has_functions=request.has_functions,
+        shows_reasoning=request.shows_reasoning,
+        **request.writer_options(prompts),
     )
 
 

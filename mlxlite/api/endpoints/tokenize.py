@@ -10,6 +10,7 @@ import orjson
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Table, reading, required, supported, unsupported
 from mlxlite.api.generate import check_strings, in_task, parse_and_render
+from mlxlite.api.likelihoods import TokenBytes
 from mlxlite.api.openai_content import messages_of
 from mlxlite.api.readers import flag, parse_object, text, token_ids
 from mlxlite.api.render import prompt_error, render_chat
@@ -17,7 +18,6 @@ from mlxlite.api.request import ChatRequest
 from mlxlite.api.service import Service
 from mlxlite.api.shared_fields import MODEL, TEMPLATE_FIELDS
 from mlxlite.api.threads import Work
-from mlxlite.api.writers import TokenBytes
 from mlxlite.config.options import Config
 from mlxlite.http.connection import Exchange
 from mlxlite.http.errors import bad_request

@@ -135,13 +135,17 @@ def test_an_alias_means_the_field_it_stands_for() -> None:
         "stop_sequences": "stop",
         "repeat_penalty": "repetition_penalty",
         "repeat_last_n": "repetition_context_size",
+        "typ_p": "typical_p",
         "thinking_budget_tokens": "thinking_budget",
         "thinking_token_budget": "thinking_budget",
     }
     for name, meant in aliases.items():
-        value = "x" if meant == "stop" else 5
+        value = {"stop": "x", "typical_p": 0.5}.get(meant, 5)
         assert parse(**{name: value}) == parse(**{meant: value})
-        assert CASES[name] == CASES[meant], "it reads the same values"
+        own, other = CASES[name], CASES[meant]
+        assert isinstance(own, Works)
+        assert isinstance(other, Works)
+        assert (own.attribute, own.right) == (other.attribute, other.right), "the same values"
 
 
 # --- what known clients send --------------------------------------------------------------------

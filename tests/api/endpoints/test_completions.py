@@ -19,7 +19,12 @@ from tables import arrived, with_value
 from mlxlite.api.answer import failure, total_usage
 from mlxlite.api.endpoints.chat_completions import FIELDS
 from mlxlite.api.endpoints.completions import FIELDS as COMPLETION_FIELDS
-from mlxlite.api.endpoints.completions import CompletionRequest, CompletionWriter, parse_completion
+from mlxlite.api.endpoints.completions import (
+    NO_LIMIT,
+    CompletionRequest,
+    CompletionWriter,
+    parse_completion,
+)
 from mlxlite.api.endpoints.embeddings import FIELDS as EMBEDDING_FIELDS
 from mlxlite.api.endpoints.embeddings import parse_embedding
 from mlxlite.api.endpoints.tokenize import (
@@ -29,9 +34,9 @@ from mlxlite.api.endpoints.tokenize import (
     parse_tokenize,
 )
 from mlxlite.api.fields import Field, Use, markdown
+from mlxlite.api.likelihoods import MIN_LOGPROB
 from mlxlite.api.readers import MAX_PROMPTS
 from mlxlite.api.writers import (
-    MIN_LOGPROB,
     Collected,
     Envelope,
     StreamOptions,
@@ -48,7 +53,12 @@ ENVELOPE = Envelope("cmpl-1", 1_700_000_000, "org/model", "fp_0123456789abcdef")
 USAGE = Usage(num_prompt=10, num_cached=4, num_output=5, queue_s=1.0, prefill_s=0.5, decode_s=2.0)
 DONE = Done(FinishReason.STOP, USAGE)
 SILENT = CompletionRequest(prompts=("hello",))
-OWN = ("prompt", "logprobs", "echo", "best_of", "suffix")  # a completion's, unlike a chat's
+_LIMITS = (
+    *("max_tokens", "max_completion_tokens", "max_output_tokens"),
+    *("n_predict", "num_predict", "max_new_tokens"),
+)
+# a completion's, unlike a chat's
+OWN = ("prompt", "logprobs", "n_probs", "include_reasoning", "echo", "best_of", "suffix", *_LIMITS)
 
 NOT_ITS = (
     *("messages", "chat_template_kwargs", "reasoning_effort", "continue_final_message"),
@@ -159,13 +169,22 @@ def test_a_body_that_is_no_json_object_is_a_400(parser: Callable[[bytes], Any], 
 _FLAG_WRONG: list[Any] = [0, 1, "true", "", [], {}]
 
 OWN_CASES: dict[str, Works | Accepted | Refused] = {
+    **{
+        name: replace(
+            CASES[name],  # type: ignore[type-var]
+            right=[(1, 1), (4096, 4096), (20.0, 20), (-1, NO_LIMIT), (NO_LIMIT, NO_LIMIT)],
+        )
+        for name in _LIMITS
+    },
     "prompt": Works("prompts", TEXTS, [value for value, where in NO_TEXTS if not where]),
     "logprobs": Works(
         "top_logprobs", [(0, 0), (5, 5), (20, 20), (5.0, 5)], [-1, 21, 1.5, "5", True, [], {}]
     ),
+    "n_probs": CASES["n_probs"],
+    "include_reasoning": Accepted([True, False], _FLAG_WRONG),
     "echo": Works("is_echo", [(True, True), (False, False)], _FLAG_WRONG),
     "best_of": Refused([1, 1.0], [2, 0, True, "1", []]),
-    "suffix": Refused([""], ["x", False, 0, []]),
+    "suffix": Works("suffix", [("", ""), ("x", "x")], [False, 0, []]),
 }
 
 COMPLETION_CASES = {
@@ -251,11 +270,32 @@ def test_a_chats_own_fields_are_unknown_to_a_completion(name: str) -> None:
     assert parse(**{name: "x"}) == replace(SILENT, ignored=(name,))
 
 
-def test_an_echo_has_no_logprobs() -> None:
-    for num in (0, 1):
-        assert refusal(echo=True, logprobs=num).param == "echo"
-        assert parse(echo=False, logprobs=num).sampling["top_logprobs"] == num
-    assert parse(echo=True, logprobs=None).is_echo
+@pytest.mark.parametrize(
+    ("fields", "num_top"),
+    [
+        ({}, None),
+        ({"echo": True}, None),
+        ({"logprobs": 3}, None),
+        ({"echo": True, "logprobs": 0}, 0),
+        ({"echo": True, "logprobs": 3}, 3),
+        ({"prompt_logprobs": 2}, 2),
+        ({"prompt_logprobs": 2, "echo": True, "logprobs": 1}, 2),
+        ({"prompt_logprobs": 0, "echo": True, "logprobs": 1}, 1),
+    ],
+)
+def test_the_likelihoods_of_a_prompt_are_wanted_by_either_field(
+    fields: dict[str, Any], num_top: int | None
+) -> None:
+    assert parse(**fields).prompt_top == num_top
+    if num_top is None:
+        assert refusal(**fields, max_tokens=0).param == "max_tokens"
+    else:
+        assert parse(**fields, max_tokens=0).max_tokens == 0
+
+
+def test_prompt_logprobs_are_not_streamed_but_an_echo_is() -> None:
+    assert refusal(prompt_logprobs=1, stream=True).param == "prompt_logprobs"
+    assert parse(echo=True, logprobs=1, stream=True).prompt_top == 1
 
 
 def test_stream_options_without_a_stream_are_left_out() -> None:
@@ -314,7 +354,15 @@ def test_a_whole_completion_has_every_key_that_openais_document_requires() -> No
         "created": 1_700_000_000,
         "model": "org/model",
         "system_fingerprint": "fp_0123456789abcdef",
-        "choices": [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": "hello",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
         "usage": usage_json(USAGE),
         "timings": timings_json(USAGE),
     }
