@@ -54,7 +54,7 @@ def load(config: Config) -> tuple[Model, Runner]:
     """
     with _file_limit_kept():
         from mlxlite.models.load import load as load_model
-        from mlxlite.models.load import memory_budget
+        from mlxlite.models.load import memory_budget, memory_of
     from mlxlite.runner import cpu
     from mlxlite.runner.kv_cache import KVBits
     from mlxlite.runner.model_runner import ModelRunner, return_freed_memory
@@ -66,10 +66,14 @@ def load(config: Config) -> tuple[Model, Runner]:
         store = _open_store(config, model.fingerprint)
         if config.memory_limit is not None:
             return_freed_memory()
-        budget, work = memory_budget(network, config.memory_limit_bytes())
+        budget = memory_budget(network, memory_of(config))
         cpu.optimize_for_cpu(network)
         runner = ModelRunner(
-            network, kv_bits=kv_bits, memory_bytes=budget, work_bytes=work, store=store
+            network,
+            kv_bits=kv_bits,
+            memory_bytes=budget.sequences,
+            work_bytes=budget.work,
+            store=store,
         )
         runner.warm_up()
     except FOREIGN as error:  # of a foreign network, on the first tokens that it gets

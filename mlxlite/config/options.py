@@ -136,6 +136,10 @@ class Config:
         default_text="what the device recommends; on a CPU 70% of the RAM",
     )
 
+    wired_limit: str | None = size(
+        None, "on macOS: memory that is never swapped out; 0 is none", default_text="the weights"
+    )
+
     enable_prefix_caching: bool = switch(
         True, "keep computed prompts and reuse their beginnings", heading="Prefix cache"
     )
@@ -145,7 +149,7 @@ class Config:
     prefix_cache_bytes: str | None = size(
         None,
         "most memory for prefixes, such as 2GB; running sequences have priority",
-        default_text="30% of what sequences may hold",
+        default_text="90% of what sequences may hold",
     )
     prefix_cache_dir: str | None = flag(None, "PATH", "keep prefixes in files too, across restarts")
     prefix_cache_disk_bytes: str = size("10GB", "most bytes kept in --prefix-cache-dir")
@@ -233,6 +237,10 @@ class Config:
     def memory_limit_bytes(self) -> int | None:
         """`memory_limit` in bytes."""
         return num_bytes(self.memory_limit)
+
+    def wired_limit_bytes(self) -> int | None:
+        """`wired_limit` in bytes."""
+        return num_bytes(self.wired_limit)
 
     def prefix_bytes(self) -> int | None:
         """`prefix_cache_bytes` in bytes."""

@@ -66,7 +66,8 @@ class Memory:
         return max(0, bisect_right(range(wanted + 1), self.budget_bytes, key=self.row) - 1)
 
 
-PREFIX_SHARE = 0.3  # of what sequences may hold, for the prefix cache by default
+# Of what sequences may hold, for the prefix cache by default: it yields to them.
+PREFIX_SHARE = 0.9
 _DEFAULT_PREFIX_BYTES = 1 << 30  # where there is no limit to have a share of
 
 

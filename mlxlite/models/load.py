@@ -5,7 +5,6 @@ Runs on the device thread, because it makes MLX objects. No other thread may use
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -27,6 +26,7 @@ from mlxlite.models.chat_template import NO_VISION, ChatTemplate
 from mlxlite.models.fingerprint import fingerprint_of
 from mlxlite.models.interface import LoadError, PromptError
 from mlxlite.models.locate import locate, read_json, read_settings, read_sidecar, read_template
+from mlxlite.models.memory import Budget, DeviceMemory, pictures_share
 from mlxlite.models.tokenizer import Tokenizer, make_grammars
 from mlxlite.models.tool_probe import CallParser, templates_of
 
@@ -86,7 +86,6 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
 
     Call it on the device thread. Raises LoadError.
     """
-    mlx_lm.utils.maybe_set_recommended_wired_limit()
     source = read_template(config.chat_template)
     path = locate(config.model)
     settings = read_settings(path)
@@ -94,6 +93,7 @@ def load(config: Config) -> tuple[nn.Module, LoadedModel]:
     adapter = Path(config.adapter_path).expanduser() if config.adapter_path else None
     if adapter is not None:  # adapters are mlx-lm's, for mlx-lm's networks
         settings |= {"vision_config": None}
+    memory_of(config).check_weights(path.glob("model*.safetensors"))
     network, wrapper, processor = _load_parts(path, generation, settings)
     if adapter is not None:
         _apply_adapter(network, adapter)
@@ -211,41 +211,18 @@ def _apply_adapter(network: nn.Module, path: Path) -> None:
     network.eval()  # adapters bring dropout
 
 
-def memory_budget(network: nn.Module, limit_bytes: int | None) -> tuple[int, int]:
-    """Bytes that sequences may hold, and those for the intermediate results of a step.
+def memory_of(config: Config) -> DeviceMemory:
+    """The memory of the default device. Call on the device thread."""
+    return DeviceMemory(mx, config.memory_limit_bytes(), config.wired_limit_bytes())
 
-    The limit pays for the weights, a tenth (at most 2 GiB) for intermediate results, a twentieth
-    for a vision network's cache of features, and what sequences hold with the copy of a layer's
-    cache when a row joins. The default limit is the device's recommendation, or 70 % of the RAM on
-    a CPU; one that is given pays for freed buffers too, another twentieth. Raises LoadError when
-    nothing is left.
-    """
-    limit = limit_bytes or _device_limit()
-    mx.clear_cache()
-    buffers = 0
-    if limit_bytes is not None:
-        buffers = limit // 20
-        mx.set_cache_limit(buffers)
-    weights = mx.get_active_memory()
-    pictures = min(getattr(network, "max_bytes", 0), limit // 20)
-    if pictures:
-        network.max_bytes = pictures
-    work = min(limit // 10, 2 << 30)
+
+def memory_budget(network: nn.Module, memory: DeviceMemory) -> Budget:
+    """The budget beside a loaded network. Raises LoadError when nothing is left."""
     num_layers = len(getattr(network, "layers", ())) or 1
-    budget = (limit - weights - pictures - work - buffers) * num_layers // (num_layers + 1)
-    if budget <= 0:
-        raise LoadError(
-            f"insufficient memory: the weights take {weights / 1e9:.2f} GB of a limit of "
-            f"{limit / 1e9:.2f} GB; choose a smaller model or a larger --memory-limit"
-        )
-    return budget, work
-
-
-def _device_limit() -> int:
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    if recommended is not None:
-        return int(recommended)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 10
+    most_pictures = getattr(network, "max_bytes", 0)
+    if most_pictures:
+        network.max_bytes = pictures_share(memory.limit, most_pictures)
+    return memory.budget(num_layers, most_pictures)
 
 
 def _context_size(settings: Mapping[str, Any], wanted: int) -> int:

@@ -142,6 +142,7 @@ def test_every_field_can_be_set_by_its_flag_and_by_its_variable() -> None:
         "kv_bits": ("8", 8),
         "kv_group_size": ("32", 32),
         "memory_limit": ("12GB", "12GB"),
+        "wired_limit": ("6GB", "6GB"),
         "prefix_cache_bytes": ("2GB", "2GB"),
         "prefix_cache_disk_bytes": ("3GB", "3GB"),
         "prefix_cache_scope": ("key", "key"),
