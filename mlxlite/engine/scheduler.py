@@ -48,6 +48,7 @@ from mlxlite.engine.step import (
     Step,
     StepFailed,
     Token,
+    Written,
 )
 from mlxlite.prefix_cache.index import PrefixCache
 from mlxlite.prefix_cache.operations import CacheOp
@@ -166,6 +167,8 @@ class Scheduler:
                 self._is_batch_closed = self.is_gathering
             case Fetched(payload):
                 self.prefix.fetched(payload)
+            case Written(payload):
+                self.prefix.written(payload)
             case DiskFailed(payload):
                 self.prefix.unstored(payload)
             case ClearCache():

@@ -84,6 +84,13 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A payload of the prefix cache has been written to disk."""
+
+    payload: int
+
+
+@dataclass(frozen=True, slots=True)
 class DiskFailed:
     """A payload of the prefix cache could not be written to disk or read from it."""
 
@@ -103,6 +110,7 @@ Command = (
     | SetChunkLimit
     | CloseBatch
     | Fetched
+    | Written
     | DiskFailed
     | ClearCache
 )

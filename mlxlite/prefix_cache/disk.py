@@ -2,8 +2,8 @@
 
 The index decides which payloads are written, read and removed; one thread executes this in order,
 so that neither the event loop nor the device thread waits for a disk. It must never hold more than
-`MAX_PENDING_BYTES`, never grow the directory past its cap, and never return a file that differs by
-a byte from what was written.
+`MAX_PENDING_BYTES` beside one payload, never grow the directory past its cap, and never return a
+file that differs by a byte from what was written.
 
 A file is in safetensors format and self-contained: all tokens up to its payload's end, a
 description of the payload, and checksums of everything. A rename makes it visible, complete: a
@@ -38,7 +38,7 @@ from mlxlite.prefix_cache.operations import Stored
 
 log = logging.getLogger("mlxlite.prefix_cache.disk")
 
-MAX_PENDING_BYTES = 256 << 20  # waiting to be written; a payload beyond that is not written
+MAX_PENDING_BYTES = 256 << 20  # waiting to be written, beside one payload of any size
 _FORMAT = "mlxlite-prefix/2"
 _MAX_HEADER_BYTES = 16 << 20
 # Never through a link, and not waiting for the reader of a pipe.
@@ -156,8 +156,8 @@ def _opened(path: Path) -> IO[bytes]:
 class Store:
     """The files of one model in `directory`, which other models may share. See the module.
 
-    `on_fetched` and `on_failed` are called on the store's own thread, with a payload's id. Raises
-    OSError if the directory cannot be created.
+    `on_fetched`, `on_written` and `on_failed` are called on the store's own thread, with a
+    payload's id. Raises OSError if the directory cannot be created.
     """
 
     def __init__(self, directory: Path, label: str, max_bytes: int) -> None:
@@ -165,6 +165,7 @@ class Store:
         self._directory = directory / label
         self._max_bytes = max_bytes
         self.on_fetched: Callable[[int], None] = lambda id: None
+        self.on_written: Callable[[int], None] = lambda id: None
         self.on_failed: Callable[[int], None] = lambda id: None
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()  # guards the next two, shared with the device thread
@@ -203,12 +204,16 @@ class Store:
         """Write a payload in the background; `on_failed` is called if that fails."""
         num_bytes = sum(len(array.data) for array in file.arrays.values())
         with self._lock:
-            has_room = self._num_pending + num_bytes <= MAX_PENDING_BYTES
+            has_room = not self._num_pending or self._num_pending + num_bytes <= MAX_PENDING_BYTES
             self._num_pending += num_bytes * has_room
         if has_room:
             self._calls.put(partial(self._write, id, file, num_bytes))
         else:
-            self._calls.put(lambda: self.on_failed(id))
+            self.fail(id)
+
+    def fail(self, id: int) -> None:
+        """Report that a payload cannot be written."""
+        self._calls.put(lambda: self.on_failed(id))
 
     def unlink(self, id: int) -> None:
         """Remove a payload's file in the background, after all earlier calls."""
@@ -236,6 +241,7 @@ class Store:
             with open(os.open(temporary, _NEW_FILE, 0o600), "wb") as f:
                 f.writelines(pieces)
             temporary.replace(self._path(id))
+            self.on_written(id)
         except (OSError, MemoryError) as error:
             log.warning("a prefix could not be written to %s: %s", self._directory, error)
             with contextlib.suppress(OSError):

@@ -28,7 +28,9 @@ from mlxlite.prefix_cache.radix_tree import (
     RadixTree,
     Sizes,
 )
-from mlxlite.prefix_cache.residency import Residency
+from mlxlite.prefix_cache.residency import MAX_WRITING_BYTES, Residency
+
+MAX_EXTENT_BYTES = 64 << 20  # of one payload and its file: memory yields, and files are written, so
 
 
 class PrefixCache(Residency):
@@ -36,7 +38,8 @@ class PrefixCache(Residency):
 
     `token_bytes` is what a token takes in the layers that keep all tokens, `state_bytes` what
     windows and states hold after so many tokens; None if there are none, and hits need no
-    checkpoint. Where `to_token` is False, hits end at blocks.
+    checkpoint. Where `to_token` is False, hits end at blocks. A long prompt is several extents of
+    at most `max_extent_bytes`, of which `max_writing_bytes` are copied to the disk at a time.
     """
 
     def __init__(
@@ -47,11 +50,14 @@ class PrefixCache(Residency):
         block_size: int = 16,
         num_bytes: int = 0,
         disk_bytes: int = 0,
+        max_extent_bytes: int = MAX_EXTENT_BYTES,
+        max_writing_bytes: int = MAX_WRITING_BYTES,
     ) -> None:
         self.block_size, self.to_token = block_size, True
         self.has_checkpoints = state_bytes is not None
         self._sizes = Sizes(block_size, token_bytes, state_bytes)
-        super().__init__(RadixTree(self._sizes), num_bytes, disk_bytes)
+        self._most_blocks = max(1, max_extent_bytes // self._sizes.block)
+        super().__init__(RadixTree(self._sizes), num_bytes, disk_bytes, max_writing_bytes)
         self._ids = count(1)
 
     # --- lookup -----------------------------------------------------------------------------
@@ -136,7 +142,8 @@ class PrefixCache(Residency):
     ) -> int | None:
         """Make room for blocks up to `num_blocks`; how many then fit, or None if too few."""
         start = match.num_blocks
-        needed = self._sizes.extent(num_blocks - start) + NODE_BYTES  # of a split
+        num_nodes = -(-(num_blocks - start) // self._most_blocks)
+        needed = self._sizes.extent(num_blocks - start) + NODE_BYTES * num_nodes  # and of a split
         needed += self._sizes.checkpoint(*checkpoint) if checkpoint else 0
         # With checkpoints it is all or nothing: without room for all, nothing is evicted.
         if self.has_checkpoints and not self._can_fit(needed, match.path):
@@ -144,7 +151,8 @@ class PrefixCache(Residency):
         room = self._make_room(needed, match.path)
         if room >= needed:
             return num_blocks
-        num_blocks = min(num_blocks, start + max(0, room - 2 * NODE_BYTES) // self._sizes.block)
+        room = max(0, room - (num_nodes + 1) * NODE_BYTES)
+        num_blocks = min(num_blocks, start + room // self._sizes.block)
         return None if self.has_checkpoints or num_blocks == start else num_blocks
 
     def _grow(
@@ -157,10 +165,21 @@ class PrefixCache(Residency):
                 self._split(last, start, next(self._ids))
             if blocks.keys[start] in last.children:  # a collision: the first one stays
                 return
+            while stop - start > self._most_blocks:
+                cut = start + self._most_blocks
+                last = self._tree.add_extent(next(self._ids), blocks, start, cut, last)
+                self._save_from(id, last, start, cut, None)
+                start = cut
             extent = self._tree.add_extent(next(self._ids), blocks, start, stop, last)
         checkpoint: Checkpoint | None = None
         if place is not None:
             checkpoint = self._tree.add_checkpoint(next(self._ids), *place, extent or last)
+        self._save_from(id, extent, start, stop, checkpoint)
+
+    def _save_from(
+        self, id: int, extent: Extent | None, start: int, stop: int, checkpoint: Checkpoint | None
+    ) -> None:
+        """Save blocks `[start, stop)` of a sequence, and its state."""
         save = Save(
             id,
             extent.id if extent else None,

@@ -24,6 +24,7 @@ from mlxlite.prefix_cache.operations import (
 )
 from mlxlite.prefix_cache.radix_tree import NODE_BYTES, Extent, Payload, RadixTree, path_of
 
+MAX_WRITING_BYTES = 128 << 20  # copies on their way to the disk, at a time
 _FILE_BYTES = 16 << 10  # a file's header and rounding, at most
 
 
@@ -33,11 +34,16 @@ class Residency:
     `stats` is live. Payloads that only the disk has still take a node of memory each.
     """
 
-    def __init__(self, tree: RadixTree, max_bytes: int, max_disk_bytes: int) -> None:
+    def __init__(
+        self, tree: RadixTree, max_bytes: int, max_disk_bytes: int, max_writing_bytes: int
+    ) -> None:
         self._tree = tree
+        self._max_writing_bytes = max_writing_bytes
         self.stats = CacheStats(max_bytes=max_bytes, max_disk_bytes=max_disk_bytes)
         self._limit = max_bytes  # of memory, now; the last shrink may have left less
         self._ops: list[CacheOp] = []
+        self._unwritten: dict[int, None] = {}  # payloads that wait to be written, in order
+        self._writing: dict[int, int] = {}  # bytes of those that are being written
         self._clock = 0  # sequences entered
 
     def take_ops(self) -> tuple[CacheOp, ...]:
@@ -124,7 +130,7 @@ class Residency:
 
     def _evict(self, payload: Payload) -> None:
         """Drop a payload from memory, and from the tree unless it is on disk."""
-        if not payload.is_stored:
+        if not payload.is_stored or payload.id in self._unwritten:
             self._remove(payload)
             return
         payload.is_held = payload.is_fetching = False
@@ -144,6 +150,7 @@ class Residency:
         for id in ids:
             if id in self._tree.payloads:
                 self._remove(self._tree.payloads[id])
+            self.written(id)
 
     def clear(self) -> None:
         """Remove everything, from memory and disk."""
@@ -152,6 +159,7 @@ class Residency:
     def forget_held(self) -> None:
         """After a reset of the runner: drop what was in memory; files stay."""
         payloads = self._tree.payloads
+        self._writing.clear()  # of the lost steps
         for id in sorted(payloads, reverse=True):
             if id in payloads and payloads[id].is_resident:
                 self._evict(payloads[id])
@@ -179,12 +187,36 @@ class Residency:
                 return
         payload.file_bytes = size
         self.stats.disk_bytes += size
-        self._ops.append(Write(payload.id, self._tree.stored(payload)))
+        self._unwritten[payload.id] = None
+        self._write_more()
+
+    def _write_more(self) -> None:
+        """Write what waits, within `max_writing_bytes` at a time, but one payload always."""
+        while self._unwritten:
+            payload = self._tree.payloads[next(iter(self._unwritten))]
+            if not all(extent.is_stored for extent in path_of(payload)):
+                self._unlink(payload)  # a file above it could not be written
+                continue
+            num_bytes = sum(self._writing.values())
+            if num_bytes and num_bytes + payload.num_bytes > self._max_writing_bytes:
+                return
+            del self._unwritten[payload.id]
+            self._writing[payload.id] = payload.num_bytes
+            self._ops.append(Write(payload.id, self._tree.stored(payload)))
+
+    def written(self, id: int) -> None:
+        """A payload has been written to disk, or will not be."""
+        self._writing.pop(id, None)
+        self._write_more()
 
     def _unlink(self, payload: Payload) -> None:
-        if payload.is_stored:
-            self.stats.disk_bytes -= payload.file_bytes
-            payload.file_bytes = 0
+        if not payload.is_stored:
+            return
+        self.stats.disk_bytes -= payload.file_bytes
+        payload.file_bytes = 0
+        if payload.id in self._unwritten:
+            del self._unwritten[payload.id]
+        else:
             self._ops.append(Unlink(payload.id))
 
     def fetch(self, ids: Iterable[int]) -> bool:
@@ -219,6 +251,7 @@ class Residency:
             self._unlink(payload)
             if not payload.is_held:
                 self._remove(payload)
+        self.written(id)
 
     def _add_file(self, id: int, payload: Payload | None, num_word_bytes: int) -> None:
         """Count a file of an earlier process; unlink it if there is no room, or no `payload`."""
@@ -242,3 +275,6 @@ class Residency:
         assert num_bytes == stats.num_bytes <= self._limit
         disk_bytes = sum(payload.file_bytes for payload in payloads)
         assert disk_bytes == stats.disk_bytes <= stats.max_disk_bytes
+        waiting = [self._tree.payloads[id] for id in self._unwritten]
+        assert all(payload.is_held and payload.is_stored for payload in waiting)
+        assert self._writing or not waiting, "what waits is written once there is room"

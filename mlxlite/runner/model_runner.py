@@ -30,6 +30,7 @@ from mlxlite.engine.step import (
     Outcome,
     Part,
     Step,
+    Written,
 )
 from mlxlite.prefix_cache.disk import Store
 from mlxlite.prefix_cache.operations import Stored
@@ -131,6 +132,7 @@ class ModelRunner:
         if self._store is None:
             return []
         self._store.on_fetched = lambda id: on_event(Fetched(id))
+        self._store.on_written = lambda id: on_event(Written(id))
         self._store.on_failed = lambda id: on_event(DiskFailed(id))
         return self._store.found()
 

@@ -6,6 +6,7 @@ of this model's layers. A snapshot that should exist and does not is reported as
 guessed. Every call is made on the device thread.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlxlite.errors import FOREIGN, reason_of
 from mlxlite.prefix_cache.disk import Array, File, Store
 from mlxlite.prefix_cache.operations import (
     CacheOp,
@@ -29,13 +31,21 @@ from mlxlite.prefix_cache.operations import (
 )
 from mlxlite.runner.kv_cache import Cache, kind_of, layers_of
 
+log = logging.getLogger("mlxlite.runner")
 _DTYPES = {
     mx.float32: "F32",
     mx.float16: "F16",
     mx.bfloat16: "BF16",
+    mx.float64: "F64",
+    mx.complex64: "C64",
+    mx.uint64: "U64",
     mx.uint32: "U32",
-    mx.int32: "I32",
+    mx.uint16: "U16",
     mx.uint8: "U8",
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.int16: "I16",
+    mx.int8: "I8",
     mx.bool_: "BOOL",
 }  # safetensors' names
 
@@ -169,7 +179,13 @@ class Snapshots:
         """To disk, once the arrays are computed."""
         for id, stored, snapshot in writes:
             assert self._store is not None
-            self._store.write(id, _file_of(stored, snapshot))
+            try:
+                file = _file_of(stored, snapshot)
+            except FOREIGN as error:  # of a cache whose state is no arrays, or not readable
+                log.warning("a prefix cannot be written to disk: %s", reason_of(error))
+                self._store.fail(id)
+            else:
+                self._store.write(id, file)
 
     def restore(self, cache: Cache, hit: Hit) -> bool:
         """Load a hit into a new cache; False, and nothing done, where some of it is lost."""
@@ -256,8 +272,9 @@ def _snapshot_of(file: File) -> CacheSnapshot | None:
         leaves = dict(file.values["leaves"])
         for name, array in file.arrays.items():
             dtype = dtypes[array.dtype]
-            word = np.uint16 if dtype == mx.bfloat16 else np.dtype(str(dtype).split(".")[-1])
-            plain = mx.array(np.frombuffer(array.data, word).reshape(array.shape))
+            made = mx.uint16 if dtype == mx.bfloat16 else dtype  # NumPy has none
+            word = np.dtype(str(made).split(".")[-1])
+            plain = mx.array(np.frombuffer(array.data, word).reshape(array.shape), made)
             leaves[name] = plain.view(dtype) if dtype == mx.bfloat16 else plain
         return CacheSnapshot.of_leaves(int(file.values["start"]), leaves)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from mlxlite.engine.memory import Memory
 from mlxlite.prefix_cache.hashing import Blocks, blocks_of, fnv1a
-from mlxlite.prefix_cache.index import PrefixCache
+from mlxlite.prefix_cache.index import MAX_EXTENT_BYTES, PrefixCache
 from mlxlite.prefix_cache.operations import (
     CacheOp,
     Drop,
@@ -29,6 +29,7 @@ from mlxlite.prefix_cache.operations import (
     Write,
 )
 from mlxlite.prefix_cache.radix_tree import NODE_BYTES
+from mlxlite.prefix_cache.residency import MAX_WRITING_BYTES
 
 SIZE = 4
 PLENTY = 1 << 30
@@ -53,15 +54,20 @@ def num_alike(a: Tokens, b: Tokens) -> int:
 class Shelf:
     """A cache, with the payloads in memory and on disk after its operations."""
 
-    def __init__(self, memory: Memory, num_bytes: int = PLENTY, disk_bytes: int = 0) -> None:
+    def __init__(
+        self, memory: Memory, num_bytes: int = PLENTY, disk_bytes: int = 0, **most: int
+    ) -> None:
         self.memory = memory
+        self.most = most
         self.cache = PrefixCache(
             memory.token_bytes,
             memory.state_bytes if memory.has_state else None,
             block_size=SIZE,
             num_bytes=num_bytes,
             disk_bytes=disk_bytes,
+            **most,
         )
+        self.writing: list[int] = []  # files whose writing has not been reported
         self.capacity = num_bytes
         self.sequences: dict[int, Tokens] = {}
         self.kept: dict[
@@ -174,6 +180,12 @@ class Shelf:
         assert not above or any(above == e.words for e in extents) or id in self.checkpoints
         assert not above or any(e.words.startswith(above) for e in extents)
         self.files[id] = stored
+        self.writing.append(id)
+
+    def end_write(self) -> None:
+        """Report the first file that is being written as written."""
+        self.cache.written(self.writing.pop(0))
+        self.work()
 
     @property
     def num_bytes(self) -> int:
@@ -987,6 +999,51 @@ def test_damaged_files_are_restored_or_removed_and_never_give_a_wrong_hit(
 
 # --- any order of events --------------------------------------------------------------------------
 
+# --- long prompts -------------------------------------------------------------------------------
+
+AN_8B = Memory(layers=((147_456, None),))  # bytes of a token: 36 layers of 8 heads of 128, 16 bits
+LONG = [(7 * i + i // 5) % 30_000 for i in range(32_768)]
+
+
+def test_a_long_prompt_is_written_in_extents_of_bounded_size_a_bounded_number_at_a_time():
+    shelf = Shelf(AN_8B, num_bytes=1 << 40, disk_bytes=1 << 40)
+    shelf.insert(LONG)
+    sizes = [len(own) * AN_8B.token_bytes for _, own in shelf.kept.values()]
+    assert max(sizes) <= MAX_EXTENT_BYTES
+    assert len(sizes) >= sum(sizes) // MAX_EXTENT_BYTES
+    while len(shelf.files) < len(sizes):
+        waiting = sum(shelf.kept[id][1].__len__() * AN_8B.token_bytes for id in shelf.writing)
+        assert 0 < waiting <= MAX_WRITING_BYTES
+        shelf.end_write()
+    again = Shelf(AN_8B, num_bytes=1 << 40, disk_bytes=1 << 40)
+    again.files = dict(shelf.files)
+    again.cache.restore(list(shelf.files.items()))
+    again.work()
+    assert again.length(LONG) == len(LONG) // SIZE * SIZE
+
+
+def test_an_extent_that_is_evicted_before_it_is_written_is_forgotten():
+    shelf = Shelf(SLICEABLE, disk_bytes=PLENTY, max_extent_bytes=700, max_writing_bytes=700)
+    prompt = list(range(64))
+    shelf.insert(prompt)
+    assert len(shelf.files) == len(shelf.writing) == 1
+    shelf.cache.shrink(2 * NODE_BYTES)
+    shelf.work()
+    assert len(shelf.files) == 1, "the others were in memory alone"
+    assert 0 < shelf.length(prompt) < 64
+
+
+def test_a_write_that_fails_makes_room_for_the_next():
+    shelf = Shelf(SLICEABLE, disk_bytes=PLENTY, max_extent_bytes=700, max_writing_bytes=700)
+    shelf.insert(list(range(64)))
+    shelf.insert([100 + i for i in range(8)])
+    (first,) = shelf.writing
+    shelf.cache.unstored(first)
+    shelf.work()
+    (_, second) = shelf.writing
+    assert shelf.kept[second][1] == [100 + i for i in range(8)], "what hangs off it is not written"
+
+
 prompts_st = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map(
     lambda pieces: [token for piece in pieces for token in piece]
 )
@@ -1005,9 +1062,19 @@ class AnyOrder(RuleBasedStateMachine):
         memory=st.sampled_from((SLICEABLE, STATEFUL)),
         num_bytes=st.sampled_from((4000, 15_000, 60_000, PLENTY)),
         disk_bytes=st.sampled_from((0, 0, 60_000, 200_000, PLENTY)),
+        extent_bytes=st.sampled_from((700, PLENTY)),
+        writing_bytes=st.sampled_from((2000, PLENTY)),
     )
-    def begin(self, memory: Memory, num_bytes: int, disk_bytes: int) -> None:
-        self.shelf = Shelf(memory, num_bytes, disk_bytes)
+    def begin(
+        self,
+        memory: Memory,
+        num_bytes: int,
+        disk_bytes: int,
+        extent_bytes: int,
+        writing_bytes: int,
+    ) -> None:
+        most = {"max_extent_bytes": extent_bytes, "max_writing_bytes": writing_bytes}
+        self.shelf = Shelf(memory, num_bytes, disk_bytes, **most)
 
     @rule(prompt=prompts_st, share=st.floats(0.1, 1), scope=few_scopes)
     def insert(self, prompt: Tokens, share: float, scope: int) -> None:
@@ -1028,6 +1095,11 @@ class AnyOrder(RuleBasedStateMachine):
     def deliver(self) -> None:
         if self.shelf.fetching:
             self.shelf.deliver()
+
+    @rule()
+    def end_write(self) -> None:
+        if self.shelf.writing:
+            self.shelf.end_write()
 
     @rule(num_bytes=st.integers(0, 30_000) | st.just(PLENTY))
     def shrink(self, num_bytes: int) -> None:
@@ -1063,7 +1135,7 @@ class AnyOrder(RuleBasedStateMachine):
         found = list(old.files.items())
         chance.shuffle(found)
         stats = old.cache.stats
-        self.shelf = Shelf(old.memory, stats.max_bytes, stats.max_disk_bytes)
+        self.shelf = Shelf(old.memory, stats.max_bytes, stats.max_disk_bytes, **old.most)
         self.shelf.files = dict(found)
         self.shelf.cache.restore(found)
         self.shelf.work()
