@@ -40,6 +40,7 @@ from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layer
 from mlxlite.runner.likelihoods import ScoredChunk
 from mlxlite.runner.prefill import Failure, Prefills
 from mlxlite.runner.snapshots import CacheSnapshot, HeldCache, PendingWrite, Snapshots
+from mlxlite.runner.timing import Launch, StepClock
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MIN_MEASURED = 32  # prompt tokens: the memory of fewer is mostly not theirs
@@ -61,17 +62,14 @@ class _InFlight:
     failed: tuple[Failure, ...]
     lost: tuple[int, ...]
     writes: list[PendingWrite]  # to disk, once they are computed
-    launched_at: float  # when the device may have begun: some layers are dispatched early
+    began_at: float  # when the device may have begun: some layers are dispatched early
     build_s: float
     dispatch_s: float
 
     @property
-    def launch_s(self) -> float:
-        return self.build_s + self.dispatch_s
-
-    @property
-    def has_prefill(self) -> bool:
-        return bool(self.step.chunks or self.step.images)
+    def launch(self) -> Launch:
+        has_prefill = bool(self.step.chunks or self.step.images)
+        return Launch(self.began_at, self.build_s + self.dispatch_s, has_prefill)
 
     def __repr__(self) -> str:
         return f"<in flight: step {self.step.number}, {len(self.step.rows)} rows>"
@@ -111,7 +109,7 @@ class ModelRunner:
         self._prefills = Prefills(model, self._new_cache, self._snapshots)
         self._batch = DecodeBatch(model, self.num_vocab)
         self._embedder = Embedder(model, self._new_cache)
-        self._done_at = 0.0
+        self._clock = StepClock()
         self._most_work_bytes = mx.get_peak_memory()  # since memory was last given back
 
     def _return_memory(self) -> None:
@@ -177,19 +175,11 @@ class ModelRunner:
         """Dispatch `step`, then wait for `in_flight`. Raises what MLX raises; then call `reset`."""
         assert in_flight is None or isinstance(in_flight, _InFlight)
         launched = self._launch(step, in_flight) if step else None
-        outcome = self._wait(in_flight) if in_flight else None
+        following = launched.launch if launched else None
+        outcome = self._wait(in_flight, following) if in_flight else None
         if in_flight and outcome:
             token_bytes = self._token_bytes(in_flight.step, launched.step if launched else None)
             outcome = replace(outcome, token_bytes=token_bytes)
-        if in_flight and outcome and launched and outcome.wait_s < launched.launch_s:
-            # A short queue blocks for most of a chunk: it is computed during its own launch, and
-            # a step before it has ended during that launch, at a time that is not known.
-            if in_flight.has_prefill:
-                outcome = replace(outcome, device_s=in_flight.launch_s)
-                self._done_at = launched.launched_at
-            elif launched.has_prefill:
-                outcome = replace(outcome, device_s=0.0)
-                self._done_at = launched.launched_at
         return launched, outcome
 
     def _token_bytes(self, *steps: Step | None) -> float:
@@ -237,7 +227,7 @@ class ModelRunner:
     def _held(self, id: int) -> HeldCache | None:
         return self._prefills.held(id) or self._batch.held(id)
 
-    def _wait(self, in_flight: _InFlight) -> Outcome:
+    def _wait(self, in_flight: _InFlight, following: Launch | None) -> Outcome:
         began_at = perf_counter()
         drawn, failed, rows = in_flight.drawn, list(in_flight.failed), in_flight.step.rows
         mx.eval(drawn.tokens if drawn else None, in_flight.states)
@@ -249,9 +239,8 @@ class ModelRunner:
         if len(tokens) < len(rows):  # the rows of failed sequences have none
             known = dict(zip(drawn.ids, tokens, strict=True)) if drawn else {}
             tokens = [known.get(id, 0) for id in rows]
-        # The device runs steps in turn: this one began at its launch or the end of the one before.
-        device_s = -max(in_flight.launched_at, self._done_at)
-        self._done_at = perf_counter()
+        done_at = perf_counter()
+        device_s = self._clock.device_s(in_flight.launch, following, began_at, done_at)
         self._snapshots.write(in_flight.writes)
         # The handle goes back to the loop's thread; its arrays must not.
         in_flight.drawn, in_flight.states, in_flight.writes = None, [], []
@@ -261,10 +250,10 @@ class ModelRunner:
             logprobs,
             tuple(failed),
             lost=in_flight.lost,
-            device_s=device_s + self._done_at,
+            device_s=device_s,
             build_s=in_flight.build_s,
             dispatch_s=in_flight.dispatch_s,
-            wait_s=self._done_at - began_at,
+            wait_s=done_at - began_at,
             scored=scored,
         )
 
