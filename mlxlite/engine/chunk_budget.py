@@ -1,6 +1,15 @@
 """How many prompt tokens fit a step, from the measured times and memory of steps. Pure."""
 
-from mlxlite.engine.step import Step
+from mlxlite.engine.step import SetChunkBudget, Step
+
+TILE = 32  # rows of a matrix product's tile on a GPU: fewer tokens take as long as so many
+MIN_IDLE = 256  # tokens: a prompt is computed in passes that are worth their weights
+IDLE_S = 0.5  # for the prefill of a step while no sequence decodes: an arrival waits for two
+
+
+def whole_tiles(num_tokens: float) -> int:
+    """The most tokens, in whole tiles, at least one."""
+    return max(TILE, int(num_tokens) // TILE * TILE)
 
 
 class ChunkTuner:
@@ -9,8 +18,8 @@ class ChunkTuner:
     The model of a step's time: the rows' decode, a pass for each chunk (or one for all first
     chunks, which are packed), and a time per prompt token. The decode is a moving average of steps
     that only decode, the pass the least of these, the time per token is fitted; `budget_s` over it
-    is the number of tokens. Without the pass, a small chunk would seem slow and the next one be
-    smaller still.
+    is the number of tokens, in whole tiles; so is `IDLE_S` over it, for steps that only prefill.
+    Without the pass, a small chunk would seem slow and the next one be smaller still.
 
     A step whose prefill exceeds the budget counts at once, because tokens cost more as the context
     grows; any other by its share of the tokens that the budget allows, because the time of the last
@@ -20,17 +29,16 @@ class ChunkTuner:
 
     _WEIGHT = 0.3  # of the newest measurement: settles in about five steps
     _LEAST_WEIGHT = 0.01  # of one that is more than the least
-    _MIN_CHUNK = 16  # below this the fixed cost of a chunk outweighs its tokens
 
     def __init__(self, budget_s: float) -> None:
         self._budget_s = budget_s
         self._decode_s = 0.0
         self._pass_s = 0.0
         self._token_s = 0.0
-        self._num_reported = 0
+        self._num_reported = self._idle_reported = 0
 
-    def measure(self, step: Step, device_s: float) -> int | None:
-        """Add one step's time; the new chunk budget in tokens, or None for no change."""
+    def measure(self, step: Step, device_s: float) -> SetChunkBudget | None:
+        """Add one step's time; the new budgets, or None for no change."""
         if device_s <= 0.0 or step.images:  # an image's time is not a token's
             return None
         if not step.num_prefill_tokens:
@@ -50,11 +58,18 @@ class ChunkTuner:
             share = min(1.0, step.num_prefill_tokens / max(1, self._num_reported))
             weight = share * self._WEIGHT
             self._token_s = self._average(self._token_s, token_s, weight, weight)
-        num_tokens = max(self._MIN_CHUNK, int(budget_s / self._token_s))
-        if self._num_reported * 15 < num_tokens * 16 and num_tokens * 8 < self._num_reported * 9:
+        num_tokens = whole_tiles(budget_s / self._token_s)
+        idle_tokens = max(MIN_IDLE, whole_tiles(IDLE_S / self._token_s))
+        if not self._is_change(num_tokens, self._num_reported) and not self._is_change(
+            idle_tokens, self._idle_reported
+        ):
             return None
-        self._num_reported = num_tokens
-        return num_tokens
+        self._num_reported, self._idle_reported = num_tokens, idle_tokens
+        return SetChunkBudget(num_tokens, idle_tokens)
+
+    @staticmethod
+    def _is_change(new: int, old: int) -> bool:
+        return not (old * 15 < new * 16 and new * 8 < old * 9)
 
     def _average(
         self, old: float, new: float, more_weight: float = _WEIGHT, less_weight: float = _WEIGHT
@@ -73,7 +88,6 @@ class ChunkLimit:
     FIRST = 256  # tokens, before anything is measured
 
     _WEIGHT = 0.3  # of a measurement that is less
-    _MIN_CHUNK = 32  # never the limit: below it a pass takes what it takes
 
     def __init__(self, work_bytes: int) -> None:
         self._work_bytes = work_bytes
@@ -86,7 +100,7 @@ class ChunkLimit:
             return None
         more = token_bytes - self._token_bytes
         self._token_bytes += more if more > 0.0 else self._WEIGHT * more
-        num_tokens = max(self._MIN_CHUNK, int(self._work_bytes / self._token_bytes))
+        num_tokens = whole_tiles(self._work_bytes / self._token_bytes)
         if self._num_reported * 15 < num_tokens * 16 and num_tokens * 8 < self._num_reported * 9:
             return None
         self._num_reported = num_tokens

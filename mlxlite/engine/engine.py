@@ -34,7 +34,6 @@ from mlxlite.engine.step import (
     Load,
     Outcome,
     Runner,
-    SetChunkBudget,
     SetChunkLimit,
     Sink,
     Step,
@@ -267,9 +266,9 @@ class Engine:
             self._command(CloseBatch())
 
     def _complete(self, step: Step, outcome: Outcome) -> list[Event]:
-        num_tokens = self._tuner.measure(step, outcome.device_s)
-        if num_tokens is not None:
-            self._command(SetChunkBudget(num_tokens))
+        budget = self._tuner.measure(step, outcome.device_s)
+        if budget is not None:
+            self._command(budget)
         num_tokens = self._chunk_limit.measure(outcome.token_bytes)
         if num_tokens is not None:
             self._command(SetChunkLimit(num_tokens))

@@ -15,6 +15,7 @@ batch that is padded to its length.
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
+from mlxlite.engine.chunk_budget import TILE
 from mlxlite.engine.memory import MAX_SCORED
 from mlxlite.engine.request_state import RequestState
 from mlxlite.engine.step import Chunk, EncodeImage
@@ -41,12 +42,14 @@ def share(
 ) -> tuple[list[EncodeImage], list[Chunk]]:
     """The images and chunks of the next step for `states`, in their order; counted as computed.
 
-    `budget` is in tokens, of which `max_scored` may be scored; `has_rows` if other requests decode
+    `budget` is in tokens, of which a pass takes whole tiles: each chunk that goes on with a prompt,
+    and all first chunks together. `max_scored` may be scored. `has_rows` if other requests decode
     in the step.
     """
     images: list[EncodeImage] = []
     chunks: list[Chunk] = []
-    most, most_last = budget, max(1, budget // 4) if has_rows else budget
+    num_packed, tile = 0, TILE if budget >= TILE else 1
+    most, most_last = budget, max(tile, budget // 4 // tile * tile) if has_rows else budget
     max_scored = num_left = min(budget, max_scored)
     for state in states:
         num_images, is_scored = len(images), state.is_scored
@@ -62,14 +65,21 @@ def share(
         elif num_tokens < state.num_to_prefill <= whole and state.is_new and chunks:
             num_tokens = 0  # one pass in the next step rather than one in this and one in that
         if num_tokens:
+            is_packed = state.num_computed == state.start == 0 and not is_scored
             chunks.append(_launch(state, num_tokens, is_scored=is_scored))
-            budget = max(0, budget - num_tokens)
+            num_before, num_packed = num_packed, num_packed + num_tokens * is_packed
+            cost = _tiles(num_packed, tile) - _tiles(num_before, tile)
+            budget = max(0, budget - (cost if is_packed else _tiles(num_tokens, tile)))
             num_left -= num_tokens * is_scored
         if num_tokens or len(images) > num_images:
             state.num_deferred = 0
         elif state.num_to_prefill:
             state.num_deferred += 1
     return images, chunks
+
+
+def _tiles(num_tokens: int, tile: int) -> int:
+    return -(-num_tokens // tile) * tile
 
 
 def _launch(state: RequestState, num_tokens: int, *, is_scored: bool) -> Chunk:

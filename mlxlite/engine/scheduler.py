@@ -67,7 +67,8 @@ class Policy:
     continuous: bool = True
     chunk_size: int = 2048
     # Before anything is measured: small enough that a slow machine's first stream does not stall.
-    first_chunk_budget: int = 128
+    first_chunk_budget: int = 32
+    first_idle_budget: int = 512  # without rows
     memory: Memory = field(default_factory=Memory)
     prefix_bytes: int = 0  # of the prefix cache; it yields to what runs
     prefix_disk_bytes: int = 0
@@ -86,6 +87,7 @@ class Scheduler:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._chunk_budget = min(policy.first_chunk_budget, policy.chunk_size)
+        self._idle_budget = min(policy.first_idle_budget, policy.chunk_size)
         self._chunk_limit = policy.chunk_size
         if policy.memory.work_bytes:
             self._chunk_limit = min(ChunkLimit.FIRST, policy.chunk_size)
@@ -157,8 +159,9 @@ class Scheduler:
             case Finish(id, reason, error):
                 if state := self._requests.states.get(id):
                     return [self._finish(state, reason, error)]
-            case SetChunkBudget(num_tokens):
+            case SetChunkBudget(num_tokens, idle_tokens):
                 self._chunk_budget = max(1, min(num_tokens, self._policy.chunk_size))
+                self._idle_budget = max(1, min(idle_tokens, self._policy.chunk_size))
             case SetChunkLimit(num_tokens):
                 self._chunk_limit = max(1, min(num_tokens, self._policy.chunk_size))
             case StepFailed(error):
@@ -259,10 +262,12 @@ class Scheduler:
         """The images and chunks of this step.
 
         The rows' next tokens wait for a step's chunks, so beside rows these are held to the
-        measured budget. A prompt that is computed joins the rows of this same step.
+        measured budget; so they are while a last token is in flight, which a launch may delay. A
+        prompt that is computed joins the rows of this same step.
         """
-        has_rows = any(state.has_row for state in self._requests.decoding.values())
-        budget = min(self._chunk_budget, self._chunk_limit) if has_rows else self._chunk_limit
+        has_rows = bool(self._requests.decoding)
+        budget = self._chunk_budget if has_rows else self._idle_budget
+        budget = min(budget, self._chunk_limit)
         states = prefill_order(self._requests.prefilling.values())
         most = self._policy.memory.max_scored
         images, chunks = share(states, budget, has_rows=has_rows, max_scored=most)

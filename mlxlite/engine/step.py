@@ -52,9 +52,13 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class SetChunkBudget:
-    """Limit the prompt tokens of a step that also decodes, from the measured prefill rate."""
+    """Limit the prompt tokens of a step, from the measured prefill rate.
+
+    `num_tokens` is for a step that also decodes, `idle_tokens` for one that only prefills.
+    """
 
     num_tokens: int
+    idle_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -913,21 +913,21 @@ def test_static_batching_cancels_its_timer_when_the_waiting_request_leaves():
 
 
 def test_the_engine_measures_steps_and_sizes_the_prefill_beside_rows():
-    """1/1024 s a prompt token and a budget of 40/1024 s: chunks of 40 beside rows."""
+    """1/1024 s a prompt token and a budget of 72/1024 s: chunks of two tiles beside rows."""
 
     def device_s(step: Step) -> float:
         return step.num_prefill_tokens / 1024
 
     async def scenario() -> None:
         policy = Policy(chunk_size=256, first_chunk_budget=8)
-        options = EngineOptions(prefill_budget_s=40 / 1024)
+        options = EngineOptions(prefill_budget_s=72 / 1024)
         async with serve(FakeRunner(device_s=device_s), policy, options) as served:
             sinks = [served.add(make_sequence(1, 1, 30)), served.add(make_sequence(2, 1000))]
             for sink in sinks:
                 await sink.wait()
             sizes = [s.num_prefill_tokens for s in served.runner.steps if 1 in s.rows]
             # No row decodes before the first step; its time is known after the second.
-            assert sizes[:5] == [256, 8, 40, 40, 40]
+            assert sizes[:5] == [256, 8, 64, 64, 64]
 
     play(scenario())
 

@@ -255,7 +255,9 @@ def crowd(chance: random.Random, num: int, last_tick: int) -> Log:
                 late = tick + chance.randrange(30)
                 log.setdefault(late, []).append(Finish(id, CANCELLED))
     for _ in range(num // 10):
-        log.setdefault(chance.randrange(last_tick), []).append(SetChunkBudget(chance.randrange(40)))
+        log.setdefault(chance.randrange(last_tick), []).append(
+            SetChunkBudget(chance.randrange(40), 512)
+        )
     return log
 
 

@@ -88,12 +88,25 @@ def test_the_last_chunk_of_a_long_prompt_is_short_where_rows_wait_for_it_to_join
             0: list(others),
             5: [Add(make_sequence(2, num_prompt, 1))],
         }
-        steps = steps_of(log, chunk_size=40, first_chunk_budget=40)
+        steps = steps_of(log, chunk_size=160, first_chunk_budget=160)
         return [c.stop - c.start for step in steps for c in step.chunks if c.id == 2]
 
     neighbour = Add(make_sequence(1, 3, 60))
-    assert chunks_of(110, neighbour) == [40, 40, 19, 10]
-    assert chunks_of(100, neighbour) == [40, 40, 9, 10]
-    assert chunks_of(90, neighbour) == [40, 40, 9]
-    assert chunks_of(41, neighbour) == [40], "a short one is not held up"
-    assert chunks_of(110) == [40, 40, 29], "no row waits for this one"
+    assert chunks_of(421, neighbour) == [160, 160, 68, 32], "which is a tile, the least"
+    assert chunks_of(381, neighbour) == [160, 160, 28, 32]
+    assert chunks_of(350, neighbour) == [160, 160, 29]
+    assert chunks_of(161, neighbour) == [160], "a short one is not held up"
+    assert chunks_of(421) == [160, 160, 100], "no row waits for this one"
+
+
+def test_a_pass_takes_whole_tiles_of_the_budget():
+    """First chunks are one pass together; what goes on with a prompt is a pass of its own."""
+    shorts = [Add(make_sequence(id, 9, 1)) for id in range(2, 7)]
+    log: dict[int, list[Command]] = {0: [Add(make_sequence(1, 3, 60))], 5: [*shorts]}
+    steps = steps_of(log, chunk_size=64, first_chunk_budget=64)
+    sizes = [[c.stop - c.start for c in step.chunks] for step in steps if len(step.chunks) > 1]
+    assert sizes == [[8] * 5], "40 tokens are two tiles"
+    log = {0: [Add(make_sequence(1, 3, 60))], 5: [Add(make_sequence(id, 101, 1)) for id in (2, 3)]}
+    steps = steps_of(log, chunk_size=64, first_chunk_budget=64)
+    num_tiles = [sum(-(-(c.stop - c.start) // 32) for c in step.chunks) for step in steps]
+    assert max(num_tiles) == 2

@@ -870,7 +870,9 @@ def crowd(chance: random.Random, num: int, last_tick: int, blocked: float = 0.9)
                 late = tick + chance.randrange(30)
                 log.setdefault(late, []).append(Finish(id, reason))
     for _ in range(num // 10):
-        log.setdefault(chance.randrange(last_tick), []).append(SetChunkBudget(chance.randrange(80)))
+        log.setdefault(chance.randrange(last_tick), []).append(
+            SetChunkBudget(chance.randrange(80), 512)
+        )
     if chance.random() < 0.5:
         log.setdefault(chance.randrange(last_tick), []).append(ClearCache())
     return log

@@ -288,7 +288,8 @@ def test_a_tenant_with_few_requests_has_half_of_the_rows_beside_a_flood(max_rows
         0: arrivals_of(b"many", 1000, 200),
         50: arrivals_of(b"few", 1, 40),
     }
-    run = drive(Scheduler(Policy(max_rows=max_rows)), FakeRunner(), commands)
+    policy = Policy(max_rows=max_rows, first_chunk_budget=128)
+    run = drive(Scheduler(policy), FakeRunner(), commands)
     both = [counts for counts in rows_of(run, 1, 1000)[55:] if counts[0] and counts[1]]
     both = both[: len(both) - 45]  # towards the end it has too few left
     assert sum(own >= share for own, _ in both) > 0.9 * len(both)
@@ -646,7 +647,7 @@ def random_log(seed: int) -> dict[int, list[Command]]:
         if chance.random() < 0.3:
             log.setdefault(tick + chance.randrange(9), []).append(Finish(id, CANCELLED))
     for _ in range(4):
-        budget = SetChunkBudget(chance.randrange(1, 50))
+        budget = SetChunkBudget(chance.randrange(1, 50), 512)
         log.setdefault(chance.randrange(60), []).append(budget)
     return log
 
@@ -697,7 +698,7 @@ def logs(pick: st.DrawFn) -> dict[int, list[Command]]:
         for tick in pick(st.lists(ticks, max_size=2)):
             log.setdefault(tick, []).append(Finish(id, CANCELLED))
     for tick, num_tokens in pick(st.lists(st.tuples(ticks, st.integers(0, 30)), max_size=3)):
-        log.setdefault(tick, []).append(SetChunkBudget(num_tokens))
+        log.setdefault(tick, []).append(SetChunkBudget(num_tokens, 512))
     for tick in (*pick(st.lists(ticks, max_size=3)), *range(31, 400)):
         log.setdefault(tick, []).append(CloseBatch())  # in the end every batch is closed
     return log
