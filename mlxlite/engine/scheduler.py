@@ -96,15 +96,7 @@ class Scheduler:
         self._num_arrivals = 0
         self.num_steps = 0
         self._is_batch_closed = False
-        memory = policy.memory
-        self.prefix = PrefixCache(
-            memory.token_bytes,
-            memory.state_bytes if memory.has_state else None,
-            block_size=policy.block_size,
-            num_bytes=policy.prefix_bytes,
-            disk_bytes=policy.prefix_disk_bytes,
-        )
-        self.prefix.to_token = policy.prefix_to_token
+        self.prefix = _prefix_cache(policy)
         can_store = policy.prefix_bytes > 0
         self._sharing = PrefixSharing(
             self.prefix, can_store=can_store, can_wait=can_store and policy.continuous
@@ -333,3 +325,16 @@ class Scheduler:
         self.prefix.check()
         self._requests.check()
         self._capacity.check(self._requests.prefilling.values(), self._requests.decoding.values())
+
+
+def _prefix_cache(policy: Policy) -> PrefixCache:
+    memory = policy.memory
+    prefix = PrefixCache(
+        memory.token_bytes,
+        memory.state_bytes if memory.has_state else None,
+        block_size=policy.block_size,
+        num_bytes=policy.prefix_bytes,
+        disk_bytes=policy.prefix_disk_bytes,
+    )
+    prefix.to_token = policy.prefix_to_token
+    return prefix
