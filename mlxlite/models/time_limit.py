@@ -34,12 +34,16 @@ class _Bounded:
         self._is_stopped = False
 
     def watch(self, timeout_s: float) -> None:
-        """Stop the call after `timeout_s`, or once it is not wanted."""
-        deadline = monotonic() + timeout_s
-        while not self._over.wait(min(wanted.POLL_S, max(0.0, deadline - monotonic()))):
-            if monotonic() >= deadline or not self._is_wanted():
+        """Stop the call after `timeout_s`, or once it is not wanted.
+
+        Again and again until it is over: a finalizer of the interpreter's may swallow an exception.
+        """
+        deadline, wait_s = monotonic() + timeout_s, min(wanted.POLL_S, timeout_s)
+        while not self._over.wait(wait_s):
+            left_s = deadline - monotonic()
+            if left_s <= 0 or not self._is_wanted():
                 self.stop()
-                return
+            wait_s = min(wanted.POLL_S, left_s) if left_s > 0 else wanted.POLL_S
 
     def stop(self) -> None:
         with self._lock:
@@ -69,5 +73,6 @@ def run_with_timeout(timeout_s: float, call: Callable[[], T]) -> T:
         finally:
             bounded.end()
     except _Stop:
+        bounded.end()  # which the exception may have reached before it was done
         wanted.check()
         raise TookTooLong(f"stopped after {timeout_s:g} s") from None

@@ -195,7 +195,7 @@ def test_a_request_sets_whether_its_last_message_is_continued(
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
         ),
-        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
         ({"cache_salt": "x" * 129}, "cache_salt"),
     ],
 )

@@ -94,7 +94,7 @@ async def test_the_tokens_of_one_embedding_pass_are_bounded() -> None:
         ({}, "input"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": ["a"] * 257}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
         ({"input": ["a", []]}, "input[1]"),
         ({"input": [EOS + 1]}, "input"),
         ({"input": "x" * 65}, "input"),

@@ -65,6 +65,7 @@ NEVER_LEFT_IN: dict[str, str] = {
     "add_generation_prompt": "false is refused without continue_final_message",
     "continue_final_message": "needs an assistant's message at the end",
     "echo": "excludes logprobs",
+    "prompt_logprobs": "cannot be streamed",
     "min_tokens": "may not be above max_tokens",
     "top_logprobs": "needs logprobs",
     "dimensions": "may not be above the model's",

@@ -74,7 +74,7 @@ def test_of_prompts_in_any_company_each_is_reported_and_no_step_computes_too_man
         if id % 5 == 0:
             finish = Finish(id, FinishReason.CANCELLED)
             commands.setdefault(tick + chance.randrange(9), []).append(finish)
-        commands.setdefault(tick, []).append(SetChunkBudget(chance.randrange(1, 500)))
+        commands.setdefault(tick, []).append(SetChunkBudget(chance.randrange(1, 500), 2048))
     policy = Policy(4, chunk_size=2048, prefix_bytes=1 << 20, memory=Memory(layers=((1, None),)))
     run = drive(Scheduler(policy), FakeRunner(memory=policy.memory), commands)
     for sequence in sequences:

@@ -28,6 +28,25 @@ def test_a_call_that_does_not_end_is_stopped_once_and_its_thread_continues() -> 
     assert sum(range(10**6)) > 0, "nothing is raised afterwards"
 
 
+def test_a_stop_that_is_swallowed_is_repeated() -> None:
+    """A finalizer, or a callback of the collector, may end with the exception."""
+    num_swallowed = 0
+
+    def stubborn() -> None:
+        nonlocal num_swallowed
+        while num_swallowed < 2:
+            try:
+                spin()
+            except BaseException:
+                num_swallowed += 1
+        spin()
+
+    with pytest.raises(TookTooLong):
+        run_with_timeout(0.01, stubborn)
+    assert num_swallowed == 2
+    assert sum(range(10**6)) > 0, "nothing is raised afterwards"
+
+
 def test_a_call_whose_client_leaves_is_stopped_and_its_thread_continues() -> None:
     left = threading.Event()
     threading.Timer(0.05, left.set).start()
