@@ -25,7 +25,9 @@ def response_format(value: Any, param: str) -> Constraint | None:
             schema = json_object(wanted.get("schema") or {"type": "object"}, f"{param}.schema")
             return json_schema(schema, f"{param}.schema")
         case "json_schema":
-            inner = members(wanted.get("json_schema"), f"{param}.json_schema")
+            inner = wanted  # in the form of Responses
+            if wanted.get("json_schema") is not None or wanted.get("schema") is None:
+                inner = members(wanted.get("json_schema"), f"{param}.json_schema")
             return json_schema(inner.get("schema"), inner.path_of("schema"))
     raise bad_request(f"'{param}.type' must be text, json_object or json_schema.", f"{param}.type")
 

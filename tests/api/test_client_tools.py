@@ -264,6 +264,15 @@ def test_functions_are_answered_by_a_function_call() -> None:
     assert "tool_calls" not in choice["message"]
 
 
+def test_a_schema_may_have_either_dialects_form() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    flat = {"type": "json_schema", "name": "x", "schema": schema}
+    nested = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    own, other = parse(response_format=nested).constraint, parse(response_format=flat).constraint
+    assert own == other
+    assert refusal(response, text={"format": {**flat, "schema": 5}}).param == "text.format.schema"
+
+
 def test_a_message_of_nothing_but_a_result_is_no_error() -> None:
     result = {"type": "tool_result", "tool_use_id": "x", "content": None}
     assert messages(messages=[{"role": "user", "content": [result]}]).messages[0].content == ""

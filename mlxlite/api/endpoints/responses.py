@@ -356,7 +356,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
         instructions, reasoning = given.take("instructions"), given.take("reasoning", {})
         effort = given.take("reasoning_effort") or reasoning.get("effort")
         wanted = given.take("text", {}).get("format", {"type": "text"})
-        schema = response_format({**wanted, "json_schema": wanted}, "text.format")
+        schema = response_format(wanted, "text.format")
         formats = [] if schema is None else [(schema, "text.format")]
         formats += take_constraints(given)
         choice, is_parallel = (
