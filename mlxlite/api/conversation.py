@@ -14,8 +14,9 @@ from enum import Enum
 from itertools import groupby
 from typing import Any, Final, Protocol, TypeAlias
 
+from mlxlite.api.left_out import leave_out
 from mlxlite.api.readers import Reader, array
-from mlxlite.http.errors import bad_request
+from mlxlite.http.errors import APIError, bad_request
 from mlxlite.vision.images import Source
 
 Part: TypeAlias = str | Source
@@ -142,17 +143,35 @@ class ReadMessages(Protocol):
 
 
 def message_list(read: ReadMessages) -> Reader:
-    """The reader of an array whose items have messages, and perhaps tools."""
+    """The reader of an array whose items have messages, and perhaps tools.
+
+    One before the assistant's last that cannot be read is left out.
+    """
 
     def read_all(value: Any, param: str) -> tuple[Any, ...]:
         if not array(value, param):
             raise bad_request(f"'{param}' must hold at least one message.", param)
-        answered = last_index(value, lambda item: item.get("role") == "assistant")
-        items = enumerate(value)
-        read_one = ((read(item, f"{param}[{i}]", is_last=i > answered)) for i, item in items)
-        return tuple(one for messages in read_one for one in messages)
+        answered, found = last_index(value, is_by_assistant), list[Any]()
+        for i, item in enumerate(value):
+            try:
+                found += read(item, f"{param}[{i}]", is_last=i > answered)
+            except APIError:
+                if i > answered or is_instruction(item):
+                    raise
+                leave_out(f"{param}[{i}]")
+        return tuple(found)
 
     return read_all
+
+
+def is_by_assistant(item: Mapping[str, Any]) -> bool:
+    return item.get("role") == Role.ASSISTANT.value
+
+
+def is_instruction(item: Any) -> bool:
+    """Whether it is a message that a history may not lose: the answer would be another."""
+    roles = (Role.SYSTEM.value, Role.DEVELOPER.value)
+    return isinstance(item, dict) and item.get("role") in roles
 
 
 def last_index(items: Sequence[Any], is_meant: Callable[[Mapping[str, Any]], bool]) -> int:

@@ -13,7 +13,15 @@ import orjson
 from mlxlite.api import fields, readers, shared_fields
 from mlxlite.api.constraints import CONSTRAINT_FIELDS, response_format, take_constraints
 from mlxlite.api.content_parts import PARTS, content_of, parts_in
-from mlxlite.api.conversation import IMAGE_ROLES, Message, Role, ToolCall, last_index, turn
+from mlxlite.api.conversation import (
+    IMAGE_ROLES,
+    Message,
+    Role,
+    ToolCall,
+    is_instruction,
+    last_index,
+    turn,
+)
 from mlxlite.api.endpoint import Endpoint
 from mlxlite.api.fields import Kind, Use, required, supported, unsupported
 from mlxlite.api.generate import Dialect
@@ -72,20 +80,30 @@ def _input(value: Any, param: str) -> Input:
         return Input((Message(Role.USER, value),))
     answered, found = last_index(readers.array(value, param), _is_answer), list[Piece | Tool]()
     for i, one in enumerate(value):
-        item = readers.members(one, f"{param}[{i}]")
-        kind = _ITEMS.get(type_ := item.text("type", "message"), _ITEMS["*"])
         try:
-            if kind.read is not None:
-                found += kind.read(item, is_last=i > answered)
-                continue
+            found += _read_item(one, f"{param}[{i}]", is_last=i > answered)
         except APIError:
-            if type_ == "message":
+            if is_instruction(one) or (i > answered and _is_message(one)):
                 raise
-        leave_out(item.path, truncate(type_))
+            leave_out(f"{param}[{i}]")
     pieces = tuple(one for one in found if not isinstance(one, Tool))
     if not pieces:
         raise bad_request(f"'{param}' must hold at least one message.", param)
     return Input(pieces, merged(one for one in found if isinstance(one, Tool)))
+
+
+def _read_item(value: Any, param: str, *, is_last: bool) -> Iterable[Piece | Tool]:
+    item = readers.members(value, param)
+    kind = _ITEMS.get(type_ := item.text("type", "message"), _ITEMS["*"])
+    if kind.read is not None:
+        return list(kind.read(item, is_last=is_last))
+    leave_out(param, truncate(type_))
+    return ()
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it is one, or nothing that has a type."""
+    return not isinstance(value, dict) or value.get("type") in (None, "message")
 
 
 def _is_answer(item: Mapping[str, Any]) -> bool:
