@@ -65,7 +65,7 @@ class PaddedKV(BatchKVCache):
         shift = min(self._pads)
         if self.keys is not None:
             self.keys, self.values = tree_map(
-                lambda part: part[batch_indices][:, :, shift:], (self.keys, self.values)
+                lambda part: part[:, :, shift:][batch_indices], (self.keys, self.values)
             )
         self.offset = self.offset[batch_indices]
         self.left_padding = self.left_padding[batch_indices] - shift
