@@ -6,6 +6,7 @@ step. It must never wait for the device except for the step in flight, and never
 the token path. Every call is made on the device thread.
 """
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -151,6 +152,9 @@ class ModelRunner:
 
     def reset(self) -> None:
         """See `Runner`."""
+        for _ in range(2):  # an error stays with a GPU's encoder until it is read, once or twice
+            with contextlib.suppress(RuntimeError):
+                mx.synchronize()
         self._prefills.clear()
         self._snapshots.clear()
         self._embedder.unfinished.clear()
@@ -218,8 +222,8 @@ class ModelRunner:
         built_at = perf_counter()
         mx.async_eval(drawn.arrays() if drawn else [], states)
         dispatch_s = perf_counter() - built_at
-        if drawn is None and not prefills:
-            self._return_memory()
+        if drawn is None and not prefills and mx.default_device().type == mx.cpu:
+            self._return_memory()  # a GPU's pool has a limit, and is warm for the next request
         lost, writes = self._snapshots.drain()
         times = began_at, built_at - began_at, dispatch_s
         return _InFlight(step, drawn, states, scored, tuple(failed), lost, writes, *times)

@@ -372,6 +372,19 @@ def test_a_reset_drops_every_sequence_and_ignores_a_late_release(subject: Subjec
             subject.runner.advance(Step(10 + rows[1], rows=rows), None)
 
 
+def test_a_reset_reads_the_errors_that_an_evaluation_has_left(monkeypatch: pytest.MonkeyPatch):
+    runner = ModelRunner(build("qwen3"))
+    left = [RuntimeError("[METAL] Command buffer execution failed")] * 2
+
+    def synchronize() -> None:
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    runner.reset()
+    assert not left
+
+
 def test_after_a_lost_step_and_a_reset_the_runner_works_again(subject: Subject):
     one, two, three = (make_sequence(id, 9) for id in (1, 2, 3))
     scheduler = Scheduler(Policy(max_rows=2))
