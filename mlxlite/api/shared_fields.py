@@ -153,7 +153,7 @@ def effort(value: Any, param: str) -> str | None:
     """How long a model may reason; a word that no template has is left out."""
     if text(value, param) in EFFORTS:
         return str(value)
-    leave_out(f"{param}: {truncate(value)}")
+    leave_out(param, truncate(value))
     return None
 
 

@@ -51,7 +51,7 @@ class _Compiled:
 
     def names(self, constraint: Constraint) -> tuple[str, ...]:
         paths = [path for _, path in constraint.schemas()]
-        return tuple(dict.fromkeys(f"{paths[i]}: {keyword}" for i, keyword in self.left_out))
+        return tuple(dict.fromkeys(f"{paths[i]}:{keyword}" for i, keyword in self.left_out))
 
 
 class Grammars:

@@ -259,7 +259,7 @@ def test_a_strict_tool_that_cannot_be_enforced_is_served_and_named(stream: bool)
 def test_what_a_grammar_leaves_out_is_named() -> None:
     class Leaves(FakeModel):
         def compile(self, *args: Any, **more: Any) -> Any:
-            left_out = ("response_format.json_schema.schema: not",)
+            left_out = ("response_format.json_schema.schema:not",)
             return replace(super().compile(*args, **more), left_out=left_out)
 
     @in_a_loop

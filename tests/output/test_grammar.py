@@ -431,9 +431,9 @@ def test_a_keyword_that_only_refines_is_left_out_and_named(
         schema = {"type": "object", "properties": {"a": {"type": "array", "items": schema}}}
     constraint = TextConstraint(Kind.JSON, json.dumps(schema), "response_format.schema")
     found = grammars.compile(constraint, is_thinking=False)
-    assert found.left_out == (f"response_format.schema: {keyword}",)
+    assert found.left_out == (f"response_format.schema:{keyword}",)
     again = grammars.compile(replace(constraint, path="other"), is_thinking=False)
-    assert again.left_out == (f"other: {keyword}",), "the name is the request's, not the cache's"
+    assert again.left_out == (f"other:{keyword}",), "the name is the request's, not the cache's"
     assert found.matcher().error is None
 
 
@@ -465,7 +465,7 @@ def test_of_several_tools_each_keyword_is_named_in_its_own(grammars: Grammars):
         for i, schema in enumerate(schemas)
     )
     found = grammars.compile(CallConstraint(tools), is_thinking=False)
-    assert found.left_out == ("tools[0].parameters: propertyNames", "tools[2].parameters: not")
+    assert found.left_out == ("tools[0].parameters:propertyNames", "tools[2].parameters:not")
 
 
 def test_references_in_a_tools_schema_are_its_own(model: LoadedModel, grammars: Grammars):

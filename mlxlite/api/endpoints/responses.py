@@ -232,7 +232,7 @@ def _include(value: Any, param: str) -> tuple[str, ...]:
     names = readers.array(value, param, " of strings")
     for i, name in enumerate(names):
         if readers.text(name, f"{param}[{i}]") not in (_LOGPROBS, "reasoning.encrypted_content"):
-            leave_out(f"{param}: {truncate(name)}")
+            leave_out(param, truncate(name))
     return tuple(names)
 
 
