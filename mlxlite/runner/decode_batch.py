@@ -60,13 +60,13 @@ class Drawn:
 class DecodeBatch:
     """`ids` are the rows' sequences, in row order; `matchers` those of the constrained ones."""
 
-    def __init__(self, model: nn.Module, num_vocab: int) -> None:
+    def __init__(self, model: nn.Module, num_vocab: int, *, can_merge: bool = True) -> None:
         self._model = model
         self._num_vocab = num_vocab
         self._has_deltas = bool(getattr(model, "has_positions", False))
         self.ids: tuple[int, ...] = ()
         self.matchers: dict[int, Matcher] = {}
-        self._cache = BatchCache()
+        self._cache = BatchCache(can_merge=can_merge)
         self._sampler = Sampler(num_vocab)
         self._tokens: mx.array | None = None  # [B]: each row's next input
         self._deltas: mx.array | None = None  # [B]: what rows add to their positions

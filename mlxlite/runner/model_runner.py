@@ -40,6 +40,8 @@ from mlxlite.runner.embedder import Embedder
 from mlxlite.runner.kv_cache import Cache, KVBits, kind_of, layers_of, map_layers
 from mlxlite.runner.likelihoods import ScoredChunk
 from mlxlite.runner.prefill import Failure, Prefills
+from mlxlite.runner.row_batch import can_merge
+from mlxlite.runner.self_test import Abilities, abilities_of
 from mlxlite.runner.snapshots import CacheSnapshot, HeldCache, PendingWrite, Snapshots
 from mlxlite.runner.timing import Launch, StepClock
 
@@ -108,6 +110,7 @@ class ModelRunner:
         )
         self._snapshots = Snapshots(CacheSnapshot.of(cache, None, 0, 2, has_states=True), store)
         self._prefills = Prefills(model, self._new_cache, self._snapshots)
+        self._can_merge = True  # unless the self-test finds otherwise
         self._batch = DecodeBatch(model, self.num_vocab)
         self._embedder = Embedder(model, self._new_cache)
         self._clock = StepClock()
@@ -136,7 +139,11 @@ class ModelRunner:
         return self._store.found()
 
     def warm_up(self) -> None:
-        """Compile what the first requests would wait for: a row alone, a batch, sampling."""
+        """Compile what the first requests would wait for: a row alone, a batch, sampling.
+
+        Before that, what rows do wrongly together is switched off for this model.
+        """
+        self._test_itself()
         prompt = Prompt((0,) * 5)
         kinds = (SamplingParams(0.0), SamplingParams(1.0), SamplingParams(1.0, top_p=0.9))
         admitted = tuple(
@@ -150,6 +157,12 @@ class ModelRunner:
             self.advance(None, launched)
         self.reset()
 
+    def _test_itself(self) -> None:
+        claimed = Abilities(self._prefills.can_pack, can_merge(self._new_cache()))
+        found = abilities_of(self._model, self._new_cache, self.num_vocab, claimed)
+        self._prefills.can_pack, self._can_merge = found.can_pack, found.can_merge
+        self._batch = DecodeBatch(self._model, self.num_vocab, can_merge=found.can_merge)
+
     def reset(self) -> None:
         """See `Runner`."""
         for _ in range(2):  # an error stays with a GPU's encoder until it is read, once or twice
@@ -158,7 +171,7 @@ class ModelRunner:
         self._prefills.clear()
         self._snapshots.clear()
         self._embedder.unfinished.clear()
-        self._batch = DecodeBatch(self._model, self.num_vocab)
+        self._batch = DecodeBatch(self._model, self.num_vocab, can_merge=self._can_merge)
         if (forget := getattr(self._model, "forget", None)) is not None:
             forget()  # the features of images
         self._return_memory()

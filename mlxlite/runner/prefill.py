@@ -85,7 +85,7 @@ class Prefills:
         self._model = model
         self._new_cache = new_cache
         self._snapshots = snapshots
-        self._can_pack = all(kind_of(layer).can_pack for layer in layers_of(new_cache()))
+        self.can_pack = all(kind_of(layer).can_pack for layer in layers_of(new_cache()))
         self._rows: dict[int, Row] = {}
         self.failed: set[int] = set()  # given up, and not released yet
         self._scored: list[ScoredChunk] = []  # since `take_scored`
@@ -156,7 +156,7 @@ class Prefills:
     def compute(self, chunks: SequenceOf[Chunk], failed: list[Failure]) -> list[Any]:
         """Run chunks through the layers; the states that were written."""
         chunks = [chunk for chunk in chunks if chunk.id not in self.failed]
-        alone = {c.id for c in chunks if self._rows[c.id].images or not self._can_pack}
+        alone = {c.id for c in chunks if self._rows[c.id].images or not self.can_pack}
         groups = packed(chunks, alone)
         return [state for group in groups for state in self._compute_group(group, failed)]
 

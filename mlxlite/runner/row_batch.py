@@ -19,11 +19,14 @@ from mlxlite.runner.snapshots import HeldCache
 class BatchCache:
     """The caches of the rows that decode together, in row order.
 
+    Not `can_merge`: the model computes rows rightly only one by one.
+
     Three forms: nothing, one row's plain cache, and either one merged cache for all rows or, where
     a layer's kind cannot merge, one plain cache for each row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, can_merge: bool = True) -> None:
+        self._can_merge = can_merge
         self._merged: Cache | None = None
         self._plain: list[Cache] = []
 
@@ -70,7 +73,7 @@ class BatchCache:
                 layer.extend(other)
             return
         self._plain = [*self._plain, *caches]
-        if len(self._plain) > 1 and _can_merge(self._plain[0]):
+        if len(self._plain) > 1 and self._can_merge and can_merge(self._plain[0]):
             self._merged, self._plain = merge(self._plain), []
 
 
@@ -83,5 +86,6 @@ def merge(caches: SequenceOf[Cache]) -> Cache:
     return map_layers(together, *caches)
 
 
-def _can_merge(cache: Cache) -> bool:
+def can_merge(cache: Cache) -> bool:
+    """Whether the kinds of all layers can merge."""
     return all(kind_of(layer).can_merge(layer) for layer in layers_of(cache))
