@@ -38,6 +38,10 @@ class Role(Enum):
     def is_instruction(self) -> bool:
         return self in (Role.SYSTEM, Role.DEVELOPER)
 
+    @property
+    def is_result(self) -> bool:
+        return self in (Role.TOOL, Role.FUNCTION)
+
 
 _TEMPLATE_ROLES: Final = {Role.DEVELOPER: Role.SYSTEM, Role.FUNCTION: Role.TOOL}
 IMAGE_ROLES: Final = (Role.USER, Role.TOOL, Role.FUNCTION)  # the only ones in templates
@@ -137,7 +141,7 @@ def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
 
 
 class ReadMessages(Protocol):
-    """Reads one item; `is_last`: it comes after the last turn of the assistant."""
+    """Reads one item; `is_last`: it comes after the assistant's last turn, beside no result."""
 
     def __call__(self, value: Any, param: str, *, is_last: bool) -> Iterable[Any]: ...
 
@@ -152,9 +156,10 @@ def message_list(read: ReadMessages) -> Reader:
         if not array(value, param):
             raise bad_request(f"'{param}' must hold at least one message.", param)
         answered, found = last_index(value, is_by_assistant), list[Any]()
+        beside = beside_results(value, has_result)
         for i, item in enumerate(value):
             try:
-                found += read(item, f"{param}[{i}]", is_last=i > answered)
+                found += read(item, f"{param}[{i}]", is_last=i > answered and not beside[i])
             except APIError:
                 if i > answered or is_instruction(item):
                     raise
@@ -162,6 +167,24 @@ def message_list(read: ReadMessages) -> Reader:
         return tuple(found)
 
     return read_all
+
+
+IsMeant = Callable[[Mapping[str, Any]], bool]
+
+
+def beside_results(items: Sequence[Any], is_result: IsMeant) -> list[bool]:
+    """Whether each item has a tool's result or is next after one, where clients put the pictures
+    and files of results: the user does not ask with it.
+    """
+    results = [isinstance(item, dict) and is_result(item) for item in items]
+    return [one or before for one, before in zip(results, [False, *results], strict=False)]
+
+
+def has_result(item: Mapping[str, Any]) -> bool:
+    """Whether it is a tool's result, or holds one as Anthropic's messages do."""
+    blocks = content if isinstance(content := item.get("content"), list) else ()
+    types = (block.get("type") for block in blocks if isinstance(block, dict))
+    return item.get("role") in (Role.TOOL.value, Role.FUNCTION.value) or "tool_result" in types
 
 
 def is_by_assistant(item: Mapping[str, Any]) -> bool:
@@ -174,7 +197,7 @@ def is_instruction(item: Any) -> bool:
     return isinstance(item, dict) and item.get("role") in roles
 
 
-def last_index(items: Sequence[Any], is_meant: Callable[[Mapping[str, Any]], bool]) -> int:
+def last_index(items: Sequence[Any], is_meant: IsMeant) -> int:
     """The index of the last object that is meant, -1 without one."""
     indices = range(len(items) - 1, -1, -1)
     return next((i for i in indices if isinstance(items[i], dict) and is_meant(items[i])), -1)

@@ -129,10 +129,13 @@ class ChatRequest(Request):
 
     @property
     def asked_sources(self) -> tuple[Source, ...]:
-        """The pictures that the user asks about: of the messages after the assistant's last."""
+        """The pictures that the user asks about: after the assistant's last turn, and not next
+        after a tool's result, whose they are then.
+        """
         roles = [message.role for message in self.messages]
         num_old = len(roles) - roles[::-1].index(Role.ASSISTANT) if Role.ASSISTANT in roles else 0
-        asked = (m for m in self.messages[num_old:] if m.role is Role.USER)
+        tail = zip(self.messages[num_old:], [None, *roles[num_old:]], strict=False)
+        asked = (m for m, last in tail if m.role is Role.USER and not (last and last.is_result))
         return tuple(source for message in asked for source in message.sources)
 
     @property

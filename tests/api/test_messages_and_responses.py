@@ -403,6 +403,7 @@ RESPONSES: dict[str, Works | Accepted | Refused] = {
     "parallel_tool_calls": Works("max_calls", [(True, None), (False, 1)], _FLAG_WRONG),
     "max_tool_calls": Works("echo.max_tool_calls", [(1, 1)], [0, "1", True]),
     "prompt_cache_options": Accepted([{"mode": "implicit"}], [5]),
+    "client_metadata": Accepted([{"turn_id": "1"}], [5]),
     "user": Works("echo.user", [("me", "me")], _TEXT_WRONG),
     "service_tier": Accepted(["auto"], _TEXT_WRONG),
     "safety_identifier": Works("echo.safety_identifier", [("me", "me")], _TEXT_WRONG),

@@ -290,7 +290,7 @@ def test_a_text_model_refuses_pictures_in_every_dialect():
 
 
 def test_a_picture_in_a_history_costs_a_text_model_no_conversation():
-    """In each dialect, of a user's earlier turn and of a tool's result."""
+    """In each dialect, of a user's earlier turn and of a tool's result, or next to it."""
     image = {"type": "input_image", "image_url": uri(png())}
     source = {"type": "base64", "media_type": "image/png", "data": uri(png()).split(",")[1]}
     block = {"type": "image", "source": source}
@@ -303,7 +303,8 @@ def test_a_picture_in_a_history_costs_a_text_model_no_conversation():
             "messages": [
                 *({"role": "user", "content": [shown(uri(png()))]}, begun),
                 *({"role": "user", "content": "And?"}, {"role": "assistant", "tool_calls": [call]}),
-                {"role": "tool", "tool_call_id": "c", "content": [shown(uri(png()))]},
+                {"role": "tool", "tool_call_id": "c", "content": "It is beside this."},
+                {"role": "user", "content": [shown(uri(png()))]},
             ]
         },
         "/v1/responses": {

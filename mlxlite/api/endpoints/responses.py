@@ -18,6 +18,7 @@ from mlxlite.api.conversation import (
     Message,
     Role,
     ToolCall,
+    beside_results,
     is_instruction,
     last_index,
     turn,
@@ -79,9 +80,11 @@ def _input(value: Any, param: str) -> Input:
     if isinstance(value, str):
         return Input((Message(Role.USER, value),))
     answered, found = last_index(readers.array(value, param), _is_answer), list[Piece | Tool]()
+    beside = beside_results(value, _is_result)
     for i, one in enumerate(value):
         try:
-            found += _read_item(one, f"{param}[{i}]", is_last=i > answered)
+            is_last = i > answered and not beside[i]
+            found += _read_item(one, f"{param}[{i}]", is_last=is_last)
         except APIError:
             if is_instruction(one) or (i > answered and _is_message(one)):
                 raise
@@ -109,6 +112,10 @@ def _is_message(value: Any) -> bool:
 def _is_answer(item: Mapping[str, Any]) -> bool:
     calls = ("function_call", "custom_tool_call", "reasoning")
     return item.get("role") == "assistant" or item.get("type") in calls
+
+
+def _is_result(item: Mapping[str, Any]) -> bool:
+    return str(item.get("type")).endswith("_call_output")
 
 
 def _turns(pieces: Sequence[Piece], find: Callable[[str], Message | None]) -> tuple[Message, ...]:
@@ -326,6 +333,7 @@ FIELDS: Final[fields.Table] = {
     **fields.unsupported_each("conversation prompt"),
     "n": shared_fields.ONE_CHOICE,
     "prompt_cache_options": fields.no_op(readers.json_object),
+    "client_metadata": fields.no_op(readers.json_object, "what Codex says of itself"),
     **dict.fromkeys(
         ("user", "safety_identifier", "prompt_cache_key"),
         supported(readers.text, "repeated in the answer"),
