@@ -141,7 +141,7 @@ def turn(role: Role, parts: Iterable[Part], **rest: Any) -> Message:
 
 
 class ReadMessages(Protocol):
-    """Reads one item; `is_last`: it comes after the assistant's last turn, beside no result."""
+    """Reads one item; `is_last`: the user asks with it, see `asked_index`."""
 
     def __call__(self, value: Any, param: str, *, is_last: bool) -> Iterable[Any]: ...
 
@@ -156,10 +156,10 @@ def message_list(read: ReadMessages) -> Reader:
         if not array(value, param):
             raise bad_request(f"'{param}' must hold at least one message.", param)
         answered, found = last_index(value, is_by_assistant), list[Any]()
-        beside = beside_results(value, has_result)
+        asked = asked_index(value, is_by_assistant, has_result)
         for i, item in enumerate(value):
             try:
-                found += read(item, f"{param}[{i}]", is_last=i > answered and not beside[i])
+                found += read(item, f"{param}[{i}]", is_last=i == asked)
             except APIError:
                 if i > answered or is_instruction(item):
                     raise
@@ -172,12 +172,16 @@ def message_list(read: ReadMessages) -> Reader:
 IsMeant = Callable[[Mapping[str, Any]], bool]
 
 
-def beside_results(items: Sequence[Any], is_result: IsMeant) -> list[bool]:
-    """Whether each item has a tool's result or is next after one, where clients put the pictures
-    and files of results: the user does not ask with it.
+def asked_index(items: Sequence[Any], is_answer: IsMeant, is_result: IsMeant) -> int:
+    """The index of the message with which the user asks, -1 without one: the user's last, where
+    it comes after all answers, and neither has a tool's result nor is next after one. There
+    clients put the pictures and files of results; what was refused before is in earlier ones.
     """
-    results = [isinstance(item, dict) and is_result(item) for item in items]
-    return [one or before for one, before in zip(results, [False, *results], strict=False)]
+    last = last_index(items, lambda item: item.get("role") == Role.USER.value)
+    beside = (
+        isinstance(one, dict) and is_result(one) for one in items[max(0, last - 1) : last + 1]
+    )
+    return -1 if last < last_index(items, is_answer) or any(beside) else last
 
 
 def has_result(item: Mapping[str, Any]) -> bool:

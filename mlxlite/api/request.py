@@ -129,14 +129,15 @@ class ChatRequest(Request):
 
     @property
     def asked_sources(self) -> tuple[Source, ...]:
-        """The pictures that the user asks about: after the assistant's last turn, and not next
-        after a tool's result, whose they are then.
+        """The pictures that the user asks about, see `asked_index`: of the user's last message,
+        unless an answer comes after it, or a tool's result before it.
         """
-        roles = [message.role for message in self.messages]
-        num_old = len(roles) - roles[::-1].index(Role.ASSISTANT) if Role.ASSISTANT in roles else 0
-        tail = zip(self.messages[num_old:], [None, *roles[num_old:]], strict=False)
-        asked = (m for m, last in tail if m.role is Role.USER and not (last and last.is_result))
-        return tuple(source for message in asked for source in message.sources)
+        roles = [None, *(message.role for message in self.messages)]
+        last = max((i for i, role in enumerate(roles) if role is Role.USER), default=0)
+        before = roles[last - 1]
+        if last == 0 or Role.ASSISTANT in roles[last:] or (before and before.is_result):
+            return ()
+        return self.messages[last - 1].sources
 
     @property
     def is_continuation(self) -> bool:

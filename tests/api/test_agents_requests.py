@@ -202,6 +202,16 @@ def test_only_the_message_next_to_a_result_is_the_tools(dialect: Callable[..., A
     ]
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_was_refused_once_costs_no_later_question(dialect: Callable[..., Any]) -> None:
+    """A client keeps the message whose picture or file was refused, and asks something else."""
+    part = {"type": "input_image", "image_url": PNG} if dialect is in_responses else SHOWN
+    old = {"role": "user", "content": [part, DOCUMENT]}
+    request = dialect(asked=[old, {"role": "user", "content": "And now?"}])
+    assert contents(request)[-2:] == [FILE_OMITTED, "And now?"]
+    assert request.asked_sources == ()
+
+
 def test_a_document_that_the_user_asks_about_is_still_refused() -> None:
     error = refusal(messages=[{"role": "user", "content": [DOCUMENT]}])
     assert str(error).startswith("The PDF specified was not valid")

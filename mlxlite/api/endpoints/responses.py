@@ -18,7 +18,7 @@ from mlxlite.api.conversation import (
     Message,
     Role,
     ToolCall,
-    beside_results,
+    asked_index,
     is_instruction,
     last_index,
     turn,
@@ -80,11 +80,10 @@ def _input(value: Any, param: str) -> Input:
     if isinstance(value, str):
         return Input((Message(Role.USER, value),))
     answered, found = last_index(readers.array(value, param), _is_answer), list[Piece | Tool]()
-    beside = beside_results(value, _is_result)
+    asked = asked_index(value, _is_answer, _is_result)
     for i, one in enumerate(value):
         try:
-            is_last = i > answered and not beside[i]
-            found += _read_item(one, f"{param}[{i}]", is_last=is_last)
+            found += _read_item(one, f"{param}[{i}]", is_last=i == asked)
         except APIError:
             if is_instruction(one) or (i > answered and _is_message(one)):
                 raise
