@@ -7,11 +7,11 @@ import mlx.core as mx
 import pytest
 from fakes import drive, make_sequence
 from mlx import nn
-from test_model_runner import build, judge
 
 from mlxlite.engine.scheduler import Policy, Scheduler
 from mlxlite.engine.step import Add
 from mlxlite.runner.model_runner import ModelRunner
+from tests.runner.test_model_runner import build, judge
 
 CANNOT = "this model's rows cannot"
 
